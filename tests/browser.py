@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A headless Chromium, driven by its DevTools protocol over a pipe, without another library."""
+"""A headless Chromium, controlled by the DevTools protocol over a pipe."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PROGRAM = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
 class Browser:
-    """One page of a browser of its own, which ends with the block.
+    """One page of its own browser process, which ends with the context.
 
     Attributes:
-        requests: the address of everything that the page has asked for.
+        requests: addresses of all requests of the page.
     """
 
     def __init__(self, width: int = 1280, height: int = 900):

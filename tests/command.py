@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the command line as a user does: in a process of its own."""
+"""Runs the command line in its own process, as a user does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = ('--config.data.source.limit=4000', '--config.evals.test.data.source.lim
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """How a process ended."""
+    """The exit code and output of a process."""
 
     code: int
     out: str
@@ -33,7 +33,7 @@ class Finished:
 
 
 def xla_flags(devices: int = 1) -> str:
-    """Returns the flags of these tests, for a process with so many virtual devices."""
+    """Returns the XLA flags of these tests, for a process with a number of virtual devices."""
     count = '--xla_force_host_platform_device_count='
     others = [
         flag for flag in os.environ.get('XLA_FLAGS', '').split() if not flag.startswith(count)
@@ -42,7 +42,7 @@ def xla_flags(devices: int = 1) -> str:
 
 
 def environment(python: str = sys.executable, devices: int = 1) -> dict[str, str]:
-    """Returns the variables of a process; another Python than this one has the package in it."""
+    """Returns the environment of a process; another Python has the package installed."""
     variables = {**os.environ, 'XLA_FLAGS': xla_flags(devices), 'PYTHONPATH': str(ROOT)}
     if python != sys.executable:
         del variables['PYTHONPATH']
@@ -56,7 +56,7 @@ def start(
     group: bool = False,
     python: str = sys.executable,
 ) -> subprocess.Popen[str]:
-    """Starts `python -m trainer.main` on so many virtual devices, in a group of its own or not."""
+    """Starts `python -m trainer.main` on virtual devices, optionally in its own process group."""
     return subprocess.Popen(
         [python, '-m', 'trainer.main', *args],
         cwd=cwd,
@@ -79,7 +79,7 @@ def run(
 
 
 def ends(*running: subprocess.Popen[str], secs: float = 300) -> list[tuple[str, str]]:
-    """Returns what processes write until all have ended; one that hangs is told to say where."""
+    """Returns the output of processes after all have ended; one that hangs dumps its stacks."""
     deadline = time.monotonic() + secs
     try:
         return [p.communicate(timeout=max(0, deadline - time.monotonic())) for p in running]
@@ -109,14 +109,14 @@ def result(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the metric rows without what depends on the clock."""
+    """Returns the metric rows without values that depend on the clock."""
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
     parsed = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in parsed]
 
 
 def wait_for(condition: Callable[[], bool], secs: float = 60) -> None:
-    """Returns when the condition holds; fails when it does not in time."""
+    """Returns when the condition holds; fails if it does not in time."""
     deadline = time.monotonic() + secs
     while not condition():
         assert time.monotonic() < deadline, 'waited in vain'
@@ -124,7 +124,7 @@ def wait_for(condition: Callable[[], bool], secs: float = 60) -> None:
 
 
 def rows_written(workdir: pathlib.Path, at_least: int) -> Callable[[], bool]:
-    """Returns a condition: so many rows are in metrics.jsonl."""
+    """Returns the condition that metrics.jsonl has this many rows."""
 
     def enough() -> bool:
         path = workdir / 'metrics.jsonl'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight virtual CPU devices, a compile cache of the test run's own, and little memory."""
+"""Eight virtual CPU devices, a compile cache for the test run, and little memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def temporary_files_go_with_the_others(tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(autouse=True)
 def loggers_stay_as_they_were() -> Iterator[None]:
-    """A run in a test sends the log to its files; the next test's warnings go nowhere else."""
+    """Restores the loggers after a test: a run in it sends the log to its files."""
     names = ('', 'trainer', 'trainer.screen', 'absl')
     loggers = [logging.getLogger(name) for name in names]
     before = [(log, log.level, log.propagate, list(log.handlers)) for log in loggers]

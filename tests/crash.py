@@ -18,10 +18,10 @@ _FILE = pytest.StashKey[TextIO]()
 
 @pytest.hookimpl(trylast=True)  # Before that, pytest has them written to the terminal.
 def pytest_configure(config: pytest.Config) -> None:
-    """Has the stacks of a worker's threads written to a file that the main process finds.
+    """Makes a worker write the stacks of its threads to a file that the main process finds.
 
-    On the terminal they would stand far from the name of the test, and end in a line of several
-    kilobytes with the names of all extension modules.
+    On the terminal they would be far from the name of the test, and end with a line of several
+    kilobytes that lists all extension modules.
     """
     if worker := getattr(config, 'workerinput', None):
         config.stash[_FILE] = _path(worker).open('w')
@@ -43,13 +43,13 @@ def pytest_handlecrashitem(report: Any) -> None:
     path = _path(report.node.workerinput)
     if path.exists():
         # Not in `longrepr`, which pytest repeats in its last lines where the variable CI is set.
-        report.sections.append(('stacks', shortened(path.read_text())))
+        report.sections.append(('stacks', shorten_stacks(path.read_text())))
         path.unlink()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
-    """Has a test that crashed its worker run once, and not again in each of the next ones."""
+    """Makes a test that crashed its worker run once, and not again in each new worker."""
     return _Files(config, log) if config.getoption('dist') == 'loadfile' else None
 
 
@@ -70,8 +70,8 @@ class _Files(LoadFileScheduling):
             super()._reschedule(node)
 
 
-def shortened(stacks: str) -> str:
-    """Returns what faulthandler wrote: the crashed thread first, without the extension modules."""
+def shorten_stacks(stacks: str) -> str:
+    """Returns faulthandler's output: the crashed thread first, without the extension modules."""
     kept = [part for part in stacks.split('\n\n') if not part.startswith('Extension modules')]
     # 'Thread 0x... (most recent call first):', or 'Current thread' for the one that crashed.
     kept.sort(key=lambda part: part.startswith('Thread '))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Marks of parametrised tests."""
+"""Marks of parametrized tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def slow_except(quick: Iterable[Any], values: Iterable[Any]) -> list[Any]:
-    """Returns the values as parameters; those that are not among the quick ones are slow.
+    """Returns the values as parameters, all of them slow but the quick ones.
 
     Args:
         quick: what the quick tests run; each is among the values.

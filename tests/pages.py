@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages show, taken apart: files, fragments of configs, commands; and how they run.
+"""Parses the documentation pages: files, config fragments and commands, and how to run them.
 
 The pages are README.md, launch/README.md and docs/**/*.md. On each of them
 
@@ -59,7 +59,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A page: its blocks, and its text without them."""
+    """The blocks of a page, and its text without them."""
 
     path: pathlib.Path
     name: str
@@ -69,7 +69,7 @@ class Page:
 
 
 def read(path: pathlib.Path) -> Page:
-    """Returns a page, taken apart."""
+    """Parses a page."""
     name = path.relative_to(command.ROOT).as_posix().removesuffix('.md')
     text = path.read_text()
     blocks, sentences = [], []
@@ -100,7 +100,7 @@ def _blocks(*kinds: str) -> list[Block]:
 
 
 def _inline(pattern: str) -> list[Block]:
-    """Returns what matches within sentences, once for each page."""
+    """Returns the matches within sentences, once for each page."""
     found = [(page.name, m) for page in PAGES.values() for m in re.findall(pattern, page.sentences)]
     return [Block(page, 0, 'inline', text) for page, text in dict.fromkeys(found)]
 
@@ -141,7 +141,7 @@ _READING = re.compile(r' --mode=(eval|predict|export)\b')
 
 
 def parameters(blocks: Iterable[Block]) -> list[Any]:
-    """Returns texts as parameters of a test, each once, with the page in its id."""
+    """Returns texts as test parameters, each once, with the page in the id."""
     first = {}
     for block in blocks:
         first.setdefault((block.text, block.config), block)
@@ -152,7 +152,7 @@ def parameters(blocks: Iterable[Block]) -> list[Any]:
 
 
 def table(*header: str) -> list[list[str]]:
-    """Returns the cells of the rows of all tables whose header begins with these cells."""
+    """Returns the cells of all rows of the tables whose header begins with these cells."""
     rows, found = [], 0
     for page in PAGES.values():
         within = False
@@ -169,12 +169,12 @@ def table(*header: str) -> list[list[str]]:
 
 
 def is_of_trainer(line: str) -> bool:
-    """Whether a command is one of the trainer's, by its launcher or not."""
+    """Whether a command runs the trainer, directly or by a launcher."""
     return bool(re.match(r'(\w+=\S+ )*(python -m trainer(\.main)?|launch/local\.sh) ', line + ' '))
 
 
 class Project:
-    """A directory of the user's own, with the pages' files and nothing of ours."""
+    """A user's directory with the files of the pages, outside of the repository."""
 
     def __init__(self, root: pathlib.Path, python: str = sys.executable):
         """Writes the files.
@@ -239,7 +239,7 @@ def needs(text: str) -> tuple[str, ...]:
 
 
 def _training_of(line: str) -> str:
-    """Returns the command that trains what a command in another mode reads: a page's, if it can."""
+    """Returns the command that trains what another mode reads, from a page if possible."""
     left_out = re.compile(r'--(mode|step|platforms)\b')
     words = tuple(word for word in _words(line) if not left_out.match(word))
     for other in COMMANDS:
@@ -257,7 +257,7 @@ def _words(line: str) -> list[str]:
 
 
 def run(line: str, cwd: pathlib.Path, *more: str, python: str = sys.executable) -> command.Finished:
-    """Runs a command of the trainer as it is shown, but for a shorter run and evaluation."""
+    """Runs a command of the trainer as shown, but with a shorter run and evaluation."""
     assert is_of_trainer(line), f'{line}: not a command of the trainer'
     args = [re.sub(r'^--step=\d+$', f'--step={STEPS}', word) for word in _words(line)]
     count = re.search(r'--xla_force_host_platform_device_count=(\d+)', line)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables for users of other frameworks: each key, mode and name in column "here" exists."""
+"""The tables for users of other frameworks: each key, mode and name in the column "here" exists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECTIONS = schema.fields(Sections)
 
 
 def _like_keys() -> list[list[str]]:
-    """Returns what begins like a key of a config: 'evals.NAME.every', "sharding='fsdp'"."""
+    """Returns texts that begin like a config key: 'evals.NAME.every', "sharding='fsdp'"."""
     found = [re.match(r'([a-z_]+(?:\.\w+)*)(?: ?=|$)', code) for code in CODE]
     return [match[1].split('.') for match in found if match]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each function of trainer/compat.py against the real library: the failing test names it."""
+"""Tests of each function of trainer/compat.py with the real libraries."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_function_has_its_test() -> None:
 
 
 @functools.cache
-def coordinated() -> tuple[str, str, str]:
+def coordination_value() -> tuple[str, str, str]:
     """Returns a value of the coordination service, its address, and the one that was given."""
     with http.server.HTTPServer(('localhost', 0), http.server.BaseHTTPRequestHandler) as server:
         address = f'localhost:{server.server_port}'
@@ -92,21 +92,21 @@ def coordinated() -> tuple[str, str, str]:
 
 
 def test_coordination_client() -> None:
-    assert coordinated()[0][:2] == ['value', True]
+    assert coordination_value()[0][:2] == ['value', True]
 
 
 def test_is_timeout() -> None:
-    assert coordinated()[0][2]
+    assert coordination_value()[0][2]
     assert not compat.is_timeout(ValueError('UNAVAILABLE'))
 
 
 def test_coordinator_address() -> None:
-    _, found, given = coordinated()
+    _, found, given = coordination_value()
     assert found == given
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):
-    """Answers as the metadata server of a TPU VM of a slice with three hosts."""
+    """Answers like the metadata server of a TPU VM in a slice with three hosts."""
 
     def do_GET(self) -> None:
         name = self.path.rpartition('/')[2]
@@ -285,7 +285,7 @@ def test_is_reduction_counter() -> None:
 
 
 def saved(directory: pathlib.Path) -> epath.Path:
-    """Returns the directory of a step that was saved."""
+    """Returns the directory of a saved step."""
     checkpoints = Checkpoints(directory, Retention())
     checkpoints.save(3, {'w': jnp.ones(2)}, {})
     checkpoints.close()
@@ -353,7 +353,7 @@ def test_orbax_asks_the_manager_whether_it_is_preempted(
 
 
 def tensorstore_error(directory: pathlib.Path) -> Exception:
-    """Returns the error of a write below a file, where there can be no directory."""
+    """Returns the error of a write to a path below a file."""
     (directory / 'file').write_text('')
     spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{directory}/file/x/'}}
     kind = {'dtype': tensorstore.float32, 'shape': [1], 'create': True}
@@ -418,7 +418,7 @@ def test_tensorboard_text() -> None:
 
 
 def test_the_text_of_a_compiled_program() -> None:
-    """What modes/plan/collectives.py reads: an all-reduce over four devices, in a loop of three."""
+    """modes/plan/collectives.py parses it: an all-reduce over four devices, in a loop of three."""
     axes = {'data': 4}
     devices = jax.make_mesh((4,), ('data',), (AxisType.Auto,), devices=jax.devices()[:4])
     rows = NamedSharding(devices, PartitionSpec('data'))
@@ -441,13 +441,13 @@ _STANDARD = {'_replace', '_make', '_fields', '_asdict', '_exit'}
 
 
 def is_private(name: str) -> bool:
-    """Whether a name has one underscore in front, or is how a decorator keeps what it wraps."""
+    """Whether a name has one leading underscore, or is the attribute of a wrapped function."""
     return name == '__wrapped__' or (name[:1] == '_' and name[:2] != '__' and len(name) > 1)
 
 
 @functools.cache
 def parse(file: pathlib.Path) -> ast.Module:
-    """Returns the syntax tree of a file, which many others are compared with."""
+    """Returns the syntax tree of a file, cached."""
     return ast.parse(file.read_text())
 
 
@@ -467,7 +467,7 @@ def own_names(file: pathlib.Path) -> frozenset[str]:
 
 
 def used_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yields line and name of the attributes that a file uses, and of what it imports."""
+    """Yields line and name of the attributes and imports that a file uses."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield node.lineno, node.attr
@@ -477,7 +477,7 @@ def used_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def imported_files(tree: ast.AST) -> Iterator[pathlib.Path]:
-    """Yields the files of this project that a file imports with a whole path."""
+    """Yields the files of this project that a file imports by absolute path."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             place = ROOT.joinpath(*node.module.split('.'))
@@ -487,7 +487,7 @@ def imported_files(tree: ast.AST) -> Iterator[pathlib.Path]:
 
 
 def foreign_private(file: pathlib.Path) -> list[str]:
-    """Returns the private names that a file uses and neither it nor what it imports defines."""
+    """Returns the private names that a file uses but neither it nor its imports define."""
     tree = parse(file)
     near = [*imported_files(tree), *file.parent.glob('*.py')]
     own = _STANDARD.union(*map(own_names, near))
@@ -497,14 +497,14 @@ def foreign_private(file: pathlib.Path) -> list[str]:
 
 
 @pytest.mark.parametrize('package', ['trainer', 'data', 'models', 'configs', 'launch'])
-def test_private_parts_of_libraries_are_used_in_compat_alone(package: str) -> None:
+def test_private_parts_of_libraries_are_used_only_in_compat(package: str) -> None:
     files = [file for file in (ROOT / package).rglob('*.py') if file.name != 'compat.py']
     found = {str(file.relative_to(ROOT)): foreign_private(file) for file in files}
     private = {file: names for file, names in found.items() if names}
     assert files and not private
 
 
-def test_no_other_file_imports_what_jax_and_others_call_their_source() -> None:
+def test_no_other_file_imports_private_modules() -> None:
     here = pathlib.Path(__file__).name
     for package in ('trainer', 'data', 'models', 'configs', 'launch', 'tests'):
         for file in (ROOT / package).rglob('*.py'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models rely on in the private parts of Flax and JAX: each test names the function it is of.
+"""Private parts of Flax and JAX that models rely on: each test is named after its function.
 
 When one fails with a new version, fix that function of `trainer.compat`, and nothing else.
 """
@@ -22,7 +22,7 @@ RNG, X = jax.random.key(0), jnp.ones((2, 3))
 
 
 class Noisy(nn.Module):
-    """Draws from a stream of its own."""
+    """Draws from its own RNG stream."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ class Branch(nn.Module):
 @pytest.mark.parametrize('name', ['cond', 'switch', 'while_loop', 'fori_loop'])
 @pytest.mark.parametrize('system', [jax.lax, nnx], ids=['jax.lax', 'nnx'])
 def test_num_open_calls(system: Any, name: str) -> None:
-    """It counts the calls of a branch or a loop, one within the other."""
+    """Counts nested calls in a branch or a loop."""
     function, found = getattr(system, name), []
 
     def body(*args: Any) -> Any:
@@ -67,7 +67,7 @@ def test_num_open_calls(system: Any, name: str) -> None:
 
 
 def test_num_open_calls_of_linen() -> None:
-    """The branches of `nn.cond` are traced within its call; what comes before is not."""
+    """The branches of `nn.cond` are traced inside its call, earlier code is not."""
     found: list[int] = []
     model = Branch(lambda: found.append(compat.num_open_calls((nn.cond, nn.switch))))
     model.apply({}, X)
@@ -75,7 +75,7 @@ def test_num_open_calls_of_linen() -> None:
 
 
 def test_branches_differ() -> None:
-    """Branches that leave other variables behind are told from any other TypeError."""
+    """Branches that create different variables are distinguished from any other TypeError."""
     with pytest.raises(TypeError) as caught:
         Branch(lambda: None).apply({}, X, mutable=['intermediates'])
     assert compat.branches_differ(caught.value, 'intermediates')
@@ -86,7 +86,7 @@ def test_branches_differ() -> None:
 
 
 def test_name_stack() -> None:
-    """An equation has the scopes that it was traced in, those of a gradient too."""
+    """An equation has the scopes that it was traced in, also in a gradient."""
 
     def call(x: jax.Array) -> jax.Array:
         with jax.named_scope('model'):
@@ -98,7 +98,7 @@ def test_name_stack() -> None:
 
 
 def test_is_axis_bound() -> None:
-    """A name is bound within the transformation that binds it."""
+    """A name is bound only inside the transformation that binds it."""
     assert not compat.is_axis_bound('rows')
     found: list[bool] = []
     jax.vmap(lambda x: found.append(compat.is_axis_bound('rows')), axis_name='rows')(X)
@@ -106,7 +106,7 @@ def test_is_axis_bound() -> None:
 
 
 def test_missing_stream() -> None:
-    """The stream that a module asks for is read from Flax's error."""
+    """The missing RNG stream is read from Flax's error."""
     with pytest.raises(errors.InvalidRngError) as caught:
         Noisy().apply({'params': {'Dense_0': nn.Dense(3).init(RNG, X)['params']}}, X)
     assert compat.missing_stream(caught.value) == 'noise'
@@ -116,7 +116,7 @@ def test_missing_stream() -> None:
 
 
 def test_missing_collection() -> None:
-    """The collection that was not passed is read from Flax's error."""
+    """The missing collection is read from Flax's error."""
     with pytest.raises(errors.ScopeCollectionNotFound) as caught:
         nn.Dense(3).apply({}, X)
     assert compat.missing_collection(caught.value) == 'params'
@@ -125,7 +125,7 @@ def test_missing_collection() -> None:
 
 @pytest.mark.parametrize('given', [['batch_stats', 'intermediates'], nn.DenyList(('cache',)), True])
 def test_without_collection(given: Any) -> None:
-    """The call with this filter keeps the rest, and not the collection."""
+    """The filter keeps all collections but this one."""
 
     class Sowing(nn.Module):
         @nn.compact
@@ -144,7 +144,7 @@ def test_without_collection(given: Any) -> None:
 
 
 def test_fold_in_path() -> None:
-    """A part by itself draws what it draws within the model."""
+    """A submodule by itself draws the same numbers as inside the model."""
 
     class Outer(nn.Module):
         @nn.compact
@@ -159,7 +159,7 @@ def test_fold_in_path() -> None:
 
 @pytest.mark.parametrize('linen', [True, False], ids=['linen', 'nnx'])
 def test_set_attribute(linen: bool) -> None:
-    """A field is replaced while its module is called, which is frozen or of another trace."""
+    """A field is replaced during a call of its module, although frozen or of another trace."""
 
     def call(module: Any) -> Any:
         with pytest.raises((errors.SetAttributeFrozenModuleError, errors.TraceContextError)):
@@ -175,7 +175,7 @@ def test_set_attribute(linen: bool) -> None:
 
 
 def test_is_call_of() -> None:
-    """Flax's own call of a layer is told from that of a lifted class around it."""
+    """Flax's call of a layer is distinguished from that of a lifted class around it."""
     found: list[bool] = []
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -194,7 +194,7 @@ def test_is_call_of() -> None:
 
 
 def test_is_nowrap_and_is_compact() -> None:
-    """Members are known by what Flax's decorators have set."""
+    """Methods are recognized by the attributes that Flax's decorators set."""
 
     class Marked(nn.Module):
         @nn.nowrap
@@ -211,7 +211,7 @@ def test_is_nowrap_and_is_compact() -> None:
 
 
 def test_is_constructed() -> None:
-    """It is false while the fields are set, and true from `__post_init__` on."""
+    """False while the fields are set, True from `__post_init__` on."""
     found: list[bool] = []
 
     class Module(nn.Module):
@@ -231,7 +231,7 @@ def test_is_constructed() -> None:
 
 
 def test_run_setup() -> None:
-    """What `setup` makes is there after it, and not before."""
+    """The submodules of `setup` exist after it, not before."""
 
     class Module(nn.Module):
         def setup(self) -> None:
@@ -244,7 +244,7 @@ def test_run_setup() -> None:
 
 
 class Initial(nnx.Module):
-    """Knows its subclasses, which ours must not be one of."""
+    """Records its subclasses, to which ours must not be added."""
 
     subclasses: tuple[str, ...] = ()
 
@@ -261,7 +261,7 @@ class Initial(nnx.Module):
 
 
 def test_subclass_and_set_class() -> None:
-    """The module has another call, and the same graph, variables, type checks and copies."""
+    """The module has another `__call__`, but the same graph, variables, type checks and copies."""
 
     def call(self: Any, x: jax.Array) -> jax.Array:
         return 2 * Initial.__call__(self, x)
@@ -282,7 +282,7 @@ def test_subclass_and_set_class() -> None:
 
 
 def test_linen_module_and_set_linen_module() -> None:
-    """A bridge calls the Linen module that was put into it, with the variables that it had."""
+    """A bridge calls the Linen module that was set, with its earlier variables."""
     bridge: Any = nnx.bridge.ToNNX(nn.BatchNorm(use_running_average=False), nnx.Rngs(0))
     bridge = nnx.bridge.lazy_init(bridge, X)
     assert compat.linen_module(bridge).use_running_average is False
@@ -294,7 +294,7 @@ def test_linen_module_and_set_linen_module() -> None:
 
 
 def test_dimension_names() -> None:
-    """Names that a user gives in any way that Flax has are found."""
+    """Dimension names are found in every form that Flax supports."""
     with nnx.use_eager_sharding(False):
         init = nnx.with_partitioning(nnx.initializers.ones, ('rows', None))
         module = nnx.Linear(2, 3, kernel_init=init, rngs=nnx.Rngs(0))

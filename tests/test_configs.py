@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 1.Q: every config says how it is run and what to expect, is on a page, and runs."""
+"""1.Q: every config documents how to run it and what to expect, is on a page, and runs."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ ROWS = pages.table('config', 'what it trains')
 RESULTS = pages.table('config', 'result', 'time', 'measured')
 
 
-def test_each_has_a_row() -> None:
+def test_each_config_has_a_row() -> None:
     assert sorted(name for name, *_ in ROWS) == NAMES
     assert sorted(config for config, *_ in RESULTS) == [f'`configs/{name}.py`' for name in NAMES]
 
 
 @pytest.mark.parametrize(('name', 'trains', 'arguments'), ROWS)
-def test_it_says_how_it_is_run(name: str, trains: str, arguments: str) -> None:
+def test_the_command_is_that_of_the_docstring(name: str, trains: str, arguments: str) -> None:
     """The command is that of the docstring."""
     assert trains
     arguments = arguments.strip('`')
@@ -67,7 +67,9 @@ def test_it_says_how_it_is_run(name: str, trains: str, arguments: str) -> None:
 
 
 @pytest.mark.parametrize(('config', 'result', 'time', 'day'), RESULTS)
-def test_it_says_what_to_expect(config: str, result: str, time: str, day: str) -> None:
+def test_the_results_are_those_of_the_docstring(
+    config: str, result: str, time: str, day: str
+) -> None:
     """The figure and the time are those of the docstring."""
     text = ' '.join(described(config.removeprefix('`configs/').removesuffix('.py`')).split())
     expected = text.split('Expected after ')[1]
@@ -86,7 +88,7 @@ def test_every_key_is_read(name: str) -> None:
     assert schema.read(config).train_for is not None
 
 
-def test_each_of_them_is_run() -> None:
+def test_each_config_is_run() -> None:
     assert set(SHORT) | WEIGHTS == set(NAMES)
     assert "'docstrings.py'" in (ROOT / 'tests' / 'weights' / 'test_finetune.py').read_text()
 
@@ -94,7 +96,7 @@ def test_each_of_them_is_run() -> None:
 @pytest.mark.parametrize(
     'name', [pytest.param(x, marks=pytest.mark.slow if x in LONG else ()) for x in SHORT]
 )
-def test_it_trains_and_evaluates(name: str) -> None:
+def test_the_config_trains_and_evaluates(name: str) -> None:
     short = {'train_for': '2 steps', 'log__every': '1 steps', **SHORT[name]}
     result = Trainer(load_and_build(str(ROOT / 'configs' / f'{name}.py'), **short)).fit()
     assert (result.status, result.step) == ('finished', 2)

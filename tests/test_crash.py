@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run of the tests ends in which one crashes its process."""
+"""A test run in which a test crashes its process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_behind(): pass
 
 
 def test_the_thread_that_crashed_comes_first() -> None:
-    assert crash.shortened(STACKS).splitlines() == [
+    assert crash.shorten_stacks(STACKS).splitlines() == [
         'Fatal Python error: Segmentation fault',
         '',
         'Current thread 0x02 (most recent call first):',
@@ -44,15 +44,15 @@ def test_the_thread_that_crashed_comes_first() -> None:
     ]
 
 
-def test_deep_stacks_are_cut() -> None:
+def test_deep_stacks_are_truncated() -> None:
     deep = 'Current thread 0x02:\n' + '\n'.join(f'  line {i}' for i in range(50))
-    lines = crash.shortened(deep).splitlines()
+    lines = crash.shorten_stacks(deep).splitlines()
     assert lines[1] == '  line 0' and lines[-1] == '  ... and 31 more' and len(lines) == 21
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('ci', ['', 'true'])
-def test_a_crash_names_its_test_and_the_others_go_on(tmp_path: pathlib.Path, ci: str) -> None:
+def test_a_crash_names_its_test_and_the_others_run(tmp_path: pathlib.Path, ci: str) -> None:
     (tmp_path / 'conftest.py').write_text("pytest_plugins = ('tests.crash',)\n")
     for name in ('test_one.py', 'test_other.py'):
         (tmp_path / name).write_text(CRASHING)

@@ -51,7 +51,7 @@ def run(code: str) -> str:
 
 
 def test_importing_the_package_imports_no_jax() -> None:
-    """Nor does a look at its names; the first use of one does."""
+    """Nor does listing its names; the first use of one does."""
     code = (
         'import sys, trainer\n'
         'dir(trainer), trainer.__all__\n'
@@ -79,7 +79,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         importlib.import_module('trainer.nosuch')
 
 
-def test_no_module_has_the_name_of_a_lazy_one() -> None:
+def test_no_module_has_the_name_of_a_lazy_attribute() -> None:
     """An imported submodule becomes an attribute of its package, and would hide the function."""
     modules = {module.name for module in pkgutil.iter_modules(trainer.__path__)}
     assert modules & {'sharding', 'trainer'} and not modules & set(trainer.__all__)
@@ -97,7 +97,7 @@ def test_the_stub_has_the_lazy_names() -> None:
 
 
 @pytest.mark.parametrize('name', DOORS)
-def test_a_door_is_short_and_has_no_code(name: str) -> None:
+def test_public_modules_are_short_and_have_no_code(name: str) -> None:
     text = (ROOT / 'trainer' / f'{name}.py').read_text()
     assert text.count('\n') < 30
     docstring, *others = ast.parse(text).body
@@ -107,7 +107,7 @@ def test_a_door_is_short_and_has_no_code(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_package_runs_as_a_program() -> None:
-    """As `trainer.main` does: output, exit codes, and no line of ours above the user's error."""
+    """Like `trainer.main`: output, exit codes, and only the user's lines in a traceback."""
     args = ('--config=mnist', '--config.data.batch_size=7', '--mode=config')
     main = command.run(*args)
     short = _run_package(*args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The events that hooks get, and when."""
+"""The events that hooks get, and their order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def see(event: Event) -> None:
 
 
 @pytest.fixture(autouse=True)
-def none_seen() -> None:
+def clear_events() -> None:
     SEEN.clear()
     FAIL.clear()
 
@@ -45,7 +45,7 @@ def kinds() -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_a_hook_is_given_each_row_as_it_was_written(tmp_path: pathlib.Path) -> None:
+def test_a_hook_gets_each_row_as_written(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, log__every='20 steps').fit()
     given = [dict(event.row) for event, _ in SEEN if event.row]
     assert given == rows(tmp_path)
@@ -62,7 +62,7 @@ def test_a_hook_is_given_each_row_as_it_was_written(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.slow
-def test_a_hook_is_given_rows_without_a_work_directory_and_of_several_calls() -> None:
+def test_a_hook_gets_rows_without_a_work_directory_and_in_several_calls() -> None:
     trainer = trainer_in(None, steps_per_call=4)
     trainer.fit(max_steps=13)
     trainer.fit()
@@ -70,7 +70,7 @@ def test_a_hook_is_given_rows_without_a_work_directory_and_of_several_calls() ->
     assert logged == [(step, step) for step in (10, 20, 30, 40, 50)]
 
 
-def test_a_hook_is_given_config_and_status(tmp_path: pathlib.Path) -> None:
+def test_a_hook_gets_config_and_status(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.fit(max_steps=10)
     trainer.fit()
@@ -83,7 +83,7 @@ def test_a_hook_is_given_config_and_status(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_hooks_of_a_failed_run_are_given_its_end(tmp_path: pathlib.Path) -> None:
+def test_the_hooks_of_a_failed_run_get_an_end_event(tmp_path: pathlib.Path) -> None:
     FAIL.add(('log', 30))
     with pytest.raises(ValueError, match='no log at 30'):
         trainer_in(tmp_path).fit()
@@ -94,7 +94,7 @@ def test_the_hooks_of_a_failed_run_are_given_its_end(tmp_path: pathlib.Path) -> 
 
 
 @pytest.mark.slow
-def test_a_hook_that_fails_of_the_end_does_not_hide_why_the_run_failed(
+def test_a_hook_that_fails_at_the_end_does_not_hide_the_error_of_the_run(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     FAIL.update({('eval', 20), ('end', 20)})
@@ -107,14 +107,14 @@ def test_a_hook_that_fails_of_the_end_does_not_hide_why_the_run_failed(
 
 
 @pytest.mark.slow
-def test_a_run_that_never_began_has_no_end_for_hooks(tmp_path: pathlib.Path) -> None:
+def test_a_run_that_never_started_has_no_end_event(tmp_path: pathlib.Path) -> None:
     with pytest.raises(Exception, match='is not divisible by'):
         trainer_in(tmp_path, accumulate=7).fit()
     assert SEEN == []
 
 
 @pytest.mark.slow
-def test_a_finished_run_stays_finished_when_a_hook_fails_of_its_end(
+def test_a_finished_run_stays_finished_if_a_hook_fails_at_the_end(
     tmp_path: pathlib.Path,
 ) -> None:
     FAIL.add(('end', 50))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first 50 losses of the quickstart, committed: a change of numerics shows as a diff.
 
-Write the file anew with `python -m tests.test_loss_curve`, and say in the commit why it changed.
+Rewrite the file with `python -m tests.test_loss_curve`, and say in the commit why it changed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every mistake of the user: exit code 2, no traceback, what was probably meant."""
+"""User errors: exit code 2, no traceback, and a suggestion."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CNN = f'--config={command.ROOT}/configs/mnist.py'
     ],
 )
 def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) -> None:
-    """M5: the key, what is wrong with it and what is right, without a traceback."""
+    """M5: the message has the key, the problem and the fix, without a traceback."""
     finished = command.run(*args, cwd=tmp_path)
     assert finished.code == 2, finished.err
     assert message in finished.err
@@ -55,7 +55,7 @@ def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) ->
 
 
 @pytest.mark.slow
-def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
+def test_out_of_memory_names_what_fills_the_memory(tmp_path: pathlib.Path) -> None:
     finished = command.run(CNN, '--config.model.hidden=100000000', f'--workdir={tmp_path / "run"}')
     assert finished.code == 1
     for word in ('out of memory', 'train state  2.5 TB', 'batch        25.2 kB', 'temporaries'):
@@ -63,7 +63,7 @@ def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_what_has_nothing_to_save(
+def test_a_signal_ends_a_run_without_progress_at_once(
     tmp_path: pathlib.Path, number: signal.Signals
 ) -> None:
     (tmp_path / 'slow.py').write_text(
@@ -103,7 +103,7 @@ def test_tensorflow_is_never_imported() -> None:
 
 @pytest.fixture
 def own_handlers() -> Iterator[None]:
-    """The command line sets the process's signal handlers: here they are the tests'."""
+    """Restores the signal handlers, which the command line replaces."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -265,7 +265,7 @@ def test_mistakes_before_training(
         (('--config=pyproject.toml',), 'is not a Python file'),
     ],
 )
-def test_mistakes_without_a_process_of_their_own(
+def test_mistakes_in_this_process(
     args: tuple[str, ...],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -295,8 +295,8 @@ def test_mistakes_without_a_process_of_their_own(
         ),
     ],
 )
-def test_nobody_reads_the_output(mode: str, buffered: str, tmp_path: pathlib.Path) -> None:
-    """As under `| head`: no traceback, and what goes to files is written before it is shown."""
+def test_output_to_a_closed_pipe(mode: str, buffered: str, tmp_path: pathlib.Path) -> None:
+    """As with `| head`: no traceback, and files are written before output is printed."""
     reader, writer = os.pipe()
     os.close(reader)
     arguments = [command.MLP, f'--workdir={tmp_path}', mode]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every file, command and piece of code that a page shows runs, and does what it is there for."""
+"""Every file, command and code block of a page runs and does what the page says."""
 
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ SAYS = (
     ('mnist_ensemble', r'^eval test at step 3: .*members'),
     ('mine/config.py', r'^eval sure at step 100: .*examples 77$'),
     ('mine/config.py', r'^hook: step 50 wrong [\d.]+$'),
+    ('mine.mistakes', r'^eval test at step 3: .*errors [\d,]+  .*confused in .*/summaries/3/'),
+    ('mine.unsure', r'/summaries/3/eval/test/unsure\.png$'),
+    ('mine.streaming', r'^eval test: .*least_sure 0\.'),
     ('gan/', r'^  train/gen_loss '),
     ('sam.step', r'^  train/first_norm '),
     ('init_from.path', r'^starting from scratch, with weights from .*runs/pretrained'),
@@ -58,12 +61,12 @@ SAYS = (
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Made once; each test runs the commands that it needs, if no other has."""
+    """Created once; each test runs the commands that it needs, unless they have run."""
     return Project(tmp_path_factory.mktemp('project'))
 
 
-def test_the_pages_have_what_this_file_looks_for() -> None:
-    """A page is read to its end; what is found grows with the pages."""
+def test_the_pages_are_parsed_to_their_end() -> None:
+    """The number of blocks found grows with the pages."""
     assert len(FILES) >= 22
     assert (QUICKSTART, TESTS) == ('launch/local.sh --config=configs/mnist.py', 'launch/test.sh')
     assert len([line for line in COMMANDS if is_of_trainer(line)]) >= 30
@@ -89,7 +92,7 @@ def test_command(block: Block, project: Project) -> None:
     'block', parameters(block for block in ALL_COMMANDS if not is_of_trainer(block.text))
 )
 def test_command_of_another_program(block: Block, tmp_path: pathlib.Path) -> None:
-    """Those of the launchers are checked, not run; those of tools name what is there."""
+    """Commands of launchers are checked, not run; the paths in commands of tools exist."""
     program, *words = shlex.split(block.text)
     if program == 'python' and words[0] in SCRIPTS:
         pass  # Run by `test_script`.
@@ -115,7 +118,7 @@ def test_command_of_another_program(block: Block, tmp_path: pathlib.Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize('page', dict.fromkeys(block.page for block in OTHERS))
 def test_code_of_a_page(page: str) -> None:
-    """What is neither a file nor a fragment, from the top of the page to its end."""
+    """Runs the code that is neither a file nor a fragment, from the top of the page to its end."""
     names = {'__name__': page}
     for block in OTHERS:
         if block.page == page:
@@ -152,7 +155,7 @@ def test_script(name: str, project: Project) -> None:
 
 
 def test_each_file_is_run() -> None:
-    """A program by itself; what is in a package by the commands and files that name it."""
+    """A program is run itself, a file of a package by the commands and files that name it."""
     assert {name for name in FILES if '/' not in name} == set(SCRIPTS)
     for name in set(FILES) - set(SCRIPTS):
         named = (

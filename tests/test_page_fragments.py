@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every fragment of a config on a page is put into a config, and does what the page says."""
+"""Every config fragment of a page, inserted into a config, does what the page says."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from trainer.weights import safetensors
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """For the checkpoints that fragments name."""
+    """Returns the project with the checkpoints that fragments name."""
     return Project(tmp_path_factory.mktemp('project'))
 
 
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A directory like that of a sentence encoder of Hugging Face, of the size `TINY`."""
+    """Returns the directory of a Hugging Face sentence encoder of the size `TINY`."""
     tokenizers = pytest.importorskip('tokenizers')
     root = tmp_path_factory.mktemp('encoder')
     words = {
@@ -77,7 +77,7 @@ MNIST = {'data.source.limit': 320, 'evals.test.data.source.limit': 64}
 
 
 def built(config: str, fragment: str, options: dict[str, Any]) -> Experiment:
-    """Returns the experiment of a config file with a fragment in it, two steps long."""
+    """Returns the experiment of a config file with a fragment inserted, two steps long."""
     loaded = loading.load(str(command.ROOT / 'configs' / config))
     with loaded.config.unlocked():
         exec(compile(fragment, 'fragment', 'exec'), {'c': loaded.config, 'config': loaded.config})
@@ -114,7 +114,7 @@ def stacked(text: str) -> None:
 
 
 class Edited(nn.Module):
-    """What the surgery of the pages leads to."""
+    """The model after the surgery of the pages."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -257,7 +257,7 @@ CASES: dict[str, Callable[..., None]] = {
 def test_fragment(
     block: Block, project: Project, request: Any, monkeypatch: Any, tmp_path: Any
 ) -> None:
-    """Builds, and where there is a case for it, does what the page says."""
+    """The fragment builds and, if there is a case for it, does what the page says."""
     cases = [case for word, case in CASES.items() if word in block.text]
     needed = needs(block.text)
     for line in needed:
@@ -281,7 +281,7 @@ CONFIGS = sorted(path.name for path in (command.ROOT / 'configs').glob('*.py'))
 
 @pytest.mark.parametrize('block', parameters(OVERRIDES))
 def test_override_within_a_sentence(block: Block) -> None:
-    """It can be given to one of the configs at least, and changes it."""
+    """It can be passed to at least one config, and changes it."""
     _, given, rest = overrides.parse_argv(shlex.split(block.text))
     assert given and not rest
     errors = []
@@ -301,7 +301,7 @@ def test_override_within_a_sentence(block: Block) -> None:
 
 @pytest.mark.slow
 def test_fine_tuning(encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The command, with a directory that holds a small encoder."""
+    """Runs the command, with the directory of a small encoder."""
     [line] = {text.strip() for text in TEXTS if '=DIRECTORY' in text}
     small = [f'--config.{key}={value!r}' for key, value in TINY.items()]
     finished = run(line.replace('DIRECTORY', str(encoder)), tmp_path, *small)
@@ -313,7 +313,7 @@ def test_fine_tuning(encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('line', [*dict.fromkeys(x.strip() for x in TEXTS if '--coordinator' in x)])
 def test_two_processes(line: str, tmp_path: pathlib.Path) -> None:
-    """The command, as each of them is started; they meet, and the first one speaks."""
+    """Runs the command in two processes; they connect, and the first one prints."""
     assert '/shared/run' in line and 'host0:1234' in line and line.endswith('--process_id=0')
     line = line.replace('/shared/run', str(tmp_path / 'run'))
     line = line.replace('host0:1234', f'127.0.0.1:{group.free_port()}')
@@ -329,7 +329,7 @@ def test_two_processes(line: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_no_other_text_is_a_command() -> None:
-    """Two commands with placeholders are run above; all others belong in a block that runs."""
+    """Two commands with placeholders are run above; all others must be in a block that runs."""
     shown = [text for text in TEXTS if text.startswith(('python ', 'launch/'))]
     fine_tuning = [text for text in shown if '=DIRECTORY' in text]
     two_processes = [text for text in shown if '--coordinator' in text]

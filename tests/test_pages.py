@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages name is there: links lead somewhere, and paths and modules exist."""
+"""Links, paths and modules on the pages exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _code(page: Page) -> list[str]:
 
 
 def _anchors(page: Page) -> set[str]:
-    """Returns what a link to a heading of the page may say, on the site and in a repository."""
+    """Returns the anchors of the page's headings, on the site and in a repository."""
     found = set()
     for title in re.findall(r'^#+ (.+?)(?: \{.*\})?$', page.sentences, flags=re.MULTILINE):
         plain = re.sub(r'\[([^\]]*)\]\([^)]*\)|[`*]', r'\1', title)
@@ -40,7 +40,7 @@ def _anchors(page: Page) -> set[str]:
 
 
 @pytest.mark.parametrize('name', PAGES)
-def test_links_lead_somewhere(name: str) -> None:
+def test_link_targets_exist(name: str) -> None:
     page = PAGES[name]
     text = re.sub(r'`[^`]*`', '', page.sentences)
     for target in re.findall(r'\]\(([^)\s]+)\)', text):
@@ -85,7 +85,7 @@ def test_modules_exist(name: str) -> None:
 
 
 def _module(code: str, dotted: list[str]) -> object:
-    """Returns what the dotted name after `trainer.` leads to: a module, or an attribute of one."""
+    """Returns the object of a dotted name after `trainer.`: a module, or an attribute of one."""
     for end in range(len(dotted), 0, -1):
         try:
             found: object = importlib.import_module('.'.join(('trainer', *dotted[:end])))
@@ -145,7 +145,7 @@ def test_the_walk_through_the_code_names_methods() -> None:
 
 @pytest.mark.parametrize('name', [name for name in PAGES if name.startswith('docs/')])
 def test_the_site_reads_it_as_a_repository_does(name: str) -> None:
-    """Python-Markdown wants a blank line above lists and tables, and four spaces to nest.
+    """Python-Markdown needs a blank line above lists and tables, and four spaces to nest.
 
     A list also needs a blank line after a paragraph that is nested in it.
     """
@@ -163,7 +163,7 @@ def test_the_site_reads_it_as_a_repository_does(name: str) -> None:
 
 
 def test_names_of_files_are_unique() -> None:
-    """All pages share one project, whatever the order in which they are read."""
+    """All pages share one project."""
     named = [
         match[1]
         for block in pages.BLOCKS
@@ -174,7 +174,7 @@ def test_names_of_files_are_unique() -> None:
 
 
 def test_every_block_is_of_a_known_kind() -> None:
-    """The kind says what is done with a block: one that nobody knows is not tested."""
+    """The kind determines how a block is tested: one of an unknown kind is not tested."""
     for block in pages.BLOCKS:
         where = f'{block.page}:{block.line}'
         assert block.kind in _KINDS, f'{where}: {block.kind}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart as the Flax documentation has it: its model, its numbers, its predictions."""
+"""The quickstart of the Flax documentation: its model, numbers and predictions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CNN = '--config=configs/mnist.py'
 LAYERS = {'Conv_0': 320, 'Conv_1': 18_496, 'Dense_0': 803_072, 'Dense_1': 2_570}
 
 
-def test_the_config_has_its_numbers() -> None:
+def test_the_config_has_the_documented_numbers() -> None:
     """A1: 824,458 parameters, SGD 0.01 with momentum 0.9, batch 32, 10 epochs of 1,875 steps."""
     experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
     params = Trainer(experiment).set_up().programs.abstract.params
@@ -38,10 +38,10 @@ def test_the_config_has_its_numbers() -> None:
         pytest.param(10, 0.989, 7100, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
     ],
 )
-def test_it_learns_what_the_document_says(
+def test_it_reaches_the_documented_accuracy(
     epochs: int, least: float, secs: float, tmp_path: pathlib.Path
 ) -> None:
-    """A1: 97.6 % after one epoch there, 99.08 % after ten; here of all 10,000 test examples."""
+    """A1: documented: 97.6 % after one epoch, 99.08 % after ten; here on all 10,000 examples."""
     train_for = f'--config.train_for={epochs}epochs'
     process = command.start(CNN, train_for, f'--workdir={tmp_path}')
     [(_, errors)] = command.ends(process, secs=secs)
@@ -52,8 +52,8 @@ def test_it_learns_what_the_document_says(
     assert result['metrics']['eval/test/accuracy'] >= least
 
 
-def test_the_summary_adds_up() -> None:
-    """A2: every parameter in order, their sum is the total; FLOPs of a step."""
+def test_the_summary_sums_up() -> None:
+    """A2: all parameters in order, their total, and the FLOPs of a step."""
     experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
     trainer = Trainer(experiment)
     table = banner.summary(trainer.run, trainer.set_up(), 0).split('\n\n')[0].splitlines()

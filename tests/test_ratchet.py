@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of the source that may get better, and not worse."""
+"""Measures of the source code that may only improve."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sources(*packages: str) -> dict[str, str]:
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
 
-def undocumented(path: str, tree: ast.Module) -> Iterator[str]:
+def find_undocumented(path: str, tree: ast.Module) -> Iterator[str]:
     """Yields the public classes, functions and methods without a docstring."""
     public = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != '_']
     for owner in (tree, *public):
@@ -65,12 +65,12 @@ def test_what_is_public_has_a_docstring() -> None:
     bare = [
         name
         for path, source in sources(*PACKAGES).items()
-        for name in undocumented(path, ast.parse(source))
+        for name in find_undocumented(path, ast.parse(source))
     ]
     assert not bare
 
 
-def test_the_type_checker_is_switched_off_no_more_often() -> None:
+def test_the_number_of_type_ignores_does_not_grow() -> None:
     found = dict.fromkeys(TYPE_IGNORES, 0)
     for path, source in sources(*PACKAGES).items():
         place = next(place for place in TYPE_IGNORES if path.startswith(f'{place}/'))
@@ -78,13 +78,13 @@ def test_the_type_checker_is_switched_off_no_more_often() -> None:
     assert all(found[place] <= most for place, most in TYPE_IGNORES.items()), found
 
 
-def test_lint_is_switched_off_no_more_often() -> None:
+def test_the_number_of_lint_exceptions_does_not_grow() -> None:
     found = {path: source.count('# noqa') for path, source in sources(*PACKAGES).items()}
     assert sum(found.values()) <= MOST_NOQA, {path: n for path, n in found.items() if n}
 
 
-def test_a_test_is_skipped_only_for_what_is_not_installed() -> None:
-    """And says what: for packages `pytest.importorskip` does."""
+def test_tests_are_skipped_only_for_missing_packages() -> None:
+    """And name them, as `pytest.importorskip` does."""
     for path, source in sources('tests').items():
         for call in ast.walk(ast.parse(source)):
             if isinstance(call, ast.Call) and ast.unparse(call.func) in SKIPS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The site is built without a warning, and a reader finds a page by searching for it."""
+"""The site builds without a warning, and its search finds pages."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Prints nothing."""
 
 
 @pytest.fixture(scope='module')
 def address(site: pathlib.Path) -> Iterator[str]:
-    """Where the site is served."""
+    """Returns the address at which the site is served."""
     handler = functools.partial(_Quiet, directory=str(site))
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -65,7 +65,7 @@ QUESTIONS = (
 
 @pytest.mark.skipif(browser.PROGRAM is None, reason='needs the package chromium')
 @pytest.mark.parametrize(('question', 'heading'), QUESTIONS)
-def test_a_search_leads_to_a_page(question: str, heading: str, address: str) -> None:
+def test_the_search_finds_a_page(question: str, heading: str, address: str) -> None:
     with browser.Browser() as page:
         page.open(f'{address}/')
         page.value("document.querySelector('input.md-search__input').focus()")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of techniques: all that it names exists."""
+"""The table of techniques: all names in it exist."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _OTHERS = re.compile(
 
 
 @pytest.mark.parametrize('name', TESTS)
-def test_each_test_is_there(name: str) -> None:
-    """Either a file of tests, or one of its tests."""
+def test_each_test_exists(name: str) -> None:
+    """A file of tests, or a test in one."""
     file, _, function = name.partition('::')
     text = (ROOT / 'tests' / file).read_text()
     if function:
@@ -37,7 +37,7 @@ def test_each_test_is_there(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_each_key_and_function_is_there(name: str) -> None:
+def test_each_key_and_function_exists(name: str) -> None:
     if name.startswith('configs/'):
         assert (ROOT / name).is_file()
     elif name.startswith('--mode='):
@@ -55,14 +55,14 @@ def test_each_key_and_function_is_there(name: str) -> None:
 
 
 def test_every_guide_has_a_row() -> None:
-    """By its title, and once; the table has no row for what nobody has written."""
+    """Exactly one, by its title; the table has no row without a guide."""
     guides = [guide for guide, *_ in ROWS]
     assert len(guides) == len(set(guides))
     assert set(guides) == {*GUIDES, *OF_THE_API}
 
 
 def test_every_row_has_its_tests() -> None:
-    """Or it is told why there are none."""
+    """Or a reason why there are none."""
     without = [guide for guide, _, tests in ROWS if '`' not in tests]
     assert without == ['Core example: ogbg_molpcba']
     told = [line for page in pages.PAGES.values() for line in page.sentences.splitlines()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer from Python: events, hooks, evaluations, checkpoints, errors of the input."""
+"""The Trainer from Python: events, hooks, evaluations, checkpoints and input errors."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def test_events_and_their_order(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_rows_hold_what_was_promised(tmp_path: pathlib.Path) -> None:
-    """E2, M7: step, speed, and the learning rate of the update just made, in every row."""
+def test_rows_have_the_documented_values(tmp_path: pathlib.Path) -> None:
+    """E2, M7: every row has the step, the speed, and the learning rate of its update."""
     schedule = {
         'target': 'optax:linear_schedule', 'init_value': 1.0, 'end_value': 0.0,
         'transition_steps': '100%',
@@ -131,7 +131,7 @@ def test_rows_hold_what_was_promised(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_in_a_notebook(tmp_path: pathlib.Path) -> None:
-    """Stops and goes on, evaluates and predicts; without a work directory it leaves no trace."""
+    """Pauses and continues, evaluates and predicts; without a work directory it writes nothing."""
     trainer = trainer_in(tmp_path / 'run')
     assert trainer.fit(max_steps=30).status == 'paused'
     first = trainer.evaluate()['test']
@@ -155,7 +155,7 @@ def test_a_plain_function_is_a_task() -> None:
 
 
 @pytest.mark.slow
-def test_ema_evaluation_reads_the_average() -> None:
+def test_an_ema_evaluation_uses_the_average() -> None:
     common = {'ema__decay': 0.9999, 'train_for': '20 steps'}
     averaged = trainer_in(None, **common, evals__test__ema=True).fit().metrics
     plain = trainer_in(None, **common).fit().metrics
@@ -165,8 +165,8 @@ def test_ema_evaluation_reads_the_average() -> None:
 
 
 @pytest.mark.parametrize('remainder', slow_after(1, ['carry', 'pad', 'drop']))
-def test_fused_steps_end_where_single_ones_do(tmp_path: pathlib.Path, remainder: str) -> None:
-    """Events stay exact although no multiple of 7 meets them, and the state is bit-equal."""
+def test_fused_steps_equal_single_steps(tmp_path: pathlib.Path, remainder: str) -> None:
+    """Events run at their exact steps although these are no multiples of 7; the state is equal."""
     ends = []
     for calls in (1, 7):
         workdir = tmp_path / str(calls)
@@ -194,7 +194,7 @@ def test_overfits_one_batch() -> None:
 
 
 @pytest.mark.slow
-def test_an_error_of_the_source_arrives_with_its_own_traceback() -> None:
+def test_an_error_of_the_source_keeps_its_traceback() -> None:
     trainer = trainer_in(None, data__source={'target': f'{__name__}:Torn', 'bad': 333})
     with pytest.raises(OSError, match='record 333 is torn') as error:
         trainer.fit()
@@ -203,7 +203,7 @@ def test_an_error_of_the_source_arrives_with_its_own_traceback() -> None:
 
 @pytest.mark.slow
 def test_a_field_of_text_is_named() -> None:
-    """Only where something reads it."""
+    """Only if something reads it."""
     captioned = {'target': f'{__name__}:Captioned', 'bad': -1}
     reading = {'ref': f'{__name__}:read_captions'}
     says = r"config.data: the task reads batch.'caption'. of dtype <U7.*'image', 'label'"
@@ -220,8 +220,8 @@ def test_a_field_of_text_is_named() -> None:
 # ---- checkpoints -------------------------------------------------------------------------------
 
 
-def test_retention_keeps_last_best_and_every_nth(tmp_path: pathlib.Path) -> None:
-    """The newest stay although an older one is best, and a NaN is never best."""
+def test_retention_keeps_the_last_the_best_and_every_nth(tmp_path: pathlib.Path) -> None:
+    """The newest are kept although an older one is best, and NaN is never best."""
     trainer = trainer_in(tmp_path, checkpoint__keep_every='40 steps')
     retention = Retention(
         keep_last=2,
@@ -269,7 +269,7 @@ def test_round_trip_on_another_mesh_and_every_kind_of_leaf(tmp_path: pathlib.Pat
     )
 
 
-def test_the_digest_sees_every_change() -> None:
+def test_the_digest_detects_every_change() -> None:
     state = {'a': jax.numpy.arange(6.0).reshape(2, 3), 'b': jax.numpy.zeros(4)}
 
     def of(tree: Any) -> str:
@@ -284,7 +284,7 @@ def test_the_digest_sees_every_change() -> None:
     assert of({'a': state['a'], 'b': -state['b']}) != base
 
 
-def test_the_digest_is_the_same_by_numpy_and_on_the_devices() -> None:
+def test_the_digest_is_the_same_in_numpy_and_on_the_devices() -> None:
     rng = np.random.default_rng(0)
     state = {
         'f32': rng.normal(size=(300, 301)).astype('f4'),
@@ -299,8 +299,8 @@ def test_the_digest_is_the_same_by_numpy_and_on_the_devices() -> None:
     np.testing.assert_array_equal(digest.host_sums(state), on_devices)
 
 
-def test_a_flipped_bit_is_found(tmp_path: pathlib.Path) -> None:
-    """Orbax alone reads it without a word."""
+def test_a_flipped_bit_is_detected(tmp_path: pathlib.Path) -> None:
+    """Orbax alone restores it without an error."""
     checkpoints = Checkpoints(tmp_path, Retention())
     state = {'x': jax.numpy.array(np.random.default_rng(0).integers(0, 2**31, 5000, np.int32))}
     checkpoints.save(1, state, {})
@@ -316,7 +316,7 @@ def test_a_flipped_bit_is_found(tmp_path: pathlib.Path) -> None:
         Checkpoints(tmp_path, Retention()).restore(1, abstract)
 
 
-def test_a_checkpoint_without_its_commit_file_is_no_checkpoint(tmp_path: pathlib.Path) -> None:
+def test_a_checkpoint_without_its_commit_file_is_ignored(tmp_path: pathlib.Path) -> None:
     checkpoints = Checkpoints(tmp_path, Retention())
     for step in (1, 2):
         checkpoints.save(step, {'x': jax.numpy.zeros(3)}, {})
@@ -333,7 +333,7 @@ def raise_after_save(event: Event) -> None:
 
 
 @pytest.mark.slow
-def test_a_save_on_its_way_survives_an_error_of_the_run(tmp_path: pathlib.Path) -> None:
+def test_a_save_in_progress_survives_an_error_of_the_run(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path, hooks={'bad': {'ref': f'{__name__}:raise_after_save'}})
     with pytest.raises(RuntimeError, match='the hook failed'):
         trainer.fit()
@@ -343,7 +343,7 @@ def test_a_save_on_its_way_survives_an_error_of_the_run(tmp_path: pathlib.Path) 
 
 
 @pytest.mark.slow
-def test_only_a_step_that_was_evaluated_can_be_best(tmp_path: pathlib.Path) -> None:
+def test_only_an_evaluated_step_can_be_best(tmp_path: pathlib.Path) -> None:
     """Saves every 10 steps, evaluations every 20: step 30 must not inherit the score of 20."""
     trainer = trainer_in(
         tmp_path, checkpoint__every='10 steps', checkpoint__keep_last=1,

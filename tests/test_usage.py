@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of test files, and what it is held to."""
+"""The cost of test files, and its limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ programs = 5
 """
 
 
-def test_what_costs_more_than_others_is_written() -> None:
+def test_expensive_files_have_their_own_budget() -> None:
     files = {
         'tests/test_cheap.py': Usage(9.5, 2, 5),
         'tests/test_a.py': Usage(10.5, 0, 1),
@@ -40,7 +40,7 @@ def test_what_costs_more_than_others_is_written() -> None:
     )
 
 
-def test_each_number_is_held_to_its_limit() -> None:
+def test_each_number_has_a_limit() -> None:
     limits = {'cpu_secs': 3, 'processes': 1.5, 'programs': 1}
     other = {'cpu_secs': 10, 'processes': 2, 'programs': 5}
     budgets = {'limits': limits, 'other': other, 'files': {'a': {**other, 'programs': 50}}}
@@ -54,14 +54,14 @@ def test_each_number_is_held_to_its_limit() -> None:
     ]
 
 
-def test_each_file_with_a_budget_is_there() -> None:
+def test_each_file_with_a_budget_exists() -> None:
     assert len(usage.budgets()['files']) > 20  # An empty table would hold nothing.
     for name in usage.budgets()['files'].keys() - {usage.QUICK}:
         assert (ROOT / name).is_file(), f'{name} is gone: take it out of tests/budgets.toml'
 
 
 def test_processes_and_programs_are_counted() -> None:
-    """No list of events is promised: one that is renamed would count nothing."""
+    """JAX does not document its event names: after a rename nothing would be counted."""
     before = usage.used()
     subprocess.run([sys.executable, '-c', 'sum(range(10**7))'], check=True)
     between = usage.used()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each test file costs: CPU time, processes and compiled programs, held to budgets.toml.
+"""The cost of each test file in CPU time, processes and compiled programs, against budgets.toml.
 
-CPU time, because the time on a clock is that of the machine's other users too; and the two counts,
-because they are nearly the same on every machine.
+CPU time, because wall time depends on the other users of the machine; and the two counts, because
+they are nearly the same on every machine.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _KEY = 'usage'
 
 @dataclasses.dataclass
 class Usage:
-    """What something has used.
+    """The resources that a test or a process has used.
 
     Attributes:
-        cpu_secs: of the process, and of children that it has waited for.
-        processes: those that `subprocess` has started.
-        programs: those that JAX asked its compiler, or the compile cache, for.
+        cpu_secs: of the process, and of child processes that it has waited for.
+        processes: number of processes started by `subprocess`.
+        programs: number of programs that JAX compiled or read from the compile cache.
     """
 
     cpu_secs: float = 0.0
@@ -43,7 +43,7 @@ class Usage:
     programs: int = 0
 
     def add(self, other: Usage, sign: int = 1) -> None:
-        """Adds what other tests have used."""
+        """Adds the usage of other tests."""
         self.cpu_secs += sign * other.cpu_secs
         self.processes += sign * other.processes
         self.programs += sign * other.programs
@@ -65,13 +65,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Begins to count."""
+    """Starts counting."""
     sys.addaudithook(_count_process)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Has workers begin with the files that cost most, so that none is left alone with one."""
+    """Makes workers start with the most expensive files, so that none ends the run alone."""
     if hasattr(config, 'workerinput'):
         costs = {name: budget['cpu_secs'] for name, budget in budgets()['files'].items()}
         items.sort(key=lambda item: -costs.get(_file(item), 0))
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
-    """Adds what a test uses, with its fixtures, to the usage of its file."""
+    """Adds the usage of a test, with its fixtures, to that of its file."""
     before = used()
     try:
         return (yield)
@@ -92,7 +92,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Adds what a worker has used."""
+    """Adds the usage of a worker."""
     found = getattr(node, 'workeroutput', {}).get(_KEY, '{}')
     for name, usage in json.loads(found).items():
         _files[name].add(Usage(**usage))
@@ -100,7 +100,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hands a worker's usage to the main process, which compares it with the budgets."""
+    """Passes a worker's usage to the main process, which compares it with the budgets."""
     if hasattr(session.config, 'workeroutput'):
         found = {name: dataclasses.asdict(usage) for name, usage in _files.items()}
         session.config.workeroutput[_KEY] = json.dumps(found)
@@ -115,7 +115,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Says which files are over their budgets."""
+    """Prints the files that exceed their budgets."""
     if _over:
         terminalreporter.section('over budget: see tests/budgets.toml', red=True)
         for line in _over:
@@ -128,10 +128,10 @@ def budgets() -> dict[str, Any]:
 
 
 def excess(files: dict[str, Usage], budgets: dict[str, Any]) -> list[str]:
-    """Returns a line for each number that is over its limit.
+    """Returns a line for each number that exceeds its limit.
 
     Args:
-        files: what each file has used.
+        files: the usage of each file.
         budgets: what they had used when budgets.toml was written, and the factors that limit it.
     """
     lines = []
@@ -148,7 +148,7 @@ def written(files: dict[str, Usage], text: str) -> str:
     """Returns the text of budgets.toml with other files in it: those above what all others may use.
 
     Args:
-        files: what each file has used.
+        files: the usage of each file.
         text: of budgets.toml.
     """
     head, other = text.split('[files]\n')[0], tomllib.loads(text)['other']
@@ -166,14 +166,14 @@ def _file(item: pytest.Item) -> str:
 
 
 def _names(item: pytest.Item) -> Iterator[str]:
-    """Yields under which names the usage of a test counts."""
+    """Yields the names under which the usage of a test counts."""
     yield _file(item)
     if item.get_closest_marker('slow') is None:
         yield QUICK
 
 
 def used() -> Usage:
-    """Returns what this process has used so far."""
+    """Returns the usage of this process so far."""
     _listen()
     parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     secs = sum(part.ru_utime + part.ru_stime for part in parts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs that the tests of this room change."""
+"""Small configs for the tests of `trainer.config`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def config() -> ml_collections.ConfigDict:
     )
 
 
-def applied(*assignments: str) -> dict[str, Any]:
+def apply_overrides(*assignments: str) -> dict[str, Any]:
     changed = config()
     parts = (a.partition('=') for a in assignments)
     overrides.apply(changed, [(path, text) for path, _, text in parts])
     return loading.to_plain(changed)
 
 
-def referencing() -> ml_collections.ConfigDict:
+def config_with_references() -> ml_collections.ConfigDict:
     changed = config()
     changed.vars = ml_collections.ConfigDict(dict(width=3))
     changed.model.hidden = changed.vars.get_ref('width')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the golden texts of all configs anew: python tests/config/regenerate.py"""
+"""Regenerates the golden texts of all configs: python tests/config/regenerate.py"""
 
 from __future__ import annotations
 

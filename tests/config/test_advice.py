@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of values that a config cannot hold, and that the advice works."""
+"""Advice on values that a config cannot contain, and that following it works."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Pair(NamedTuple):
     second: int
 
 
-def makes() -> Any:
-    def made() -> None: ...
+def make_function() -> Any:
+    def inner() -> None: ...
 
-    return made
+    return inner
 
 
 @pytest.mark.parametrize(
-    ('value', 'says'),
+    ('value', 'expected'),
     [
         (
             lambda x: x,
@@ -86,7 +86,10 @@ def makes() -> Any:
         (nn.Dense, "name it: dict(ref='flax.linen:Dense')"),
         (nn.Dense(3), "describe the call that makes it: dict(target='flax.linen:Dense', ...)"),
         (Pair(1, 2), f"dict(target='{HERE}:Pair', ...) with first, second"),
-        (makes(), f"describe the call that returns it: dict(target='{HERE}:makes', ...)"),
+        (
+            make_function(),
+            f"describe the call that returns it: dict(target='{HERE}:make_function', ...)",
+        ),
         (
             'a'.upper,
             "write a function that calls it, in a module of yours, and name that: dict(ref='pack",
@@ -104,16 +107,16 @@ def makes() -> Any:
         (object(), "describe the call that makes it: dict(target='builtins:object', ...)"),
     ],
 )
-def test_what_to_write_instead(value: Any, says: str) -> None:
+def test_advice_for_a_value(value: Any, expected: str) -> None:
     with pytest.raises(UserError) as error:
         literals.check(loading.to_plain({'a': (1, {'b': value})}), 'config', [])
     text = str(error.value)
     assert re.fullmatch(r'config\.a\[1\]\.b: expected a number, text, [^;]*, got .*; .*', text)
-    assert re.search(re.escape(says).replace(r'\.\*', '.*'), text), text
+    assert re.search(re.escape(expected).replace(r'\.\*', '.*'), text), text
     assert 'pathlib:' not in text and '\n' not in text and len(text) < 500
 
 
-def test_the_name_of_a_target() -> None:
+def test_advice_for_the_name_of_a_target() -> None:
     for key, value, name in (
         ('target', nn.Dense, 'flax.linen:Dense'),
         ('ref', nn.relu, 'jax.nn:relu'),
@@ -125,18 +128,18 @@ def test_the_name_of_a_target() -> None:
 @pytest.mark.parametrize(
     'value', [Color.RED, slice(0, 3), range(1, 9, 2), 1 + 2j, nn.relu, optax.adam]
 )
-def test_the_advice_gives_the_same_object(value: Any) -> None:
-    assert instantiated(value) == value
+def test_following_the_advice_gives_the_same_object(value: Any) -> None:
+    assert follow_advice(value) == value
 
 
-def test_the_advice_for_a_partial() -> None:
-    made = instantiated(functools.partial(nn.Dense, 3, use_bias=False))
+def test_following_the_advice_for_a_partial() -> None:
+    made = follow_advice(functools.partial(nn.Dense, 3, use_bias=False))
     assert isinstance(made, functools.partial)
     assert (made.func, made.args, made.keywords) == (nn.Dense, (3,), {'use_bias': False})
 
 
-def instantiated(value: Any) -> Any:
-    """Returns what the first dict that the advice names makes."""
+def follow_advice(value: Any) -> Any:
+    """Returns the object that the first dict in the advice for a value describes."""
     text = advice.advice(value)
     text = text[text.index('dict(') :]
     ends = (end for end in range(1, len(text) + 1) if is_call(text[:end]))
@@ -150,7 +153,7 @@ def is_call(text: str) -> bool:
         return False
 
 
-def test_what_the_config_file_defines_must_move(tmp_path: pathlib.Path) -> None:
+def test_advice_for_functions_defined_in_the_config_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / 'own.py'
     path.write_text(
         'import enum, ml_collections\n'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled models and data have one name, and live beside packages of the user's own."""
+"""The names of bundled models and data, also next to a user's packages of the same names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.command import ROOT
 
-# A name, and what is resolved: the module and the file, or the error.
+# Prints, for each name, its module and file, or the error.
 SHOW = """
 import sys
 from trainer.config import errors, objects
@@ -27,8 +27,8 @@ print(sorted(twice))
 """
 
 
-def resolved(cwd: pathlib.Path, *names: str) -> list[str]:
-    """Returns a line for each name and one with the modules of `models` and `data`."""
+def resolve_in(cwd: pathlib.Path, *names: str) -> list[str]:
+    """Returns a line for each name, and one with the imported modules of `models` and `data`."""
     finished = subprocess.run(
         # Isolated from what this environment has installed, such as another checkout.
         [sys.executable, '-S', '-c', SHOW, *names],
@@ -45,10 +45,10 @@ def site_packages() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('place', ['the checkout', 'elsewhere'])
-def test_only_the_full_name_names_a_bundled_class(place: str, tmp_path: pathlib.Path) -> None:
-    """In a checkout Python finds `models/mlp.py` by a second name, which would load it twice."""
+def test_bundled_classes_have_only_their_full_name(place: str, tmp_path: pathlib.Path) -> None:
+    """In a checkout Python finds `models/mlp.py` as `models.mlp` too, and would import it twice."""
     cwd = ROOT if place == 'the checkout' else tmp_path
-    full, short, package, loaded = resolved(
+    full, short, package, loaded = resolve_in(
         cwd, 'trainer.models.mlp:MLP', 'models.mlp:MLP', 'data.mnist:MNIST'
     )
     assert full == f'trainer.models.mlp {ROOT}/models/mlp.py'
@@ -61,8 +61,10 @@ def test_only_the_full_name_names_a_bundled_class(place: str, tmp_path: pathlib.
 
 @pytest.mark.slow
 @pytest.mark.parametrize('init', [True, False], ids=['package', 'folder'])
-def test_the_users_own_models_and_ours(init: bool, tmp_path: pathlib.Path) -> None:
-    """Neither hides the other, even where files have the same name; with and without an init."""
+def test_a_users_package_does_not_conflict_with_the_bundled_one(
+    init: bool, tmp_path: pathlib.Path
+) -> None:
+    """Even if modules have the same name, and with or without an `__init__.py`."""
     for package in ('models', 'data'):
         (tmp_path / package).mkdir()
         (tmp_path / package / 'mine.py').write_text('class Mine: ...\n')
@@ -70,7 +72,7 @@ def test_the_users_own_models_and_ours(init: bool, tmp_path: pathlib.Path) -> No
             (tmp_path / package / '__init__.py').write_text('')
     (tmp_path / 'models' / 'mlp.py').write_text('class MLP: ...\n')
     names = ('models.mine:Mine', 'data.mine:Mine', 'models.mlp:MLP')
-    *own, ours, data, missing, _ = resolved(
+    *own, ours, data, missing, _ = resolve_in(
         tmp_path, *names, 'trainer.models.mlp:MLP', 'trainer.data.mnist:MNIST', 'models.cnn:CNN'
     )
     assert own == [
@@ -83,8 +85,8 @@ def test_the_users_own_models_and_ours(init: bool, tmp_path: pathlib.Path) -> No
     assert missing.endswith('Did you mean trainer.models.cnn:CNN?')
 
 
-def test_a_module_called_data_is_the_users(tmp_path: pathlib.Path) -> None:
+def test_a_module_named_data_belongs_to_the_user(tmp_path: pathlib.Path) -> None:
     (tmp_path / 'data.py').write_text('class Mine: ...\n')
-    mine, ours, _ = resolved(tmp_path, 'data:Mine', 'trainer.data.npz:Npz')
+    mine, ours, _ = resolve_in(tmp_path, 'data:Mine', 'trainer.data.npz:Npz')
     assert mine == f'data {tmp_path}/data.py'
     assert ours == f'trainer.data.npz {ROOT}/data/npz.py'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Origins of values that overrides put in whole or in part; JSON and differences of sequences."""
+"""Origins of values that overrides set, differences of configs, and their JSON."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from trainer.config import diff, loading, overrides, show
 SCHEDULE = '{"target": "optax:linear_schedule", "init_value": 1}'
 
 
-def resolved(*assignments: tuple[str, str]) -> list[str]:
+def resolve(*assignments: tuple[str, str]) -> list[str]:
     loaded = loading.load(str(ROOT / 'configs' / 'mnist.py'))
     applied = overrides.apply(loaded.config, assignments)
     return show.format_resolved(loading.to_plain(loaded.config), applied).splitlines()
 
 
-def overridden(*assignments: tuple[str, str]) -> list[str]:
-    return sorted(line for line in resolved(*assignments) if '  # --config.' in line)
+def override_lines(*assignments: tuple[str, str]) -> list[str]:
+    return sorted(line for line in resolve(*assignments) if '  # --config.' in line)
 
 
 def test_the_last_override_of_a_key_is_its_origin() -> None:
-    assert overridden(('seed', '1'), ('seed', '2')) == ['seed = 2  # --config.seed=2']
+    assert override_lines(('seed', '1'), ('seed', '2')) == ['seed = 2  # --config.seed=2']
 
 
-def test_an_override_to_the_same_value_is_told() -> None:
-    assert overridden(('seed', '0')) == ['seed = 0  # --config.seed=0']
+def test_an_override_with_the_same_value_is_shown() -> None:
+    assert override_lines(('seed', '0')) == ['seed = 0  # --config.seed=0']
 
 
 def test_an_override_moves_a_default_to_the_config() -> None:
-    lines = resolved(('data.shuffle', 'false'))
+    lines = resolve(('data.shuffle', 'false'))
     assert [line for line in lines if line.startswith('data.shuffle ')] == [
         'data.shuffle = False  # --config.data.shuffle=false'
     ]
 
 
-def test_a_merge_is_the_origin_of_what_it_changes_only() -> None:
+def test_a_merge_is_the_origin_of_only_what_it_changes() -> None:
     text = '{"source": {"split": "test"}, "batch_size": 32}'
-    assert overridden(('data', text)) == [f"data.source.split = 'test'  # --config.data={text}"]
+    assert override_lines(('data', text)) == [f"data.source.split = 'test'  # --config.data={text}"]
 
 
 def test_every_key_of_a_dict_that_replaces_a_number_has_its_origin() -> None:
     path = 'optimizer.learning_rate'
-    assert overridden((path, SCHEDULE), (f'{path}.init_value', '2')) == [
+    assert override_lines((path, SCHEDULE), (f'{path}.init_value', '2')) == [
         f'{path}.init_value = 2  # --config.{path}.init_value=2',
         f"{path}.target = 'optax:linear_schedule'  # --config.{path}={SCHEDULE}",
     ]
-    assert overridden((path, SCHEDULE), (path, '2')) == [f'{path} = 2  # --config.{path}=2']
+    assert override_lines((path, SCHEDULE), (path, '2')) == [f'{path} = 2  # --config.{path}=2']
 
 
 def test_every_key_of_new_objects_has_its_origin() -> None:
     text = '({"target": "trainer.data.transforms:OneHot", "num_classes": 3}, {"target": "a:b"})'
-    assert overridden(('data.transforms', text)) == [
+    assert override_lines(('data.transforms', text)) == [
         f'data.transforms[0].num_classes = 3  # --config.data.transforms={text}',
         "data.transforms[0].target = 'trainer.data.transforms:OneHot'"
         f'  # --config.data.transforms={text}',
@@ -65,14 +65,14 @@ def test_every_key_of_new_objects_has_its_origin() -> None:
 
 
 def test_an_index_from_the_end_has_its_origin() -> None:
-    assert overridden(('data.device_transforms[-1].key', 'x')) == [
+    assert override_lines(('data.device_transforms[-1].key', 'x')) == [
         "data.device_transforms[0].key = 'x'  # --config.data.device_transforms[-1].key=x"
     ]
 
 
 def test_elements_of_a_tuple_have_their_origins() -> None:
     pairs, one = '((".*kernel", 0.5), (".*", 1.0))', 'optimizer.lr_multipliers[1][1]'
-    assert overridden(('optimizer.lr_multipliers', pairs), (one, '2')) == [
+    assert override_lines(('optimizer.lr_multipliers', pairs), (one, '2')) == [
         "optimizer.lr_multipliers = (('.*kernel', 0.5), ('.*', 2.0))  "
         f'# --config.optimizer.lr_multipliers={pairs}, --config.{one}=2'
     ]
@@ -82,13 +82,13 @@ def test_elements_of_a_tuple_have_their_origins() -> None:
     assert 'model.features = (7, 10)  # --config.model.features[0]=7' in lines
 
 
-def test_defaults_beside_what_was_set_are_told_as_such() -> None:
-    lines = [line for line in resolved(('mesh.model', '2')) if line.startswith('mesh')]
+def test_defaults_next_to_overrides_are_shown_as_defaults() -> None:
+    lines = [line for line in resolve(('mesh.model', '2')) if line.startswith('mesh')]
     assert lines == ['mesh.data = -1  # default', 'mesh.model = 2  # --config.mesh.model=2']
 
 
 def help_rows() -> list[list[str]]:
-    """Returns the words of each line that shows a key."""
+    """Returns the words of each line of `--helpconfig` with a key."""
     config = loading.to_plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
     lines = show.format_helpconfig(config).replace('\n    = ', ' ').splitlines()
     return [line.split() for line in lines if line.startswith('  --config.')]
@@ -100,7 +100,7 @@ def test_help_lists_the_keys_of_optional_sections() -> None:
     assert ['--config.checkpoint.best.mode', 'max|min', 'or', 'None', 'None'] in rows
 
 
-def test_what_cannot_be_checked_is_marked() -> None:
+def test_unchecked_arguments_are_marked() -> None:
     lines = show.format_resolved({'x': {'target': 'a:b', 'accepts_any': True}}, ()).splitlines()
     assert 'x.accepts_any = True  # arguments are not checked' in lines
     assert "x.target = 'a:b'" in lines
@@ -118,7 +118,7 @@ def test_help_has_each_key_once_with_type_and_value() -> None:
     assert ['--config.ensemble.vary', 'dict[str,', 'object]', '{}'] in rows
 
 
-def reread(config: Any) -> Any:
+def round_trip(config: Any) -> Any:
     return diff.from_jsonable(json.loads(json.dumps(diff.to_jsonable(config))))
 
 
@@ -131,23 +131,23 @@ def reread(config: Any) -> Any:
         {'text': '(1, 2)', 'number': 1e-300, 'large': 10**20},
     ],
 )
-def test_json_keeps_tuples_tuples_and_lists_lists(config: Any) -> None:
-    back = reread(config)
+def test_json_distinguishes_tuples_and_lists(config: Any) -> None:
+    back = round_trip(config)
     assert back == config
     assert diff.diff(config, back) == []
     assert repr(back) == repr(config)
 
 
-def test_what_json_cannot_hold_is_refused() -> None:
+def test_to_jsonable_rejects_other_types() -> None:
     with pytest.raises(
         TypeError, match='expected a dict, tuple, list, number, string or None, got'
     ):
         diff.to_jsonable({'a': object()})
 
 
-def test_a_config_with_int_keys_is_what_was_saved_of_it() -> None:
+def test_int_keys_equal_their_saved_strings() -> None:
     config = {'boundaries_and_scales': {1000: 0.1, 2000: 0.5}}
-    saved = reread(config)
+    saved = round_trip(config)
     assert diff.diff(saved, config) == []
     assert diff.diff(saved, {'boundaries_and_scales': {1000: 0.2, 2000: 0.5}}) == [
         diff.Change('boundaries_and_scales.1000', 0.1, 0.2)
@@ -166,7 +166,7 @@ def test_differences_inside_nested_tuples() -> None:
 @pytest.mark.parametrize(
     ('old', 'new'), [((1, 2), (1, 2, 3)), ((1, 2), [1, 2]), (1, True), (1, 1.0), ({}, None)]
 )
-def test_differences_that_are_told_whole(old: Any, new: Any) -> None:
+def test_values_of_other_types_or_lengths_differ_as_a_whole(old: Any, new: Any) -> None:
     assert diff.diff({'a': {'b': old}}, {'a': {'b': new}}) == [diff.Change('a.b', old, new)]
 
 
@@ -178,12 +178,12 @@ def test_differences_are_aligned() -> None:
     ]
 
 
-def test_not_a_number_is_no_difference_from_itself() -> None:
+def test_nan_equals_itself() -> None:
     assert diff.diff({'a': float('nan')}, {'a': float('nan')}) == []
     assert len(diff.diff({'a': float('nan')}, {'a': 1.0})) == 1
 
 
-def referring() -> ml_collections.ConfigDict:
+def config_with_shared_references() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.vars = {'rate': 0.1, 'n': 4}
     config.optimizer = {'target': 'optax:sgd', 'learning_rate': config.vars.get_ref('rate')}
@@ -195,7 +195,7 @@ def referring() -> ml_collections.ConfigDict:
     ('assignments', 'origins'),
     [
         ([('vars.rate', '0.5')], {'vars.rate': 0, 'optimizer.learning_rate': 0}),
-        # A reference is set through every key that holds it: the last one set them all.
+        # A reference is set through every key that shares it; the last override sets them all.
         (
             [('optimizer.learning_rate', '0.3'), ('vars.rate', '0.5')],
             {'vars.rate': 1, 'optimizer.learning_rate': 1},
@@ -208,18 +208,18 @@ def referring() -> ml_collections.ConfigDict:
             [('optimizer.learning_rate', '0.5'), ('vars.rate', '0.5')],
             {'vars.rate': 1, 'optimizer.learning_rate': 1},
         ),
-        # What is computed from a reference follows it, until it is set itself.
+        # A computed reference follows its input, until it is set itself.
         ([('vars.n', '5')], {'vars.n': 0, 'seed': 0}),
         ([('vars.n', '5'), ('seed', '7')], {'vars.n': 0, 'seed': 1}),
         ([('seed', '7'), ('vars.n', '5')], {'vars.n': 1, 'seed': 0}),
     ],
 )
-def test_values_that_follow_a_reference_name_the_override_that_set_it(
+def test_values_of_a_shared_reference_have_the_override_as_their_origin(
     assignments: list[tuple[str, str]], origins: dict[str, int]
 ) -> None:
-    config = referring()
+    config = config_with_shared_references()
     applied = overrides.apply(config, assignments)
     lines = show.format_resolved(loading.to_plain(config), applied).splitlines()
     found = dict(line.split('  # --config.') for line in lines if '  # --config.' in line)
-    said = {text.split(' = ')[0]: origin for text, origin in found.items()}
-    assert said == {path: '='.join(assignments[i]) for path, i in origins.items()}
+    actual = {text.split(' = ')[0]: origin for text, origin in found.items()}
+    assert actual == {path: '='.join(assignments[i]) for path, i in origins.items()}

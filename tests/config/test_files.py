@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.config import files
 
 
 @pytest.mark.parametrize('sync', [False, True])
-def test_a_file_takes_the_place_of_the_one_before(tmp_path: pathlib.Path, sync: bool) -> None:
+def test_a_file_replaces_the_old_one(tmp_path: pathlib.Path, sync: bool) -> None:
     path = epath.Path(tmp_path) / 'file'
     for content in ('first, longer', 'zweite, für Leser', b'\x00bytes', memoryview(b'view')):
         files.replace(path, content, sync=sync)
@@ -21,7 +21,7 @@ def test_a_file_takes_the_place_of_the_one_before(tmp_path: pathlib.Path, sync: 
     assert [each.name for each in tmp_path.iterdir()] == ['file']
 
 
-def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: pathlib.Path) -> None:
+def test_a_failed_write_does_not_change_the_file(tmp_path: pathlib.Path) -> None:
     path = epath.Path(tmp_path) / 'file'
     (path / 'inside').mkdir(parents=True)
     with pytest.raises(IsADirectoryError):

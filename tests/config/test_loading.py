@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config files: how they are called, what they may hold, and how their mistakes are told."""
+"""Config files: how they are called, what they may contain, and the messages about mistakes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def load(folder: pathlib.Path, text: str, arg: str = '') -> loading.LoadedConfig
     return loading.load(f'{folder / "mine.py"}{arg}')
 
 
-def returning(value: str) -> str:
+def config_file_returning(value: str) -> str:
     return f'{HEAD}def get_config():\n    return ml_collections.ConfigDict(dict(a={value}))\n'
 
 
-def test_the_argument_stands_behind_the_colon(tmp_path: pathlib.Path) -> None:
+def test_the_argument_follows_the_colon(tmp_path: pathlib.Path) -> None:
     text = f'{HEAD}def get_config(arg="x"):\n    return ml_collections.ConfigDict(dict(a=arg))\n'
     for given, arg, value in ((':big', 'big', 'big'), (':', '', ''), ('', '', 'x')):
         loaded = load(tmp_path, text, given)
@@ -64,13 +64,13 @@ def test_a_bundled_config_is_found_from_anywhere(
     assert identity.default_workdir(loaded, []) == 'runs/mnist'
 
 
-def test_a_config_of_ones_own_comes_before_a_bundled_one(
+def test_a_users_config_takes_precedence_over_a_bundled_one(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'mnist').mkdir()  # Is not what --config=mnist means.
+    (tmp_path / 'mnist').mkdir()  # --config=mnist does not mean this directory.
     (tmp_path / 'configs').mkdir()
-    (tmp_path / 'configs' / 'mnist.py').write_text(returning('3'))
+    (tmp_path / 'configs' / 'mnist.py').write_text(config_file_returning('3'))
     for spec in ('configs/mnist.py', 'mnist'):
         assert loading.load(spec).config.a == 3
     with pytest.raises(UserError, match="'configs' is a directory"):
@@ -85,11 +85,11 @@ def test_a_config_file_may_define_dataclasses(tmp_path: pathlib.Path) -> None:
         'class Size:\n'
         '    width: int = 3\n'
     )
-    assert load(tmp_path, text + returning('Size().width')).config.a == 3
+    assert load(tmp_path, text + config_file_returning('Size().width')).config.a == 3
 
 
-def test_the_line_of_an_error_is_the_users(tmp_path: pathlib.Path) -> None:
-    """It is raised inside of ml_collections, which is not where it can be mended."""
+def test_an_error_names_the_line_in_the_config_file(tmp_path: pathlib.Path) -> None:
+    """Although ml_collections raises it: the line to fix is in the config file."""
     text = (
         f'{HEAD}def get_config():\n    config = ml_collections.ConfigDict()\n    config.a.b = 1\n'
     )
@@ -111,19 +111,21 @@ def test_the_line_of_an_error_is_the_users(tmp_path: pathlib.Path) -> None:
         ('10**400', r'config\.a: 10000.* does not fit 64 bits'),
     ],
 )
-def test_what_a_config_cannot_hold(tmp_path: pathlib.Path, value: str, message: str) -> None:
+def test_values_that_a_config_cannot_contain(
+    tmp_path: pathlib.Path, value: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        load(tmp_path, returning(value))
+        load(tmp_path, config_file_returning(value))
 
 
-def test_a_required_placeholder_must_be_given(tmp_path: pathlib.Path) -> None:
+def test_a_required_placeholder_needs_a_value(tmp_path: pathlib.Path) -> None:
     config = load(tmp_path, PLACEHOLDERS).config
     assert '(required)' in show.format_helpconfig(loading.to_plain(config))
     with pytest.raises(UserError, match=r'config\.model\.hidden is required .*: --config\.model'):
         schema.read(loading.to_plain(config))
 
 
-def test_the_mode_config_shows_what_is_required(tmp_path: pathlib.Path) -> None:
+def test_mode_config_shows_required_keys(tmp_path: pathlib.Path) -> None:
     file = tmp_path / 'waiting.py'
     file.write_text(
         'import ml_collections\n\n\ndef get_config():\n'
@@ -147,7 +149,7 @@ def test_the_mode_config_shows_what_is_required(tmp_path: pathlib.Path) -> None:
     assert done.code == 2 and 'Unknown key config.sed.' in done.err
 
 
-def test_a_placeholder_has_the_type_that_it_declares(tmp_path: pathlib.Path) -> None:
+def test_a_placeholder_has_its_declared_type(tmp_path: pathlib.Path) -> None:
     config = load(tmp_path, PLACEHOLDERS).config
     overrides.apply(config, [('model.hidden', '5'), ('model.dropout_rate', '1')])
     assert (config.model.hidden, config.model.dropout_rate) == (5, 1.0)
@@ -179,9 +181,7 @@ def test_a_merge_gives_a_required_placeholder_its_value(tmp_path: pathlib.Path) 
         'match arg:\n        case "small": return 1\n        case "large": return 2\n    return',
     ],
 )
-def test_a_wrong_argument_comes_with_those_that_are_right(
-    tmp_path: pathlib.Path, body: str
-) -> None:
+def test_an_unknown_argument_lists_the_known_ones(tmp_path: pathlib.Path, body: str) -> None:
     text = (
         f'SIZES = {{"small": 1, "large": 2}}\ndef get_config(arg=""):\n    {body}\n    return 1\n'
     )
@@ -193,7 +193,7 @@ def test_a_wrong_argument_comes_with_those_that_are_right(
     assert '\n' not in message
 
 
-def test_an_argument_by_its_annotation(tmp_path: pathlib.Path) -> None:
+def test_known_arguments_from_the_annotation(tmp_path: pathlib.Path) -> None:
     text = (
         'from __future__ import annotations\nfrom typing import Literal\n'
         'def get_config(arg: Literal["a", "b"] = "a"):\n    return {}[arg]\n'
@@ -202,10 +202,10 @@ def test_an_argument_by_its_annotation(tmp_path: pathlib.Path) -> None:
         load(tmp_path, text, ':c')
 
 
-def test_an_argument_of_any_kind_has_no_list(tmp_path: pathlib.Path) -> None:
+def test_an_arbitrary_argument_has_no_list(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r'failed: ValueError: .*\(.*mine\.py, line 2\)$'):
         load(tmp_path, 'def get_config(arg):\n    return int(arg)\n', ':c')
-    # What fails for another reason, with an argument that is right, is not its fault.
+    # A valid argument for which the function fails for another reason.
     text = 'def get_config(arg):\n    return {"a": 1 / 0}[arg]\n'
     with pytest.raises(UserError, match=r'ZeroDivisionError: .*line 2\)$'):
         load(tmp_path, text, ':a')
@@ -213,4 +213,4 @@ def test_an_argument_of_any_kind_has_no_list(tmp_path: pathlib.Path) -> None:
 
 def test_a_key_with_a_dot_in_a_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"Nest dicts instead.*'12\.5%', write a whole"):
-        load(tmp_path, returning('{"12.5%": 0.1}'))
+        load(tmp_path, config_file_returning('{"12.5%": 0.1}'))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A wrong path is told with the one that was probably meant."""
+"""Messages for unknown paths suggest the path that was probably meant."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import typing
 
 import pytest
 
-from tests.config.examples import applied, config, referencing
+from tests.config.examples import apply_overrides, config, config_with_references
 from trainer.config import loading, lookup, overrides, schema, synonyms, unknown
 from trainer.config.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ('path', 'meant'),
+    ('path', 'expected'),
     [
         ('modle.features', 'config.model.features'),
         ('model.feature', 'config.model.features'),
@@ -25,14 +25,14 @@ from trainer.config.errors import UserError
         ('batch_size', 'config.data.batch_size'),
     ],
 )
-def test_suggestions(path: str, meant: str) -> None:
+def test_suggestions(path: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
-        applied(f'{path}=1')
-    assert f'Did you mean {meant}?' in str(error.value)
+        apply_overrides(f'{path}=1')
+    assert f'Did you mean {expected}?' in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ('path', 'meant'),
+    ('path', 'expected'),
     [
         ('optimizer.learning_rat', 'config.optimizer.learning_rate'),
         ('data.batch_siz', 'config.data.batch_size'),
@@ -41,7 +41,7 @@ def test_suggestions(path: str, meant: str) -> None:
         ('modle.featurs', 'config.model.features'),
     ],
 )
-def test_more_suggestions(path: str, meant: str) -> None:
+def test_more_suggestions(path: str, expected: str) -> None:
     changed = config()
     changed.evals = dict(
         test=dict(data=dict(source=dict(target='trainer.data.mnist:MNIST', split='a')))
@@ -49,7 +49,7 @@ def test_more_suggestions(path: str, meant: str) -> None:
     with pytest.raises(UserError) as error:
         overrides.apply(changed, [(path, '1')])
     assert str(error.value).startswith(f'Unknown key config.{path}. ')
-    assert f'Did you mean {meant}?' in str(error.value)
+    assert f'Did you mean {expected}?' in str(error.value)
 
 
 def test_no_suggestion_names_a_key_that_does_not_exist() -> None:
@@ -60,9 +60,9 @@ def test_no_suggestion_names_a_key_that_does_not_exist() -> None:
     assert 'config.evals.width' not in str(error.value)
 
 
-def test_a_misspelt_variable() -> None:
+def test_a_misspelled_variable() -> None:
     with pytest.raises(UserError, match=r'Did you mean config\.vars\.width\?'):
-        overrides.apply(referencing(), [('vars.widht', '7')])
+        overrides.apply(config_with_references(), [('vars.widht', '7')])
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_a_misspelt_variable() -> None:
         ('optimizer.unheard_of', 'optax:sgd takes no such argument. It takes: learning_rate, '),
     ],
 )
-def test_suggestions_are_likely_or_none(path: str, hint: str) -> None:
+def test_no_unlikely_suggestions(path: str, hint: str) -> None:
     with pytest.raises(UserError) as error:
-        applied(f'{path}=1')
+        apply_overrides(f'{path}=1')
     assert hint in str(error.value)
 
 
-def test_a_wrong_key_of_the_file_is_compared_with_the_fixed_keys() -> None:
+def test_an_unknown_key_of_the_file_gets_a_suggestion() -> None:
     changed = loading.to_plain(config())
     changed['checkpoint'] = {'keep_lst': 3}
     known = r'Unknown key config\.checkpoint\.keep_lst\. .* mean config\.checkpoint\.keep_last\?'
@@ -91,7 +91,7 @@ def test_a_wrong_key_of_the_file_is_compared_with_the_fixed_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ('path', 'meant'),
+    ('path', 'expected'),
     [
         ('modle.x', 'Did you mean config.model?'),
         ('chekpoint.nothing_like_it', 'Did you mean config.checkpoint?'),
@@ -100,26 +100,26 @@ def test_a_wrong_key_of_the_file_is_compared_with_the_fixed_keys() -> None:
         ('modle.learning_rate', 'Did you mean config.optimizer.learning_rate?'),
     ],
 )
-def test_the_first_wrong_name_of_a_path(path: str, meant: str) -> None:
+def test_a_path_with_several_unknown_names(path: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
-        applied(f'{path}=1')
+        apply_overrides(f'{path}=1')
     assert str(error.value).startswith(f'Unknown key config.{path}. ')
-    assert meant in str(error.value)
+    assert expected in str(error.value)
 
 
-def test_a_long_path_costs_no_time() -> None:
-    """Each of its names was once looked for at each depth."""
+def test_a_long_path_is_rejected_fast() -> None:
+    """The time must not grow with the product of its length and depth."""
     start = time.perf_counter()
     for head in ('model', 'modle', 'data.source', 'nothing_like_it', 'ensemble'):
         for depth in (10, 45, 60, 200):
             with pytest.raises(UserError) as error:
-                applied(f'{head}{".name" * depth}=1')
+                apply_overrides(f'{head}{".name" * depth}=1')
             assert len(str(error.value)) < 500
     assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(
-    ('given', 'path', 'meant'),
+    ('given', 'path', 'expected'),
     [
         ('checkpoint={"evry": 1}', 'checkpoint.evry', 'Did you mean config.checkpoint.every?'),
         ('guard={"nosuch": 1}', 'guard.nosuch', 'config.guard has: non_finite.'),
@@ -146,12 +146,12 @@ def test_a_long_path_costs_no_time() -> None:
         ),
     ],
 )
-def test_a_wrong_name_within_a_dict(given: str, path: str, meant: str) -> None:
+def test_an_unknown_key_in_a_dict(given: str, path: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
-        applied(given)
-    start = f'config.{path}: ' if 'no such argument' in meant else f'Unknown key config.{path}. '
+        apply_overrides(given)
+    start = f'config.{path}: ' if 'no such argument' in expected else f'Unknown key config.{path}. '
     assert str(error.value).startswith(start)
-    assert meant in str(error.value)
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_wrong_name_within_a_dict(given: str, path: str, meant: str) -> None:
         ('data.num_workers', '"trainer.data.grain_loader:GrainLoader", "workers": 4'),
     ],
 )
-def test_words_of_other_frameworks(path: str, hint: str) -> None:
+def test_key_names_of_other_frameworks(path: str, hint: str) -> None:
     changed = config()
     changed.evals = dict(
         test=dict(data=dict(source=dict(target='trainer.data.mnist:MNIST', split='a')))
@@ -202,33 +202,34 @@ def test_words_of_other_frameworks(path: str, hint: str) -> None:
 def test_weight_decay_of_an_optimizer_that_has_it() -> None:
     changed = config()
     changed.optimizer = dict(target='optax:adamw', learning_rate=0.1)
-    for word, meant in (('wd', 'weight_decay'), ('optimizer.beta1', 'b1')):
-        with pytest.raises(UserError, match=rf'Did you mean config\.optimizer\.{meant}\?'):
+    for word, expected in (('wd', 'weight_decay'), ('optimizer.beta1', 'b1')):
+        with pytest.raises(UserError, match=rf'Did you mean config\.optimizer\.{expected}\?'):
             overrides.apply(changed, [(word, '1')])
 
 
-def test_a_sibling_may_be_what_a_foreign_word_means() -> None:
+def test_a_key_of_the_same_object_comes_before_the_usual_one() -> None:
     changed = config()
     changed.data.loader = dict(target='trainer.data.grain_loader:GrainLoader', workers=2)
     rate = dict(target='optax:exponential_decay', init_value=0.1, transition_steps=9)
     changed.optimizer = dict(target='optax:adamw', learning_rate={**rate, 'decay_rate': 0.9})
-    for path, meant in (
+    for path, expected in (
         ('num_workers', 'data.loader.workers'),
         ('data.loader.num_workers', 'data.loader.workers'),
         ('optimizer.decay', 'optimizer.weight_decay'),
         ('optimizer.learning_rate.decay', 'optimizer.learning_rate.decay_rate'),
     ):
-        with pytest.raises(UserError, match=rf'Did you mean config\.{meant}\?'):
+        with pytest.raises(UserError, match=rf'Did you mean config\.{expected}\?'):
             overrides.apply(changed, [(path, '1')])
 
 
-def test_every_path_that_a_word_leads_to_exists() -> None:
+def test_every_path_of_the_table_of_synonyms_exists() -> None:
     changed = loading.to_plain(config())
     changed['evals'] = {'test': {'data': {'source': {'target': 'trainer.data.mnist:MNIST'}}}}
     changed['optimizer'] = {'target': 'optax:adamw', 'learning_rate': 0.1}
     for words, leads in synonyms._TABLE:
         for lead in leads:
-            if synonyms._is_path(lead) and lead != 'optimizer.momentum':  # Which adamw has not.
+            # The optimizer above, adamw, has no momentum.
+            if synonyms._is_path(lead) and lead != 'optimizer.momentum':
                 assert synonyms.hint(words.split()[0], changed, unknown._may_exist), lead
     words = [word for line, _ in synonyms._TABLE for word in line.split()]
     assert len(words) == len(set(words))
@@ -242,7 +243,7 @@ def test_every_path_that_a_word_leads_to_exists() -> None:
         ('precision=bf16', 'Did you mean config.precision.compute=bfloat16?'),
     ],
 )
-def test_values_of_other_frameworks(given: str, hint: str) -> None:
+def test_dtype_names_of_other_frameworks(given: str, hint: str) -> None:
     with pytest.raises(UserError) as error:
         changed = config()
         path, _, text = given.partition('=')
@@ -252,7 +253,7 @@ def test_values_of_other_frameworks(given: str, hint: str) -> None:
 
 
 class Annotated:
-    """Annotations as other people write them."""
+    """Annotations of all kinds, as other code has them."""
 
     def __init__(
         self,
@@ -274,7 +275,7 @@ class Annotated:
         ('names', tuple[str, ...], False),
     ],
 )
-def test_types_that_annotations_give(key: str, kind: typing.Any, may_be_none: bool) -> None:
+def test_argument_types_from_annotations(key: str, kind: typing.Any, may_be_none: bool) -> None:
     node = {'target': f'{__name__}:Annotated'}
     assert lookup.argument_type(node, key, 'model') == kind
     assert lookup.takes_none(node, key, 'model') is may_be_none

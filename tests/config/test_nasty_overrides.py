@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overrides that make no sense, everywhere: a sentence of bounded length and never a traceback."""
+"""Invalid overrides at every path give a message of bounded length, never a traceback."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ UNPARSEABLE = (
 )  # fmt: skip
 
 
-def refused(assignments: list[tuple[str, str]], *, then: Any = None) -> bool:
-    """Whether a UserError refuses the assignments; any other exception fails the test."""
+def raises_user_error(assignments: list[tuple[str, str]], *, then: Any = None) -> bool:
+    """Whether the overrides raise a UserError; any other exception fails the test."""
     config = loading.load(CONFIG)
     try:
         overrides.apply(config.config, assignments)
@@ -74,10 +74,10 @@ def refused(assignments: list[tuple[str, str]], *, then: Any = None) -> bool:
 
 
 def test_every_path() -> None:
-    """Each with a third of the values, so that each value is tried at twenty paths or more."""
+    """Each path with a third of the values, so that each value is tried at 20 paths or more."""
     chosen = random.Random(0)
     pairs = [(path, value) for path in PATHS for value in chosen.sample(VALUES, len(VALUES) // 3)]
-    refusals = sum(refused([pair]) for pair in pairs)
+    refusals = sum(raises_user_error([pair]) for pair in pairs)
     assert refusals > len(pairs) * 3 // 4
 
 
@@ -86,25 +86,25 @@ def test_long_and_deep_values() -> None:
     chosen = random.Random(0).sample(PATHS, 10)
     for path in ('data.source.split', 'vars', 'hooks', 'task.weight', *chosen):
         for value in LONG_VALUES:
-            refused([(path, value)])
+            raises_user_error([(path, value)])
 
 
-def test_paths_that_are_none() -> None:
+def test_invalid_paths() -> None:
     for path in UNPARSEABLE:
         for value in ('1', '{"a": 1}', '{1: 2}', '{"target": "optax:sgd"}'):
-            refused([(path, value)])
+            raises_user_error([(path, value)])
 
 
 @pytest.mark.parametrize('seed', [0, 1])
-def test_several_at_once(seed: int) -> None:
+def test_several_overrides_together(seed: int) -> None:
     chosen = random.Random(seed)
     for _ in range(100):
         count = chosen.randint(2, 3)
-        refused([(chosen.choice(PATHS), chosen.choice(VALUES)) for _ in range(count)])
+        raises_user_error([(chosen.choice(PATHS), chosen.choice(VALUES)) for _ in range(count)])
 
 
-def test_a_line_that_repeats_a_long_value_is_shortened() -> None:
-    """In what is printed, from wherever it comes."""
+def test_a_line_with_a_long_value_is_shortened() -> None:
+    """In the text and the notes of any error."""
     error = UserError('first\n' + 'x' * 20_000 + '\nlast')
     error.add_note('y' * 20_000)
     text = full_text(error)
@@ -112,7 +112,7 @@ def test_a_line_that_repeats_a_long_value_is_shortened() -> None:
     assert len(text) < 5000
 
 
-def test_what_is_listed_while_a_section_is_wrong() -> None:
+def test_listings_of_a_config_with_an_invalid_section() -> None:
     """`--helpconfig` and the hints read the config before it is checked."""
     for path in PATHS:
         for value in ('{"a": 1}', '{"ref": 1, "target": 2}', '{"a": {"b": [3]}}'):
@@ -124,13 +124,15 @@ def test_what_is_listed_while_a_section_is_wrong() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_let_through_is_built_or_refused() -> None:
-    """A sample of them."""
+def test_accepted_values_build_or_raise_user_errors() -> None:
+    """Checks a sample of all pairs of a path and a value."""
     pairs = [(path, value) for path in PATHS for value in (*VALUES, *LONG_VALUES)]
-    let_through = [pair for pair in random.Random(0).sample(pairs, 500) if not refused([pair])]
-    assert len(let_through) > 20
-    for pair in let_through:
-        refused([pair], then=experiment.build)
+    accepted = [
+        pair for pair in random.Random(0).sample(pairs, 500) if not raises_user_error([pair])
+    ]
+    assert len(accepted) > 20
+    for pair in accepted:
+        raises_user_error([pair], then=experiment.build)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_from_python(value: Any) -> None:
             experiment.load_and_build(CONFIG, **{key: value})
 
 
-def test_numbers_of_numpy_and_paths_from_python() -> None:
+def test_numpy_numbers_and_paths_from_python() -> None:
     values = {'optimizer__learning_rate': np.float32(0.5), 'seed': np.int64(3)}
     built = experiment.load_and_build(CONFIG, **values)
     assert built.origin.config['optimizer']['learning_rate'] == 0.5
@@ -169,7 +171,7 @@ def test_numbers_of_numpy_and_paths_from_python() -> None:
     assert built.origin.config['optimizer']['momentum'] == 0.5
 
 
-def test_a_config_that_python_has_made() -> None:
+def test_a_config_built_in_python() -> None:
     for path, value in ((), None), ((), {1: 2}), (('model',), {1: 2}), (('evals',), {1: {}}):
         config = loading.load(CONFIG)
         node = config.config

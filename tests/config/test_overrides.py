@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overrides: types are kept, sections merge."""
+"""Command-line overrides: types, merging of dicts, references and messages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from tests.command import ROOT
-from tests.config.examples import applied, config, referencing
+from tests.config.examples import apply_overrides, config, config_with_references
 from trainer.config import loading, overrides, paths, schema
 from trainer.config.errors import UserError
 
 
-def test_types_are_those_of_the_default() -> None:
-    new = applied(
+def test_values_get_the_type_of_the_default() -> None:
+    new = apply_overrides(
         'seed=3', 'optimizer.learning_rate=1', 'optimizer.nesterov=true', 'train_for=500steps',
         'model.features=(32, 5)', 'vars.pairs=((5, 6), (7, 8))', 'data.transforms[1].padding=3',
         'vars.numbers=[1, 2, 3]', "vars.names=('x', 'y', 'z')", 'data.source.split=test',
@@ -55,11 +55,11 @@ def test_types_are_those_of_the_default() -> None:
 )  # fmt: skip
 def test_wrong_types_and_arities_are_errors(assignment: str) -> None:
     with pytest.raises(UserError, match=r'config\.' + assignment.split('=')[0].split('[')[0]):
-        applied(assignment)
+        apply_overrides(assignment)
 
 
 def test_dicts_merge() -> None:
-    new = applied('optimizer={"learning_rate": 0.5}', 'data={"batch_size": 8}')
+    new = apply_overrides('optimizer={"learning_rate": 0.5}', 'data={"batch_size": 8}')
     assert new['optimizer'] == {**config().optimizer.to_dict(), 'learning_rate': 0.5}
     assert new['data']['batch_size'] == 8
     assert new['data']['source']['split'] == 'train'
@@ -68,7 +68,7 @@ def test_dicts_merge() -> None:
 @pytest.mark.parametrize(
     'form', ['optimizer.target=optax:adam', 'optimizer={"target": "optax:adam"}']
 )
-def test_a_new_target_keeps_what_it_takes_and_says_what_it_drops(form: str) -> None:
+def test_a_new_target_keeps_its_arguments_and_reports_dropped_ones(form: str) -> None:
     changed = config()
     path, _, text = form.partition('=')
     (override,) = overrides.apply(changed, [(path, text)])
@@ -79,15 +79,15 @@ def test_a_new_target_keeps_what_it_takes_and_says_what_it_drops(form: str) -> N
 
 def test_a_number_becomes_a_schedule_and_back() -> None:
     schedule = '{"target": "optax:linear_schedule", "init_value": 0.1, "end_value": 0}'
-    assert applied(f'optimizer.learning_rate={schedule}')['optimizer']['learning_rate'] == {
+    assert apply_overrides(f'optimizer.learning_rate={schedule}')['optimizer']['learning_rate'] == {
         'target': 'optax:linear_schedule', 'init_value': 0.1, 'end_value': 0,
     }  # fmt: skip
-    back = applied(f'optimizer.learning_rate={schedule}', 'optimizer.learning_rate=0.3')
+    back = apply_overrides(f'optimizer.learning_rate={schedule}', 'optimizer.learning_rate=0.3')
     assert back['optimizer']['learning_rate'] == 0.3
 
 
-def test_what_the_file_leaves_out() -> None:
-    new = applied(
+def test_keys_that_the_file_does_not_set() -> None:
+    new = apply_overrides(
         'task.weight=confidence', 'optimizer.accumulator_dtype=None', 'ema.decay=0.9',
         'data.repeat_batch=1', 'checkpoint.best.metric=eval/test/loss', 'mesh={"data": 2, "x": 4}',
         'model.batch_norm=true', 'optimizer.clip_norm=1', 'optimizer.nesterov=yes',
@@ -102,12 +102,12 @@ def test_what_the_file_leaves_out() -> None:
 
 
 def test_none_within_a_dict_is_none() -> None:
-    """As `--config.task.weight=None` is, and not the text 'None'."""
+    """As in `--config.task.weight=None`, rather than the text 'None'."""
     for none in ('task={"weight": null}', 'task.weight=None'):
-        assert applied('task.weight=confidence', none)['task']['weight'] is None
+        assert apply_overrides('task.weight=confidence', none)['task']['weight'] is None
 
 
-def test_references_follow_their_variable() -> None:
+def test_references_get_the_value_of_their_variable() -> None:
     changed = config()
     changed.vars.width = 10
     changed.model.width = changed.vars.get_ref('width') * 2
@@ -125,8 +125,8 @@ def test_a_variable_that_nothing_references_is_an_error() -> None:
         loading.check_vars(changed)
 
 
-def test_variables_are_free_values() -> None:
-    """Of any kind: nothing of a run is read from them but through their references."""
+def test_variables_may_have_any_type() -> None:
+    """A run reads them only through their references."""
     changed = config()
     changed.vars = ml_collections.ConfigDict(dict(width=3, names=('a', 'b'), inner=dict(x=1.5)))
     changed.model.widths = (changed.vars.get_ref('width'),)
@@ -160,54 +160,54 @@ def test_no_jax_until_targets_are_imported() -> None:
     ('text', 'value'),
     [('true', True), ('True', True), ('1', True), ('no', False), ('0', False), ('FALSE', False)],
 )
-def test_words_for_bools(text: str, value: bool) -> None:
+def test_texts_of_bools(text: str, value: bool) -> None:
     for new in (
-        applied(f'optimizer.nesterov={text}')['optimizer']['nesterov'],
-        applied(f'data.shuffle={text}')['data']['shuffle'],
+        apply_overrides(f'optimizer.nesterov={text}')['optimizer']['nesterov'],
+        apply_overrides(f'data.shuffle={text}')['data']['shuffle'],
     ):
         assert new is value
 
 
 def test_numbers_and_texts() -> None:
-    new = applied('optimizer.momentum=1e-3', 'data.source.split=7', 'train_for="3 epochs"')
+    new = apply_overrides('optimizer.momentum=1e-3', 'data.source.split=7', 'train_for="3 epochs"')
     assert new['optimizer']['momentum'] == 0.001
     assert new['data']['source']['split'] == '7'
     assert new['train_for'] == '3 epochs'
 
 
 def test_elements_of_nested_tuples() -> None:
-    new = applied('vars.pairs[1][0]=9', 'model.features[-1]=7', 'vars.names=()')
+    new = apply_overrides('vars.pairs[1][0]=9', 'model.features[-1]=7', 'vars.names=()')
     assert new['vars']['pairs'] == ((1, 2.0), (9, 4.0))
     assert new['model']['features'] == (64, 7)
     assert new['vars']['names'] == ()
     for wrong in ('vars.pairs=((1.5, 2), (3, 4))', 'vars.pairs=((1,), (3, 4))', 'vars.pairs=5'):
         with pytest.raises(UserError, match=r'config\.vars\.pairs'):
-            applied(wrong)
+            apply_overrides(wrong)
 
 
-def test_an_argument_of_a_list_element_that_the_file_leaves_out() -> None:
-    new = applied('data.transforms[0].scale=0.5')
+def test_an_unset_argument_of_a_list_element() -> None:
+    new = apply_overrides('data.transforms[0].scale=0.5')
     assert new['data']['transforms'] == (
         {'target': 'trainer.data.transforms:ToFloat', 'key': 'image', 'scale': 0.5},
         {'target': 'trainer.data.transforms:RandomCrop', 'padding': 2},
     )
 
 
-def test_an_index_from_the_end_is_the_same_place() -> None:
+def test_negative_indices() -> None:
     changed = config()
     (override,) = overrides.apply(changed, [('data.transforms[-1].padding', '5')])
     assert override.value_path == 'data.transforms[1].padding'
     assert loading.to_plain(changed)['data']['transforms'][1]['padding'] == 5
 
 
-def test_a_merge_loses_nothing_at_any_depth() -> None:
+def test_a_merge_keeps_other_keys_at_every_depth() -> None:
     before = loading.to_plain(config())
-    new = applied('data={"source": {"limit": 10}}')
+    new = apply_overrides('data={"source": {"limit": 10}}')
     assert new['data']['source'] == {**before['data']['source'], 'limit': 10}
     assert {**new, 'data': {**new['data'], 'source': before['data']['source']}} == before
 
 
-def test_a_merge_that_changes_the_target_within() -> None:
+def test_a_merge_that_changes_an_inner_target() -> None:
     changed = config()
     (override,) = overrides.apply(
         changed,
@@ -221,9 +221,9 @@ def test_a_merge_that_changes_the_target_within() -> None:
     )
 
 
-def test_the_keys_of_a_schedule_that_was_a_number() -> None:
+def test_keys_of_a_schedule_in_place_of_a_number() -> None:
     schedule = '{"target": "optax:linear_schedule", "init_value": 0.1, "end_value": 0.0}'
-    new = applied(
+    new = apply_overrides(
         f'optimizer.learning_rate={schedule}',
         'optimizer.learning_rate.init_value=1',
         'optimizer.learning_rate.transition_steps=10',
@@ -235,7 +235,7 @@ def test_the_keys_of_a_schedule_that_was_a_number() -> None:
 
 
 @pytest.mark.parametrize('path', ['', 'a..b', 'a[x]', 'a.', 'a[1'])
-def test_what_is_no_path(path: str) -> None:
+def test_invalid_paths(path: str) -> None:
     with pytest.raises(UserError, match='not a path such as'):
         paths.parse(path)
 
@@ -246,7 +246,7 @@ def test_missing_values(argv: list[str]) -> None:
         overrides.parse_argv(argv)
 
 
-def test_values_that_look_like_flags_and_words_that_are_none() -> None:
+def test_values_that_look_like_flags() -> None:
     assert overrides.parse_argv(
         ['one', '--config.x', '-1', '--configs=2', '--config.y=a=b', '-config.z=', 'two']
     ) == (None, [('x', '-1'), ('y', 'a=b'), ('z', '')], ['one', '--configs=2', 'two'])
@@ -261,8 +261,8 @@ def test_values_that_look_like_flags_and_words_that_are_none() -> None:
         [('model.features[0]', '5'), ('vars.width', '7')],
     ],
 )
-def test_references_survive_other_changes(assignments: list[tuple[str, str]]) -> None:
-    changed = referencing()
+def test_other_overrides_keep_references(assignments: list[tuple[str, str]]) -> None:
+    changed = config_with_references()
     overrides.apply(changed, assignments)
     model = loading.to_plain(changed)['model']
     assert (model['hidden'], model['layers']) == (7, (14, {'a': 7}))
@@ -288,30 +288,30 @@ def test_a_dict_used_in_two_places_changes_in_one(tmp_path: pathlib.Path) -> Non
     assert plain['a']['width'] == 4
 
 
-def test_what_leads_into_a_default_object_merges_with_it() -> None:
-    new = applied('mesh.model=2', 'data.loader.shuffle=false')
+def test_a_path_into_a_default_object_merges_with_it() -> None:
+    new = apply_overrides('mesh.model=2', 'data.loader.shuffle=false')
     assert new['mesh'] == {'data': -1, 'model': 2}
     assert new['data']['loader'] == {'target': 'trainer.data.loader:TrainLoader', 'shuffle': False}
-    assert applied('mesh={"model": 4}')['mesh'] == {'data': -1, 'model': 4}
+    assert apply_overrides('mesh={"model": 4}')['mesh'] == {'data': -1, 'model': 4}
 
 
-def test_a_new_evaluation_may_come_whole() -> None:
+def test_a_new_evaluation_as_a_dict() -> None:
     data = {'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test'}}
-    new = applied(f'evals.val={{"data": {data}}}')
+    new = apply_overrides(f'evals.val={{"data": {data}}}')
     assert new['evals'] == {'val': {'data': data}}
     assert schema.read({k: v for k, v in new.items() if k != 'vars'}).evals['val'].final
 
 
-def test_a_key_that_comes_with_the_new_target_is_not_told_as_dropped() -> None:
+def test_a_key_set_with_the_new_target_is_not_reported_as_dropped() -> None:
     (override,) = overrides.apply(
         config(), [('optimizer', '{"target": "optax:rmsprop", "momentum": 0.5}')]
     )
     assert override.notes == ()
     with pytest.raises(UserError, match=r'optimizer\.momentum: optax:adam takes no such argument'):
-        applied('optimizer={"target": "optax:adam", "momentum": 0.5}')
+        apply_overrides('optimizer={"target": "optax:adam", "momentum": 0.5}')
 
 
-def test_never_is_a_word_like_any_other_outside_of_durations() -> None:
+def test_never_is_ordinary_text_outside_durations() -> None:
     changed = config()
     changed.model.padding = 'never'
     overrides.apply(changed, [('model.padding', 'always')])
@@ -319,11 +319,11 @@ def test_never_is_a_word_like_any_other_outside_of_durations() -> None:
 
 
 def test_an_empty_dict_clears() -> None:
-    assert applied('optimizer={}')['optimizer'] == {}
-    changed = applied('evals={"a": {"data": {"source": {"target": "x:y"}}}}', 'evals={}')
+    assert apply_overrides('optimizer={}')['optimizer'] == {}
+    changed = apply_overrides('evals={"a": {"data": {"source": {"target": "x:y"}}}}', 'evals={}')
     assert changed['evals'] == {}
-    assert applied('data={"source": {}}')['data']['source'] == {}
-    assert applied('data={"source": {}}')['data']['batch_size'] == 32
+    assert apply_overrides('data={"source": {}}')['data']['source'] == {}
+    assert apply_overrides('data={"source": {}}')['data']['batch_size'] == 32
 
 
 @pytest.mark.parametrize(
@@ -336,20 +336,20 @@ def test_an_empty_dict_clears() -> None:
         ('data.seed', None),
     ],
 )
-def test_none_where_it_may_be(path: str, value: None) -> None:
-    node: Any = applied(f'{path}=None')
+def test_none_where_it_is_allowed(path: str, value: None) -> None:
+    node: Any = apply_overrides(f'{path}=None')
     for key in path.split('.'):
         node = node[key]
     assert node is value
 
 
 @pytest.mark.parametrize('path', ['model.dropout_rate', 'optimizer.learning_rate', 'seed'])
-def test_none_where_it_may_not_be(path: str) -> None:
+def test_none_where_it_is_not_allowed(path: str) -> None:
     with pytest.raises(UserError, match=f'config.{path}: expected '):
-        applied(f'{path}=None')
+        apply_overrides(f'{path}=None')
 
 
-def test_a_wrong_group_name_is_a_typo_unless_it_begins_a_new_one() -> None:
+def test_an_unknown_group_is_a_typo_unless_it_gets_its_required_key() -> None:
     sgd = {'target': 'optax:sgd', 'learning_rate': 0.1}
 
     def changed(path: str, value: str) -> ml_collections.ConfigDict:
@@ -365,11 +365,11 @@ def test_a_wrong_group_name_is_a_typo_unless_it_begins_a_new_one() -> None:
 
 
 @pytest.mark.parametrize('key', ['12.5%', '0.5 epochs', '1.5'])
-def test_a_dot_in_a_number_separates_no_names(key: str) -> None:
+def test_the_dot_of_a_number_is_not_a_separator(key: str) -> None:
     schedule = f'{{"target": "optax:x", "boundaries_and_scales": {{"{key}": 0.1}}}}'
     path = r'config\.optimizer\.learning_rate\.boundaries_and_scales'
     with pytest.raises(UserError, match=rf"^{path}: the key '{key}' .* whole number of steps"):
-        applied(f'optimizer.learning_rate={schedule}')
+        apply_overrides(f'optimizer.learning_rate={schedule}')
 
 
 @pytest.mark.parametrize('text', ['1e400', '-1e400', '1e309'])
@@ -385,22 +385,22 @@ def test_a_number_that_overflows_is_not_infinity(text: str) -> None:
             changed.vars.numbers = [0.5, 0.5]
             overrides.apply(changed, [('vars.numbers', f'[{beside}, {text}]')])
     with pytest.raises(UserError, match='is too large for a float'):
-        applied(f'optimizer={{"learning_rate": {text}}}')
-    assert applied(f'data.source.split={text}')['data']['source']['split'] == text
+        apply_overrides(f'optimizer={{"learning_rate": {text}}}')
+    assert apply_overrides(f'data.source.split={text}')['data']['source']['split'] == text
 
 
 @pytest.mark.parametrize('text', ['inf', 'Infinity', '-inf', '-Infinity'])
-def test_infinity_as_such(text: str) -> None:
+def test_explicit_infinity(text: str) -> None:
     for path in ('optimizer.learning_rate', 'optimizer.clip_norm'):
-        assert applied(f'{path}={text}')['optimizer'][path.partition('.')[2]] == float(text)
+        assert apply_overrides(f'{path}={text}')['optimizer'][path.partition('.')[2]] == float(text)
     changed = config()
     changed.vars.numbers = (0.5, 0.5)
     overrides.apply(changed, [('vars.numbers', f'({text}, 1.0)')])
     assert changed.vars.numbers == [float(text), 1.0]
-    assert applied(f'data.source.split={text}')['data']['source']['split'] == text
+    assert apply_overrides(f'data.source.split={text}')['data']['source']['split'] == text
 
 
-def test_numbers_of_numpy_in_containers_from_python() -> None:
+def test_numpy_numbers_in_containers_from_python() -> None:
     changed = config()
     changed.vars.numbers = (0.5,) * 4
     given = (np.float64(0.1), math.inf, math.nan, np.float32(2))
@@ -409,9 +409,9 @@ def test_numbers_of_numpy_in_containers_from_python() -> None:
     assert (new[0], new[1], new[3]) == (0.1, math.inf, 2.0) and math.isnan(new[2])
     assert {type(each) for each in new} == {float}
     text = overrides.from_python({'learning_rate': np.float64(0.1)}, 'optimizer')
-    rate = applied(f'optimizer={text}')['optimizer']['learning_rate']
+    rate = apply_overrides(f'optimizer={text}')['optimizer']['learning_rate']
     assert rate == 0.1 and type(rate) is float
-    changed.model.scale = None  # Of no type that is known.
+    changed.model.scale = None  # The type is unknown.
     for number in (math.inf, -math.inf):
         overrides.apply(changed, [('model.scale', overrides.from_python(number, 'model.scale'))])
         assert changed.model.scale == number
@@ -435,26 +435,26 @@ def test_numbers_of_numpy_in_containers_from_python() -> None:
 )
 def test_long_values_are_shortened(path: str, text: str) -> None:
     with pytest.raises(UserError) as error:
-        applied(f'{path}={text}')
+        apply_overrides(f'{path}={text}')
     assert len(str(error.value)) < 400
 
 
-def test_the_numbers_of_an_argument_may_be_keys() -> None:
-    """As the boundaries of a schedule, which are whole numbers; but not beside names."""
+def test_numbers_as_keys_in_an_argument() -> None:
+    """Such as the boundaries of a schedule; but numbers and names do not mix."""
     schedule = '{"target": "optax:piecewise_constant_schedule", "init_value": 0.1}'
     rate = f'optimizer.learning_rate={schedule}'
     path = 'optimizer.learning_rate.boundaries_and_scales'
-    new = applied(rate, f'{path}={{1000: 0.1, 2000: 0.5}}', f'{path}={{2000: 0.2}}')
+    new = apply_overrides(rate, f'{path}={{1000: 0.1, 2000: 0.5}}', f'{path}={{2000: 0.2}}')
     scales = new['optimizer']['learning_rate']['boundaries_and_scales']
     assert scales == {1000: 0.1, 2000: 0.2}
-    with pytest.raises(UserError, match=r'expected names as the keys .*, got 1000 beside names'):
-        applied(rate, f'{path}={{"1 epochs": 0.1}}', f'{path}={{1000: 0.2}}')
+    with pytest.raises(UserError, match=r'expected names as the keys .*, got 1000 among names'):
+        apply_overrides(rate, f'{path}={{"1 epochs": 0.1}}', f'{path}={{1000: 0.2}}')
     for wrong in ('{None: 1}', '{True: 1}', '{(1, 2): 1}'):
         with pytest.raises(UserError, match=r'expected names as the keys'):
-            applied(rate, f'{path}={wrong}')
+            apply_overrides(rate, f'{path}={wrong}')
 
 
-def test_a_structure_that_training_refuses_is_refused_without_jax() -> None:
+def test_an_invalid_structure_is_rejected_before_jax_is_imported() -> None:
     code = (
         'import sys\n'
         'from trainer import main\n'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions of a config, and what is said of those that match nothing."""
+"""Regular expressions of a config, and messages for those that match nothing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def test_a_pattern_must_match_a_whole_path() -> None:
     assert not patterns.matches([], 'layer_3/kernel')
 
 
-def test_what_is_no_pattern_is_refused_by_its_place() -> None:
+def test_an_invalid_pattern_names_its_key_path() -> None:
     assert patterns.compile_pattern('a+', 'config.x').fullmatch('aaa')
     with pytest.raises(UserError, match=r"^config\.x: 'a\(' is not a regular expression: missing"):
         patterns.compile_pattern('a(', 'config.x')
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is() -> None:
+def test_a_pattern_without_a_match_lists_the_paths() -> None:
     patterns.check_used(['layer_0/.*', '.*'], PATHS, 'config.x')
     with pytest.raises(UserError) as caught:
         patterns.check_used(['.*', 'layer'], PATHS, 'config.x')

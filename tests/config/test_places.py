@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths with '~'."""
+"""Paths that begin with '~'."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = 'import ml_collections\ndef get_config():\n    return ml_collections.Co
 
 @pytest.fixture
 def home(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """A home directory, and another one that is the current directory."""
+    """Returns a home directory; the current directory is another one."""
     (tmp_path / 'home').mkdir()
     (tmp_path / 'here').mkdir()
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
@@ -32,7 +32,7 @@ def home(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
     return tmp_path / 'home'
 
 
-def test_the_home_directory_wherever_a_path_is_named(home: pathlib.Path) -> None:
+def test_every_path_expands_the_home_directory(home: pathlib.Path) -> None:
     (home / 'mine.py').write_text(CONFIG)
     np.savez(home / 'x.npz', a=np.zeros((3, 1)))
     assert loading.load('~/mine.py').path == home / 'mine.py'
@@ -45,12 +45,12 @@ def test_the_home_directory_wherever_a_path_is_named(home: pathlib.Path) -> None
     assert not list(pathlib.Path.cwd().iterdir())
 
 
-def test_paths_without_a_home_directory_stay_what_they_are() -> None:
+def test_other_paths_are_unchanged() -> None:
     for path in ('runs/a', '/runs/~', './~/a', 'gs://bucket/~a'):
         assert places.expand(path, 'workdir') == path
 
 
-def test_a_home_directory_that_does_not_exist(home: pathlib.Path) -> None:
+def test_an_unknown_home_directory(home: pathlib.Path) -> None:
     for act in (Workdir, loading.load, lambda path: read.locate(read.epath.Path(path))):
         with pytest.raises(UserError, match=r"unknown home directory ~no_such_user .*'\./~no_such"):
             act('~no_such_user/x')  # type: ignore[operator]
@@ -59,7 +59,7 @@ def test_a_home_directory_that_does_not_exist(home: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_the_compile_cache_needs_a_home_directory(home: pathlib.Path) -> None:
-    """A user without HOME and without an entry in the list of users, as in some containers."""
+    """For a user without HOME and without an entry in /etc/passwd, as in some containers."""
     code = (
         'import jax, os, pwd\n'
         'def missing(number): raise KeyError(number)\n'

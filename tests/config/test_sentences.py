@@ -23,7 +23,7 @@ SECTIONS = [
 
 @pytest.mark.parametrize('section', SECTIONS)
 def test_each_key_has_a_sentence(section: type) -> None:
-    """And no other has."""
+    """And there are no sentences for other keys."""
     found = sentences.key_sentences(section)
     assert list(found) == list(schema.fields(section))
     for key, sentence in found.items():
@@ -32,7 +32,7 @@ def test_each_key_has_a_sentence(section: type) -> None:
     assert sentences.summary(section).endswith('.')
 
 
-def test_an_object_s_target_has_the_sentence_of_the_object() -> None:
+def test_a_target_has_the_sentence_of_its_object() -> None:
     assert sentences.sentence_at(['model', 'target']) == sentences.sentence_at(['model'])
     assert sentences.sentence_at(['evals', 'test', 'every']) == sentences.sentence_at(
         ['evals', 'other', 'every']
@@ -51,8 +51,8 @@ def test_help_shows_the_sentences_within_100_columns() -> None:
 
 
 @pytest.mark.parametrize('name', generate.PAGES)
-def test_the_committed_page_is_what_the_code_says(name: str) -> None:
-    """`python docs/generate.py` writes them."""
+def test_the_committed_page_is_up_to_date(name: str) -> None:
+    """If not, run `python docs/generate.py`."""
     assert (ROOT / 'docs' / 'reference' / name).read_text() == generate.PAGES[name]()
 
 
@@ -65,7 +65,7 @@ def test_the_reference_has_every_key() -> None:
 
 
 def test_without_docstrings_there_are_no_sentences() -> None:
-    """As `python -OO` leaves it: the keys are listed all the same."""
+    """Under `python -OO`, which removes docstrings."""
     code = (
         'from trainer.config import sentences, sections\n'
         'print(dict(sentences.key_sentences(sections.DataSection)))'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a tuple or list may become: what the annotation of its argument allows."""
+"""The lengths and types of sequences that the annotation of an argument allows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MLP = 'configs/mnist_mlp.py'
 
 
 class Shaped:
-    """Takes sequences of all kinds; its annotations are texts."""
+    """Takes sequences of all kinds; its annotations are strings."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Shaped:
 
 
 class Inherited(Shaped):
-    """Its constructor is that of its base."""
+    """Inherits its constructor."""
 
 
 class Point(NamedTuple):
@@ -49,7 +49,7 @@ class Point(NamedTuple):
     y: int
 
 
-def changed(path: str, text: str, target: str = 'Shaped') -> Any:
+def override_value(path: str, text: str, target: str = 'Shaped') -> Any:
     model = dict(
         target=f'{__name__}:{target}', kernel=3, sizes=[1], pair=(1, 2), free=(1, 2),
         mixed=(1, 0.5), pairs=((1, 2),), perhaps=None, rates=(1, 0.5), names='a', empty=(),
@@ -83,9 +83,9 @@ def changed(path: str, text: str, target: str = 'Shaped') -> Any:
         ('rates', '(inf, -inf, 1)', (math.inf, -math.inf, 1.0)),
     ],
 )
-def test_another_length(path: str, text: str, value: Any) -> None:
+def test_sequences_of_another_length(path: str, text: str, value: Any) -> None:
     for target in ('Shaped', 'Inherited'):
-        new = changed(f'model.{path}', text, target)
+        new = override_value(f'model.{path}', text, target)
         assert new == value
         assert type(new) is type(value)
 
@@ -110,12 +110,12 @@ def test_another_length(path: str, text: str, value: Any) -> None:
         ('empty', '(1,)', r'\[0\]: expected str, got 1'),
     ],
 )
-def test_what_the_annotation_does_not_allow(path: str, text: str, message: str) -> None:
+def test_values_that_the_annotation_does_not_allow(path: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=rf'^config\.model\.{path}{message}'):
-        changed(f'model.{path}', text)
+        override_value(f'model.{path}', text)
 
 
-def test_in_a_dict_and_from_python() -> None:
+def test_sequences_in_a_dict_and_from_python() -> None:
     for given in ((128, 64, 10), [128, 64, 10]):
         built = experiment.load_and_build(MLP, model__features=given)
         assert built.origin.config['model']['features'] == (128, 64, 10)
@@ -127,7 +127,7 @@ def test_in_a_dict_and_from_python() -> None:
         experiment.load_and_build(MLP, model__features=(128, 0.5, 10))
 
 
-def test_lengths_of_time_in_a_schedule_stay_texts() -> None:
+def test_durations_in_a_schedule_stay_texts() -> None:
     schedule = dict(target='optax:join_schedules', schedules=(), boundaries=(1000,))
     config = ml_collections.ConfigDict(
         dict(optimizer=dict(target='optax:sgd', learning_rate=schedule))
@@ -156,5 +156,5 @@ def test_annotations(hint: Any, fixed: bool, hints: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize('hint', [int, str, bytes, dict[str, int], Any, None, int | str])
-def test_what_is_no_sequence(hint: Any) -> None:
+def test_annotations_that_allow_no_sequence(hint: Any) -> None:
     assert sequences.elements(hint) is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs as text, their differences, and the directory that follows from them."""
+"""Configs as text, their differences, and the default work directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load(*assignments: tuple[str, str]) -> tuple[LoadedConfig, tuple[overrides.O
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_golden_text_of_each_config(name: str) -> None:
-    """A changed default shows as a diff; write them anew with tests/config/regenerate.py."""
+    """A changed default shows as a diff; to accept it, run tests/config/regenerate.py."""
     loaded = loading.load(str(ROOT / 'configs' / name))
     golden = pathlib.Path(__file__).parent / 'golden' / f'{name.removesuffix(".py")}.txt'
     assert show.format_resolved(loading.to_plain(loaded.config), ()) + '\n' == golden.read_text()
@@ -42,7 +42,7 @@ def test_origins() -> None:
     assert "data.remainder = 'carry'  # default" in text
 
 
-def test_help_lists_what_the_file_leaves_out() -> None:
+def test_help_lists_keys_that_the_file_does_not_set() -> None:
     text = show.format_helpconfig(loading.to_plain(load()[0].config))
     for key in ('data.batch_size', 'data.repeat_batch', 'optimizer.clip_norm', 'evals.test.ema'):
         assert f'--config.{key} ' in text

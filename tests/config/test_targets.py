@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names become objects; arguments are checked against signatures before anything is called."""
+"""Objects from names; arguments are checked against signatures before anything is called."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Pair(NamedTuple):
     second: int
 
 
-def test_an_object_that_is_a_tuple_is_an_object() -> None:
-    """As optimizers are; only plain tuples and lists are walked."""
+def test_a_tuple_subclass_is_not_a_container() -> None:
+    """Such as an optimizer; only plain tuples and lists are containers."""
     pair = Pair(1, 2)
     assert make('plain', a=pair, b=(pair,)) == (pair, (pair,))
     assert isinstance(make('plain', a=pair)[0], Pair)
@@ -105,7 +105,7 @@ def nothing() -> None: ...
         ('plian', {'a': 1}, 'Did you mean .*:plain?'),
     ],
 )
-def test_what_does_not_fit(name: str, node: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(name: str, node: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(name, **node)
 
@@ -119,7 +119,7 @@ def test_what_does_not_fit(name: str, node: dict[str, Any], message: str) -> Non
         ({'target': 'math:pi'}, 'is not callable'),
     ],
 )
-def test_bad_names(node: dict[str, Any], message: str) -> None:
+def test_invalid_names(node: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         targets.instantiate(node, 'config.x')
 
@@ -155,7 +155,7 @@ partial_of_open = functools.partial(anything, c=1)
         ('trainer.tasks.tsk:Classification', 'trainer.tasks:Classification'),
     ],
 )
-def test_misspelt_names(name: str, fix: str) -> None:
+def test_misspelled_names(name: str, fix: str) -> None:
     objects.resolve(fix, 'config.x.target')
     with pytest.raises(UserError) as error:
         objects.resolve(name, 'config.x.target')
@@ -181,8 +181,8 @@ def test_dotted_attributes() -> None:
         ('def f():\n    return 1 / 0\n\nf()\n', 'ZeroDivisionError: .*broken.py, line 2'),
     ],
 )
-def test_how_imports_fail(tmp_path: pathlib.Path, text: str, message: str) -> None:
-    """The line that failed is told; a missing dependency is not taken for a missing target."""
+def test_failing_imports(tmp_path: pathlib.Path, text: str, message: str) -> None:
+    """The message has the line that failed; a missing dependency is not a missing target."""
     (tmp_path / 'broken.py').write_text(text)
     code = (
         f'import sys; sys.path.append({str(ROOT)!r})\n'
@@ -202,7 +202,7 @@ def test_how_imports_fail(tmp_path: pathlib.Path, text: str, message: str) -> No
 
 
 @pytest.mark.parametrize('name', ['partial', 'wrapped', 'partly_wrapped', 'nested_partial'])
-def test_signatures_are_looked_through(name: str) -> None:
+def test_signatures_of_wrapped_functions(name: str) -> None:
     parameters, open_ended = signatures.arguments(globals()[name])
     assert {'a', 'b'} <= set(parameters)
     assert not open_ended
@@ -224,7 +224,7 @@ def test_open_signatures() -> None:
     assert make('anything') == {}
 
 
-def test_accepts_any_excuses_no_closed_signature() -> None:
+def test_accepts_any_needs_an_open_signature() -> None:
     with pytest.raises(UserError, match="takes no argument 'c'"):
         make('plain', a=1, c=2, accepts_any=True)
 
@@ -243,7 +243,7 @@ def test_check_reaches_every_depth() -> None:
 
 
 @pytest.mark.parametrize('args', [5, 'ab', None])
-def test_args_that_are_no_tuple(args: object) -> None:
+def test_args_must_be_a_tuple(args: object) -> None:
     with pytest.raises(UserError, match=r'config\.x\.args: expected a tuple'):
         make('plain', args=args)
 
@@ -253,7 +253,7 @@ def test_too_many_args() -> None:
         make('plain', args=(1, 2, 3))
 
 
-def test_arguments_of_the_framework_may_be_missing() -> None:
+def test_arguments_that_the_framework_supplies() -> None:
     targets.check({'target': f'{HERE}:takes_rngs', 'size': 1}, 'config.x')
     with pytest.raises(UserError, match=r'config\.x\.size is missing'):
         targets.check({'target': f'{HERE}:takes_rngs'}, 'config.x')
@@ -263,13 +263,13 @@ def takes_rngs(size: int, *, rngs: Any, train: bool) -> None:
     del size, rngs, train
 
 
-def test_a_user_error_of_a_constructor_stays_as_it_is() -> None:
-    with pytest.raises(UserError, match=r'^told well$'):
-        make('tells')
+def test_a_user_error_of_a_constructor_is_not_wrapped() -> None:
+    with pytest.raises(UserError, match=r'^a clear message$'):
+        make('raises_user_error')
 
 
-def tells() -> None:
-    raise UserError('told well')
+def raises_user_error() -> None:
+    raise UserError('a clear message')
 
 
 def test_notes_of_an_exception_are_kept() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from trainer.config.text import align_columns, and_more, indented_list
 
 
-def test_long_lists_say_how_many_more_there_are() -> None:
+def test_long_lists_count_the_remaining_items() -> None:
     assert and_more(['a', 'b'], 2) == 'a, b'
     assert and_more(['a', 'b', 'c', 'd'], 2, '; ') == 'a; b and 2 more'
     assert indented_list(iter('abc'), 3) == '  a\n  b\n  c'
@@ -14,7 +14,7 @@ def test_long_lists_say_how_many_more_there_are() -> None:
     assert indented_list([]) == ''
 
 
-def test_cells_of_a_column_are_below_each_other() -> None:
+def test_columns_are_aligned() -> None:
     rows = [('name', 'size', 'kind'), ('a', '1,000', ''), ('longer', '2', 'x')]
     assert align_columns(rows, right=[1]) == [
         'name     size  kind',

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors in the user's code: their frame last and whole, and what the task was doing."""
+"""Tracebacks of errors in the user's code, and notes on what the task was called with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = __name__
 
 
 class Net(nn.Module):
-    """Multiplies what does not fit."""
+    """Multiplies arrays whose shapes do not match."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ def mismatched(model: Any, batch: Any) -> Any:
 
 
 class Predicting:
-    """A task that fails in `predict` alone."""
+    """A task that fails only in `predict`."""
 
     def __call__(self, model: Any, batch: Any) -> Any:
         return model(batch['image']).sum(-1)
@@ -83,7 +83,7 @@ def test_a_shape_error_names_the_output_of_the_model_and_the_label() -> None:
     assert failure.describe(raised.value, 0)['where'] == f'{__file__}:{first + 2} in mismatched'
 
 
-def test_a_shape_error_inside_of_the_model() -> None:
+def test_a_shape_error_inside_the_model() -> None:
     with pytest.raises(TypeError, match='contracting') as raised:
         small.trainer_in(None, model={'target': f'{HERE}:Net'}).compile()
     assert 'model(float32[32, 28, 28, 1]) did not return' in notes_of(raised)
@@ -109,7 +109,7 @@ def test_a_shape_error_in_an_evaluation_and_in_its_predictions() -> None:
     assert 'returned float32[512, 10]' in '\n'.join(notes_of(raised))
 
 
-def test_what_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_that_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode() -> None:
         try:
             json.loads('{')
@@ -120,22 +120,22 @@ def test_what_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
         decode()
     raised.value.add_note('a note')
     shown = traces.format_traceback(raised.value)
-    # What it was raised from has frames of ours, too; the frames of json do not show.
+    # Its cause has a frame in this file as well; those of `json` are left out.
     assert shown.count('Traceback (most recent call last):') == 2 and 'direct cause of' in shown
     assert "json.loads('{')" in shown and 'decoder.py' not in shown
     assert shown.endswith('KeyError: \'no "a"\'\na note')
     monkeypatch.setenv('JAX_TRACEBACK_FILTERING', 'off')
     assert 'decoder.py' in traces.format_traceback(raised.value)
     monkeypatch.delenv('JAX_TRACEBACK_FILTERING')
-    # Without a frame of the user all of it shows: the fault is not theirs.
+    # A traceback without any frame of the user is complete.
     error = raised.value.__cause__
     assert error is not None and error.__traceback__ is not None
     inside = error.with_traceback(error.__traceback__.tb_next)
     assert 'decoder.py' in traces.format_traceback(inside)
 
 
-def test_what_a_traceback_keeps() -> None:
-    """The message of each error of a chain, those of a group, and a recursion once."""
+def test_parts_that_a_traceback_keeps() -> None:
+    """The message of each error of a chain or a group, and a few frames of a recursion."""
 
     def down(depth: int) -> None:
         if depth:
@@ -158,7 +158,7 @@ def test_what_a_traceback_keeps() -> None:
     assert 'OSError: other' in traces.format_traceback(group.value)
 
 
-def test_a_message_has_no_note_of_jax() -> None:
+def test_a_traceback_has_no_note_of_jax() -> None:
     def fail(x: Any) -> Any:
         raise UserError('wrong')
 
@@ -169,7 +169,7 @@ def test_a_message_has_no_note_of_jax() -> None:
 
 
 @pytest.mark.slow
-def test_the_files_and_the_screen_of_a_task_that_fails(tmp_path: pathlib.Path) -> None:
+def test_logs_and_output_of_a_failing_task(tmp_path: pathlib.Path) -> None:
     done = command.run(
         command.MLP, f'--config.task={{"ref": "{HERE}:mismatched"}}', f'--workdir={tmp_path}'
     )

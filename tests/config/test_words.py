@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A function, class or dtype that is given by a word: what it means, or what to write instead."""
+"""Functions, classes and dtypes that a config gives by name, and messages for unknown ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.config.errors import UserError
 
 
 class Net(nn.Module):
-    """Arguments of every kind that takes a function or a dtype."""
+    """Arguments of all kinds that take a function or a dtype."""
 
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     unsaid: Any = nn.relu
@@ -38,14 +38,14 @@ class Net(nn.Module):
     optimizer: optax.GradientTransformation | None = None
 
 
-def made(name: str, value: Any) -> Any:
+def instantiate_argument(name: str, value: Any) -> Any:
     node = {'target': f'{__name__}:Net', name: value}
     targets.check(node, 'config.model')
     return getattr(targets.instantiate(node, 'config.model'), name)
 
 
 @pytest.mark.parametrize(
-    ('name', 'value', 'meant'),
+    ('name', 'value', 'expected'),
     [
         ('activation', 'gelu', nn.gelu),
         ('activation', 'jax.numpy:sin', jnp.sin),
@@ -70,8 +70,11 @@ def made(name: str, value: Any) -> Any:
         ('unsaid_init', 'own word', 'own word'),
     ],
 )
-def test_what_a_word_means(name: str, value: Any, meant: Any) -> None:
-    assert made(name, value) is meant or made(name, value) == meant
+def test_names_of_functions_and_dtypes(name: str, value: Any, expected: Any) -> None:
+    assert (
+        instantiate_argument(name, value) is expected
+        or instantiate_argument(name, value) == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,32 +116,32 @@ def test_what_a_word_means(name: str, value: Any, meant: Any) -> None:
         ('bias_init', 'zero', r"Did you mean 'zeros'\?"),
     ],
 )
-def test_a_word_that_means_nothing(name: str, value: Any, message: str) -> None:
+def test_unknown_names(name: str, value: Any, message: str) -> None:
     for check in (targets.check, targets.instantiate):
         with pytest.raises(UserError, match=rf'config\.model\.{name}.*: .*{message}'):
             check({'target': f'{__name__}:Net', name: value}, 'config.model')
 
 
 @pytest.mark.parametrize(
-    ('name', 'meant'),
+    ('name', 'expected'),
     [('adam', 'optax:adam'), ('Regression', 'trainer.tasks:Regression')],
 )
-def test_a_target_without_its_module(name: str, meant: str) -> None:
-    with pytest.raises(UserError, match=rf"got '{name}'\. Did you mean {meant}\?"):
+def test_targets_without_a_module(name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=rf"got '{name}'\. Did you mean {expected}\?"):
         targets.check({'target': name}, 'config.x')
 
 
-def test_a_word_in_place_of_an_object() -> None:
-    assert overridden('model.activation', 'gelu') == {'ref': 'flax.linen:gelu'}
-    assert overridden('model.activation', 'jax.numpy:sin') == {'ref': 'jax.numpy:sin'}
+def test_a_name_in_place_of_an_object() -> None:
+    assert override_value('model.activation', 'gelu') == {'ref': 'flax.linen:gelu'}
+    assert override_value('model.activation', 'jax.numpy:sin') == {'ref': 'jax.numpy:sin'}
     with pytest.raises(UserError, match=r'optax:constant_schedule now.*--config\.optimizer\.lear'):
-        overridden('optimizer.learning_rate', 'linear')
+        override_value('optimizer.learning_rate', 'linear')
     with pytest.raises(UserError, match=r"got 'cosine'\. A schedule is an object, as in"):
-        overridden('optimizer.learning_rate', 'cosine', learning_rate=0.1)
+        override_value('optimizer.learning_rate', 'cosine', learning_rate=0.1)
 
 
-def overridden(path: str, text: str, **changes: Any) -> Any:
-    """Returns the value that a path has after an override."""
+def override_value(path: str, text: str, **changes: Any) -> Any:
+    """Returns the value at a path after an override."""
     rate = {'target': 'optax:constant_schedule', 'value': 1.0}
     config = ml_collections.ConfigDict(
         {
@@ -152,7 +155,7 @@ def overridden(path: str, text: str, **changes: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_the_word_of_a_command_line() -> None:
+def test_names_on_the_command_line() -> None:
     done = command.run(command.MLP, '--config.model.activation=gelu', '--mode=summary')
     assert done.code == 0, done.err
     done = command.run(command.MLP, '--config.model.activation=gleu', '--mode=summary')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums as text: right, drawn anew in each epoch, and held out as they should be."""
+"""Sums as text: correct, different in each epoch, and held out by both orders."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from trainer.data.addition import ALPHABET, Addition, Numbered, decode, encode
 from trainer.data.rng import ExampleRng
 
 
-def drawn(count: int, *, epoch: int = 0, **options: object) -> list[tuple[int, int, int]]:
-    """Returns both numbers and the answer of each sum."""
+def draw_sums(count: int, *, epoch: int = 0, **options: object) -> list[tuple[int, int, int]]:
+    """Returns the two numbers and the answer of each sum."""
     ids = np.arange(count)
     rng = ExampleRng(0, 0, np.full(count, epoch), ids)
     batch = Addition(**options)({'index': ids}, rng)  # type: ignore[arg-type]
@@ -29,32 +29,32 @@ def drawn(count: int, *, epoch: int = 0, **options: object) -> list[tuple[int, i
 @pytest.mark.parametrize('digits', [1, 2, 3])
 @pytest.mark.parametrize('held_out', [False, True])
 def test_the_answers_are_right(digits: int, held_out: bool) -> None:
-    sums = drawn(500, digits=digits, held_out=held_out)
+    sums = draw_sums(500, digits=digits, held_out=held_out)
     assert all(a + b == answer for a, b, answer in sums)
     assert max(max(a, b) for a, b, _ in sums) < 10**digits
 
 
-def test_what_is_held_out_is_never_trained_on() -> None:
-    """Of the hundred sums of single digits each is in one of the splits, in both orders."""
-    train = {(a, b) for a, b, _ in drawn(5000, digits=1)}
-    test = {(a, b) for a, b, _ in drawn(500, digits=1, held_out=True)}
+def test_held_out_sums_are_never_trained_on() -> None:
+    """Each of the hundred sums of single digits is in one split only, in both orders."""
+    train = {(a, b) for a, b, _ in draw_sums(5000, digits=1)}
+    test = {(a, b) for a, b, _ in draw_sums(500, digits=1, held_out=True)}
     assert not train & test
     assert (len(train), len(test)) == (90, 10)
     assert {(b, a) for a, b in test} == test
 
 
 def test_another_epoch_has_other_sums() -> None:
-    assert drawn(50) == drawn(50)
-    assert len(set(drawn(50)) & set(drawn(50, epoch=1))) < 5
+    assert draw_sums(50) == draw_sums(50)
+    assert len(set(draw_sums(50)) & set(draw_sums(50, epoch=1))) < 5
 
 
 @pytest.mark.parametrize('digits', [0, 8])
-def test_numbers_that_are_not_dealt(digits: int) -> None:
+def test_an_invalid_number_of_digits_is_refused(digits: int) -> None:
     with pytest.raises(ValueError, match=f'digits: expected 1 to 7, got {digits}'):
         Addition(digits=digits)
 
 
-def test_a_source_of_numbers() -> None:
+def test_the_source_of_indices() -> None:
     source = Numbered(7)
     assert len(source) == 7
     assert source.gather(np.array([3, 6]))['index'].tolist() == [3, 6]

@@ -19,7 +19,7 @@ from trainer.data.loader import TrainLoader
 
 
 def decode(record: bytes) -> dict[str, Any]:
-    """A record is a number as text, and its square."""
+    """Decodes a record: a number as text, and its square."""
     if record == b'torn':
         raise ValueError('not a number')
     return {'x': np.int32(int(record)), 'y': np.full(3, int(record) ** 2, np.int64)}
@@ -37,7 +37,7 @@ def write(path: pathlib.Path, records: list[bytes]) -> None:
 
 
 @pytest.fixture
-def shelf(tmp_path: pathlib.Path) -> pathlib.Path:
+def record_files(tmp_path: pathlib.Path) -> pathlib.Path:
     """Three files of 5, 1 and 4 records."""
     numbers = iter(range(10))
     for name, count in (('a', 5), ('b', 1), ('c', 4)):
@@ -46,21 +46,21 @@ def shelf(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_records_stand_in_the_order_of_the_files(shelf: pathlib.Path) -> None:
-    source = ArrayRecord(str(shelf / '*.array_record'), decode=decode)
+def test_records_are_in_the_order_of_the_files(record_files: pathlib.Path) -> None:
+    source = ArrayRecord(str(record_files / '*.array_record'), decode=decode)
     assert len(source) == 10
     read = source.gather(np.array([9, 0, 5, 5]))
     np.testing.assert_array_equal(read['x'], [9, 0, 5, 5])
     np.testing.assert_array_equal(read['y'][:, 0], [81, 0, 25, 25])
     named = ArrayRecord(
-        [str(shelf / 'c.array_record'), str(shelf / 'a.array_record')], decode=decode
+        [str(record_files / 'c.array_record'), str(record_files / 'a.array_record')], decode=decode
     )
     np.testing.assert_array_equal(named.gather(np.arange(9))['x'], [6, 7, 8, 9, 0, 1, 2, 3, 4])
 
 
 @pytest.mark.slow
-def test_it_goes_to_workers(shelf: pathlib.Path) -> None:
-    source = ArrayRecord(str(shelf / '*.array_record'), decode=decode)
+def test_worker_processes_read_it(record_files: pathlib.Path) -> None:
+    source = ArrayRecord(str(record_files / '*.array_record'), decode=decode)
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again.gather(np.array([7]))['x'], [7])
     loader = GrainLoader(source=source, batch_size=4, seed=3, workers=1)
@@ -102,13 +102,13 @@ def test_a_damaged_record_is_named(damaged: int, tmp_path: pathlib.Path) -> None
     assert isinstance(caught.value, ValueError) == (damaged == 0)  # In words, at the start.
 
 
-def test_a_damaged_file_is_named(shelf: pathlib.Path) -> None:
-    (shelf / 'b.array_record').write_bytes(b'no such format' * 10_000)
+def test_a_damaged_file_is_named(record_files: pathlib.Path) -> None:
+    (record_files / 'b.array_record').write_bytes(b'no such format' * 10_000)
     with pytest.raises(ValueError, match=r'/b\.array_record is not an ArrayRecord file'):
-        ArrayRecord(str(shelf / '*.array_record'), decode=decode)
+        ArrayRecord(str(record_files / '*.array_record'), decode=decode)
 
 
-def test_mistakes_are_told_in_words(tmp_path: pathlib.Path) -> None:
+def test_messages_for_mistakes(tmp_path: pathlib.Path) -> None:
     node = {'target': 'trainer.data.array_record:ArrayRecord', 'path': f'{tmp_path}/*.array_record'}
     decoder = {'ref': f'{__name__}:decode'}
     with pytest.raises(UserError, match='no file matches'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of column that `datasets` has, in small files: read in its own type, or named."""
+"""Every kind of column of `datasets`, in small files: read in its own type, or refused by name."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def _equal(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.flags.writeable
 
 
-def _written(path: pathlib.Path, columns: dict[str, Any]) -> str:
+def _write_dataset(path: pathlib.Path, columns: dict[str, Any]) -> str:
     pq.write_table(pa.table(columns), path / 'rows.parquet')
     return str(path / 'rows.parquet')
 
 
 def test_every_kind_of_column_keeps_its_type(tmp_path: pathlib.Path) -> None:
-    file = _written(tmp_path, {name: rows for name, (rows, _) in KINDS.items()})
+    file = _write_dataset(tmp_path, {name: rows for name, (rows, _) in KINDS.items()})
     source = HuggingFace('parquet', split='train', data_files=file)
     read, one = source.gather(ROWS), source[2]
     stream = HuggingFaceStream('parquet', split='train', data_files=file)
@@ -120,9 +120,9 @@ def test_every_kind_of_column_keeps_its_type(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('name', ['binary', 'timestamp', 'list of text', 'float64'])
-def test_loaders_and_streams_take_every_kind(name: str, tmp_path: pathlib.Path) -> None:
+def test_loaders_and_streams_read_every_kind(name: str, tmp_path: pathlib.Path) -> None:
     rows, _ = KINDS[name]
-    file = _written(tmp_path, {'x': rows})
+    file = _write_dataset(tmp_path, {'x': rows})
     source = HuggingFace('parquet', split='train', data_files=file)
     made = TrainLoader(source=source, batch_size=3, shuffle=False).block(0, 1).arrays['x'][0]
     _equal(made, source.gather(np.arange(3))['x'])
@@ -133,8 +133,8 @@ def test_loaders_and_streams_take_every_kind(name: str, tmp_path: pathlib.Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['binary', 'timestamp'])
-def test_worker_processes_take_every_kind(name: str, tmp_path: pathlib.Path) -> None:
-    file = _written(tmp_path, {'x': KINDS[name][0]})
+def test_worker_processes_read_every_kind(name: str, tmp_path: pathlib.Path) -> None:
+    file = _write_dataset(tmp_path, {'x': KINDS[name][0]})
     source = HuggingFace('parquet', split='train', data_files=file)
     loader = GrainLoader(source=source, batch_size=3, shuffle=False, workers=1)
     try:
@@ -144,9 +144,9 @@ def test_worker_processes_take_every_kind(name: str, tmp_path: pathlib.Path) -> 
     _equal(made, source.gather(np.arange(3))['x'])
 
 
-def test_the_fields_of_structs_are_fields(tmp_path: pathlib.Path) -> None:
+def test_fields_of_structs_become_fields(tmp_path: pathlib.Path) -> None:
     rows = [{'box': {'x': i, 'at': {'y': i / 2}}, 'parts': [{'n': i}, {'n': 7}]} for i in range(3)]
-    file = _written(tmp_path, {k: pa.array([row[k] for row in rows]) for k in rows[0]})
+    file = _write_dataset(tmp_path, {k: pa.array([row[k] for row in rows]) for k in rows[0]})
     source = HuggingFace('parquet', split='train', data_files=file)
     read = source.gather(ROWS)
     assert list(read) == ['box.x', 'box.at.y', 'parts.n']
@@ -193,7 +193,7 @@ def test_features_of_the_library_are_arrays(tmp_path: pathlib.Path) -> None:
     assert [eval(text) for text in read['json']] == [{'a': 2}, {'a': 0}]
 
 
-def test_translations_are_texts_by_language(tmp_path: pathlib.Path) -> None:
+def test_translations_become_one_text_field_per_language(tmp_path: pathlib.Path) -> None:
     rows = {'text': [{'de': f'{i}', 'en': 'x'} for i in range(3)]}
     path = _features(tmp_path, rows, text=datasets.Translation(['de', 'en']))
     read = HuggingFace(path).gather(ROWS)
@@ -217,7 +217,7 @@ def test_a_folder_of_images_is_read(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('kind', ['csv', 'json'])
-def test_text_files_have_floats_too(kind: str, tmp_path: pathlib.Path) -> None:
+def test_text_files_with_floats(kind: str, tmp_path: pathlib.Path) -> None:
     text = {
         'csv': 'x,y,name\n0.5,1,a\n1.5,0,b\n,1,c\n',
         'json': '{"x": 0.5, "y": 1, "name": "a"}\n{"x": 1.5, "y": 0, "name": "b"}\n'
@@ -257,7 +257,7 @@ def _refusal(path: str, **options: Any) -> str:
 def test_missing_values_are_named_at_the_start(
     rows: Any, message: str, tmp_path: pathlib.Path
 ) -> None:
-    file = _written(tmp_path, {'x': rows, 'y': pa.array(range(len(rows)))})
+    file = _write_dataset(tmp_path, {'x': rows, 'y': pa.array(range(len(rows)))})
     options = {'split': 'train', 'data_files': file}
     if 'lists' in message:
         with pytest.raises(ValueError, match=message):
@@ -269,7 +269,7 @@ def test_missing_values_are_named_at_the_start(
     assert list(HuggingFace('parquet', **options, keys=('y',)).spec) == ['y']
 
 
-def test_sounds_and_the_like_are_named(tmp_path: pathlib.Path) -> None:
+def test_audio_and_other_features_are_refused_by_name(tmp_path: pathlib.Path) -> None:
     # Writing the feature itself takes a decoder; what is stored does not.
     stored = pa.array([{'bytes': b'RIFF', 'path': 'a.wav'}])
     features = datasets.Features(sound=datasets.Audio(), y=datasets.Value('int64'))
@@ -282,8 +282,8 @@ def test_sounds_and_the_like_are_named(tmp_path: pathlib.Path) -> None:
     assert list(HuggingFace(path, keys=('y',)).spec) == ['y']
 
 
-def test_lists_of_several_lengths_are_for_streams(tmp_path: pathlib.Path) -> None:
-    file = _written(tmp_path, {'tokens': pa.array([[1, 2], [3], [4, 5, 6]])})
+def test_lists_of_different_lengths_need_a_stream(tmp_path: pathlib.Path) -> None:
+    file = _write_dataset(tmp_path, {'tokens': pa.array([[1, 2], [3], [4, 5, 6]])})
     source = HuggingFace('parquet', split='train', data_files=file)
     node = {'target': 'trainer.data.loader:TrainLoader', 'source': source, 'batch_size': 2}
     with pytest.raises(UserError) as caught:
@@ -293,7 +293,7 @@ def test_lists_of_several_lengths_are_for_streams(tmp_path: pathlib.Path) -> Non
     assert [loader.block(i, 1).arrays['tokens'].size for i in range(3)] == [2, 1, 3]
 
 
-def test_images_of_several_shapes_are_told_with_the_first(tmp_path: pathlib.Path) -> None:
+def test_images_of_different_shapes_are_refused(tmp_path: pathlib.Path) -> None:
     images = [np.zeros((4, 4, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)]
     path = _features(tmp_path, {'image': images}, image=datasets.Image())
     loader = TrainLoader(source=HuggingFace(path), batch_size=1, shuffle=False)
@@ -304,6 +304,6 @@ def test_images_of_several_shapes_are_told_with_the_first(tmp_path: pathlib.Path
     assert 'while reading example 1' in ''.join(caught.value.__notes__)
 
 
-def test_fields_that_share_a_name_are_refused(tmp_path: pathlib.Path) -> None:
-    file = _written(tmp_path, {'a.b': pa.array([1]), 'a': pa.array([{'b': 2}])})
+def test_duplicate_field_names_are_refused(tmp_path: pathlib.Path) -> None:
+    file = _write_dataset(tmp_path, {'a.b': pa.array([1]), 'a': pa.array([{'b': 2}])})
     assert "duplicate fields ['a.b']" in _refusal('parquet', split='train', data_files=file)

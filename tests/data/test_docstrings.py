@@ -17,7 +17,7 @@ tokenizers = pytest.importorskip('tokenizers')
 
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A tokenizer of whole words, as Hugging Face keeps it: the sentence within two marks."""
+    """A Hugging Face tokenizer of whole words, with special tokens around each text."""
     words = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', 'return', 'the', 'message', 'process', 'element')
     pieces = tokenizers.Tokenizer(
         tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]')
@@ -39,8 +39,8 @@ def test_rows_have_one_length(directory: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_splits_are_of_the_texts(directory: pathlib.Path) -> None:
-    """A quarter is held out, of each package; what is in one split is not in the other."""
+def test_each_text_is_in_one_split(directory: pathlib.Path) -> None:
+    """A quarter of each package is held out; no text is in both splits."""
     splits = {
         split: Docstrings(str(directory / 'tokenizer.json'), split=split, length=64)
         for split in ('train', 'test')
@@ -55,8 +55,8 @@ def test_splits_are_of_the_texts(directory: pathlib.Path) -> None:
     assert not rows & {tuple(row) for row in test['tokens'] if (row > 3).sum() > 12}
 
 
-def test_a_collector_of_garbage_that_parses(directory: pathlib.Path) -> None:
-    """Python 3.11 ends a conversion in a SystemError when another one takes place within it."""
+def test_garbage_collection_that_parses_during_a_parse(directory: pathlib.Path) -> None:
+    """In Python 3.11, a parse fails with SystemError if another one runs inside it."""
 
     def parse(phase: str, info: dict[str, int]) -> None:
         del phase, info

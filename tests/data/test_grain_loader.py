@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grain's threads and processes make the very batches of the in-memory loader, or say why not."""
+"""Grain's threads and processes produce the batches of the in-memory loader, or say why not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def images() -> ArraySource:
 
 
 class Bad(ArraySource):
-    """Cannot read one of its examples, or is killed by it."""
+    """A source that fails at one example, or is killed by it."""
 
     def __init__(self, index: int, deadly: bool = False):
         super().__init__({'label': np.arange(EXAMPLES)})
@@ -52,7 +52,7 @@ class Bad(ArraySource):
 
 
 class Unfit(Exception):
-    """Pickles, and cannot be unpickled: its arguments are not those of its constructor."""
+    """An exception that can be pickled but not unpickled: its constructor has other arguments."""
 
     def __init__(self, index: int, what: str):
         super().__init__(f'number {index} {what}')
@@ -70,8 +70,8 @@ RANDOM = {'batch_size': 12, 'transforms': (RandomCrop(padding=2), RandomFlip()),
 
 
 @pytest.fixture(scope='module', params=[0, pytest.param(2, marks=pytest.mark.slow)])
-def grained(request: pytest.FixtureRequest) -> Iterator[GrainLoader]:
-    """In batches of 12 rows, of which a task has 5, so that the last one is short."""
+def make_loader(request: pytest.FixtureRequest) -> Iterator[GrainLoader]:
+    """Returns a loader with batches of 12 rows and tasks of 5, so that the last task is shorter."""
     loader = GrainLoader(
         source=images(), remainder='pad', workers=request.param, task_rows=5, **RANDOM
     )
@@ -79,17 +79,17 @@ def grained(request: pytest.FixtureRequest) -> Iterator[GrainLoader]:
     loader.close()
 
 
-def test_equal_to_the_loader_in_memory_anywhere(grained: GrainLoader) -> None:
+def test_equals_the_in_memory_loader_at_any_position(make_loader: GrainLoader) -> None:
     plain = TrainLoader(source=images(), remainder='pad', **RANDOM)
-    assert grained.spec == plain.spec
-    assert grained.steps_per_epoch == plain.steps_per_epoch == 5
-    assert grained.examples == plain.examples
+    assert make_loader.spec == plain.spec
+    assert make_loader.steps_per_epoch == plain.steps_per_epoch == 5
+    assert make_loader.examples == plain.examples
     # Goes on, goes on, starts anew ahead, behind, and for the rows of one process of three.
     for start, count in ((0, 3), (3, 1), (4, 6), (23, 2), (2, 2)):
-        assert_equal(grained.block(start, count), plain.block(start, count))
+        assert_equal(make_loader.block(start, count), plain.block(start, count))
     for rows in (slice(4, 8), np.array([0, 7, 2])):
-        assert_equal(grained.block(4, 2, rows), plain.block(4, 2, rows))
-        assert_equal(grained.block(6, 1, rows), plain.block(6, 1, rows))
+        assert_equal(make_loader.block(4, 2, rows), plain.block(4, 2, rows))
+        assert_equal(make_loader.block(6, 1, rows), plain.block(6, 1, rows))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_equal_to_the_loader_in_memory_anywhere(grained: GrainLoader) -> None:
                 {'shuffle': False}, {'task_rows': 100}, {'threads': 0}, {'ahead': 9}],
     ids=str,
 )  # fmt: skip
-def test_equal_with_any_option(options: dict[str, Any]) -> None:
+def test_equals_the_in_memory_loader_with_any_option(options: dict[str, Any]) -> None:
     loader = GrainLoader(source=images(), **RANDOM, **options)
     for own in ('task_rows', 'threads', 'ahead'):
         options = {name: value for name, value in options.items() if name != own}
@@ -106,7 +106,7 @@ def test_equal_with_any_option(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
-def test_equal_after_batches_of_another_size(remainder: str) -> None:
+def test_equals_the_in_memory_loader_after_a_change_of_the_batch_size(remainder: str) -> None:
     sizes = ((0, 20), (1, 5), (5, 12))
     loader = GrainLoader(source=images(), remainder=remainder, **RANDOM)
     plain = TrainLoader(source=images(), remainder=remainder, **RANDOM).after(sizes)
@@ -121,8 +121,8 @@ def test_equal_after_batches_of_another_size(remainder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_block_is_its_own_memory() -> None:
-    """The devices may still read it when Grain has long reused what it was handed over in."""
+def test_a_block_owns_its_memory() -> None:
+    """The devices may still read it after Grain has reused its shared memory."""
     loader = GrainLoader(source=images(), workers=1, **RANDOM)
     first = loader.block(0, 1)
     kept = {name: x.copy() for name, x in first.arrays.items()}
@@ -139,7 +139,7 @@ def test_a_block_is_its_own_memory() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_record_that_raises_is_named_and_never_skipped(workers: int) -> None:
+def test_an_unreadable_record_is_named_and_never_skipped(workers: int) -> None:
     loader = GrainLoader(source=Bad(17), batch_size=20, shuffle=False, workers=workers, task_rows=6)
     for _ in range(2):
         with pytest.raises(WorkerError if workers else Unfit) as caught:
@@ -170,21 +170,21 @@ def test_a_transform_that_raises_names_the_record(kind: Any) -> None:
     assert 'in transforms[0] = PerExample' in notes
 
 
-def together(batch: Arrays) -> Arrays:
+def fail_together(batch: Arrays) -> Arrays:
     if len(batch['label']) > 1:
         raise ValueError('too many')
     return batch
 
 
-def test_examples_that_fail_only_together_are_listed() -> None:
-    loader = TrainLoader(source=images(), batch_size=10, shuffle=False, transforms=(together,))
+def test_examples_that_fail_only_as_a_batch_are_listed() -> None:
+    loader = TrainLoader(source=images(), batch_size=10, shuffle=False, transforms=(fail_together,))
     with pytest.raises(ValueError) as caught:
         loader.block(0, 1)
     assert 'the examples 0, 1, 2, 3, 4, 5, 6, 7, ... together' in caught.value.__notes__[-1]
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_an_error_that_names_its_records() -> None:
+def test_the_error_for_a_dead_worker_names_its_records() -> None:
     loader = GrainLoader(
         source=Bad(23, deadly=True), batch_size=20, shuffle=False, workers=2, task_rows=2
     )
@@ -220,7 +220,7 @@ print(loader.block(0, 2).arrays['x'].tolist(), loader.block(0, 2).ids.tolist())
 
 
 @pytest.mark.slow
-def test_works_without_parsed_flags_and_ends_unclosed() -> None:
+def test_works_without_parsed_flags_and_exits_without_close() -> None:
     out = subprocess.run(
         [sys.executable, '-c', NOTEBOOK], cwd=command.ROOT, capture_output=True, text=True,
         timeout=120,
@@ -237,14 +237,14 @@ GRAIN = (
 )
 
 
-def children(pid: int) -> list[int]:
-    """Processes below one, of any generation."""
+def child_processes(pid: int) -> list[int]:
+    """Returns all descendants of a process."""
     own = pathlib.Path(f'/proc/{pid}/task').glob('*/children')
     direct = [int(child) for path in own for child in path.read_text().split()]
-    return direct + [below for child in direct for below in children(child)]
+    return direct + [below for child in direct for below in child_processes(child)]
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return ') Z ' not in pathlib.Path(f'/proc/{pid}/stat').read_text()
     except FileNotFoundError:
@@ -258,17 +258,17 @@ def test_no_process_outlives_a_killed_trainer(tmp_path: pathlib.Path) -> None:
         '--config.train_for=1000000steps',
     )  # fmt: skip
     command.wait_for(command.rows_written(tmp_path, at_least=1))
-    below = children(process.pid)
+    below = child_processes(process.pid)
     assert len(below) >= 2
     process.kill()
     # Its pipes are at their end only when nobody holds them any more.
     process.communicate(timeout=60)
-    command.wait_for(lambda: not any(alive(pid) for pid in below))
+    command.wait_for(lambda: not any(is_alive(pid) for pid in below))
 
 
 @pytest.mark.slow
 def test_a_run_with_workers_equals_one_without(tmp_path: pathlib.Path) -> None:
-    """A signal to the whole group, as Ctrl-C in a terminal, ends it saved; then it goes on."""
+    """A signal to the process group, as by Ctrl-C, saves and ends the run, which then resumes."""
     steps = '--config.train_for=3000steps'
     command.train(tmp_path / 'plain', steps)
     args = [command.MLP, *command.SMALL, *GRAIN, f'--workdir={tmp_path / "grain"}', steps]
@@ -297,7 +297,7 @@ def test_a_bad_record_ends_the_run(tmp_path: pathlib.Path) -> None:
 
 
 class BadImages(ArraySource):
-    """Shaped as MNIST, and one of them cannot be read."""
+    """Images like MNIST's, one of which is unreadable."""
 
     def __init__(self) -> None:
         images = np.zeros((200, 28, 28, 1), np.uint8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets of Hugging Face, with the real package and files on this disk."""
+"""Hugging Face datasets, with the real package and local files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ datasets = pytest.importorskip('datasets', reason="needs the extra 'hf'")
 
 
 @pytest.fixture(scope='module')
-def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Forty rows in two splits, and the same as JSON lines in four files."""
+def saved_dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Saves forty rows in two splits, and the same as JSON lines in four files."""
     root = tmp_path_factory.mktemp('hf')
     rows = [{'x': i, 'y': [i / 2, i * 2.0], 'text': f'row {i}'} for i in range(40)]
     whole = datasets.Dataset.from_list(rows)
@@ -37,18 +37,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return root
 
 
-def test_a_saved_dataset_is_a_source(saved: pathlib.Path) -> None:
-    source = HuggingFace(str(saved / 'both'), split='test', keys=('x', 'y'))
+def test_a_saved_dataset_is_a_source(saved_dataset: pathlib.Path) -> None:
+    source = HuggingFace(str(saved_dataset / 'both'), split='test', keys=('x', 'y'))
     assert len(source) == 10
     read = source.gather(np.array([3, 0]))
     np.testing.assert_array_equal(read['x'], [33, 30])
     np.testing.assert_array_equal(read['y'], [[16.5, 66.0], [15.0, 60.0]])
-    assert len(HuggingFace(str(saved / 'one'), keys=('x',))) == 40
+    assert len(HuggingFace(str(saved_dataset / 'one'), keys=('x',))) == 40
 
 
 @pytest.mark.slow
-def test_it_is_read_by_workers(saved: pathlib.Path) -> None:
-    source = HuggingFace(str(saved / 'one'), keys=('x',))
+def test_worker_processes_read_a_dataset(saved_dataset: pathlib.Path) -> None:
+    source = HuggingFace(str(saved_dataset / 'one'), keys=('x',))
     loader = GrainLoader(source=source, batch_size=8, workers=1)
     try:
         made = loader.block(0, 6)
@@ -58,8 +58,8 @@ def test_it_is_read_by_workers(saved: pathlib.Path) -> None:
     np.testing.assert_array_equal(made.arrays['x'], expected.arrays['x'])
 
 
-def test_local_files_are_loaded_by_kind(saved: pathlib.Path) -> None:
-    files = str(saved / '*.jsonl')
+def test_local_files_are_loaded_by_kind(saved_dataset: pathlib.Path) -> None:
+    files = str(saved_dataset / '*.jsonl')
     source = HuggingFace('json', data_files=files, split='train', keys=('x',))
     np.testing.assert_array_equal(source.gather(np.arange(40))['x'], np.arange(40))
 
@@ -76,31 +76,31 @@ def test_local_files_are_loaded_by_kind(saved: pathlib.Path) -> None:
         ({'path': 'nowhere'}, 'path: cannot open '),
     ],
 )
-def test_mistakes_are_told_in_words(
-    options: dict[str, object], message: str, saved: pathlib.Path
+def test_messages_for_mistakes(
+    options: dict[str, object], message: str, saved_dataset: pathlib.Path
 ) -> None:
     node = {
         'target': 'trainer.data.hf:HuggingFace',
         **options,
-        'path': str(saved / str(options['path'])),
+        'path': str(saved_dataset / str(options['path'])),
     }
     with pytest.raises(UserError) as caught:
         targets.instantiate(node, 'config.data.source')
     assert message in str(caught.value)
 
 
-def stream(saved: pathlib.Path) -> HuggingFaceStream:
+def stream(saved_dataset: pathlib.Path) -> HuggingFaceStream:
     return HuggingFaceStream(
-        'json', data_files=str(saved / '*.jsonl'), split='train', keys=('x', 'y')
+        'json', data_files=str(saved_dataset / '*.jsonl'), split='train', keys=('x', 'y')
     )
 
 
-def test_a_stream_goes_on_where_it_stood(saved: pathlib.Path) -> None:
-    loader = StreamLoader(source=stream(saved), batch_size=6)
+def test_a_stream_resumes_at_its_position(saved_dataset: pathlib.Path) -> None:
+    loader = StreamLoader(source=stream(saved_dataset), batch_size=6)
     blocks = [loader.block(step, 1) for step in range(14)]
     np.testing.assert_array_equal(blocks[0].arrays['x'], [np.arange(6)])
     for step in (1, 6, 7, 13):
-        again = StreamLoader(source=stream(saved), batch_size=6)
+        again = StreamLoader(source=stream(saved_dataset), batch_size=6)
         states = blocks[step - 1].states
         assert states is not None
         again.restore(step, json.loads(json.dumps(states[0])))
@@ -109,18 +109,18 @@ def test_a_stream_goes_on_where_it_stood(saved: pathlib.Path) -> None:
             np.testing.assert_array_equal(made.arrays['x'], blocks[later].arrays['x'])
 
 
-def test_readers_take_files_of_their_own(saved: pathlib.Path) -> None:
+def test_each_reader_reads_its_own_files(saved_dataset: pathlib.Path) -> None:
     seen: list[int] = []
     for rows in (np.array([0, 1]), np.array([2, 3])):
-        loader = StreamEvalLoader(source=stream(saved), batch_size=4)
+        loader = StreamEvalLoader(source=stream(saved_dataset), batch_size=4)
         arrays = [loader.block(step, 1, rows).arrays for step in range(12)]
         seen += [x for a in arrays for x in a['x'][a['_mask']].tolist()]
     assert sorted(seen) == list(range(40))
     with pytest.raises(ValueError, match='5 processes need at least 5 files, and there are 4'):
-        stream(saved).shard(0, 5)
+        stream(saved_dataset).shard(0, 5)
 
 
-def test_a_missing_package_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_missing_package_is_reported(tmp_path: pathlib.Path) -> None:
     code = (
         "import sys; sys.modules['datasets'] = None\n"
         'from data.hf import HuggingFace\n'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches as a pure function of position, whatever the block; evaluation covers everything once."""
+"""Batches are a pure function of the position; an evaluation reads every example once."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_block_size_never_changes_a_value() -> None:
     np.testing.assert_array_equal(half.arrays['image'], whole.arrays['image'][:, 2:4])
 
 
-def test_labels_travel_with_their_images() -> None:
+def test_labels_match_their_images() -> None:
     block = TrainLoader(source=images(), batch_size=4).block(0, 5)
     np.testing.assert_array_equal(block.arrays['label'], block.ids)
 
 
-def test_padding_is_the_first_row_of_its_batch_and_masked() -> None:
+def test_padding_repeats_the_first_row_of_its_batch_and_is_masked() -> None:
     block = TrainLoader(source=images(), batch_size=4, remainder='pad').block(0, 6)
     assert block.arrays['_mask'][2].tolist() == [True, True, False, False]
     for step in (2, 5):
@@ -59,7 +59,7 @@ def test_repeat_batch() -> None:
     np.testing.assert_array_equal(ids[:2], ids[4:])
 
 
-def test_spec_is_that_of_the_batches() -> None:
+def test_the_spec_matches_the_batches() -> None:
     loader = TrainLoader(source=images(), batch_size=4, transforms=RANDOM)
     arrays = loader.block(0, 1).arrays
     assert {k: (s.shape, s.dtype) for k, s in loader.spec.items()} == {
@@ -68,7 +68,7 @@ def test_spec_is_that_of_the_batches() -> None:
 
 
 @pytest.mark.parametrize(('n', 'batch', 'rows'), [(10, 4, 4), (10, 4, 8), (1, 8, 8), (8, 8, 8)])
-def test_evaluation_covers_every_example_once(n: int, batch: int, rows: int) -> None:
+def test_an_evaluation_reads_every_example_once(n: int, batch: int, rows: int) -> None:
     loader = EvalLoader(source=images(n), batch_size=batch, padded_to=rows)
     block = loader.block(0, loader.num_batches)
     assert block.arrays['_mask'].shape == (loader.num_batches, rows)
@@ -76,8 +76,8 @@ def test_evaluation_covers_every_example_once(n: int, batch: int, rows: int) -> 
     np.testing.assert_array_equal(block.arrays['_mask'], block.ids != PADDING)
 
 
-def test_randomness_belongs_to_the_example() -> None:
-    """The same example of the same epoch is cropped alike in any batch; in another epoch not."""
+def test_random_transforms_depend_on_the_example() -> None:
+    """An example is cropped the same in any batch of an epoch, and differently in another epoch."""
     small = TrainLoader(source=images(), batch_size=2, transforms=RANDOM, seed=1).block(0, 10)
     large = TrainLoader(source=images(), batch_size=5, transforms=RANDOM, seed=1).block(0, 4)
 
@@ -111,7 +111,7 @@ def test_a_failing_transform_is_named() -> None:
     assert any(frame.name == 'broken' for frame in error.traceback)
 
 
-def test_five_three_is_the_tail_of_the_first_eight() -> None:
+def test_blocks_can_start_anywhere() -> None:
     loader = TrainLoader(source=images(), batch_size=4, transforms=RANDOM, seed=2)
     first, tail = loader.block(0, 8), loader.block(5, 3)
     assert set(first.arrays) == set(tail.arrays) == {'image', 'label'}
@@ -127,7 +127,7 @@ def noisy(example: dict, rng: np.random.Generator) -> dict:
 @pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
 @pytest.mark.parametrize('repeat_batch', [None, 2])
 @pytest.mark.parametrize('size', [1, 2, 5, 11])
-def test_any_division_into_blocks_gives_the_same(
+def test_batches_do_not_depend_on_the_blocks(
     remainder: str, repeat_batch: int | None, size: int
 ) -> None:
     loader = TrainLoader(
@@ -163,7 +163,7 @@ def items(n: int) -> RandomAccessSource:
 
 @pytest.mark.parametrize('transforms', [(), (PerExample(fn=noisy),)])
 def test_rows_that_are_all_padding(transforms: tuple[PerExample, ...]) -> None:
-    """What a process sees whose rows all lie behind the end of the epoch: still real examples."""
+    """A process whose rows are all padding still gets copies of real examples."""
     loader = TrainLoader(source=items(10), batch_size=4, remainder='pad', transforms=transforms)
     block = loader.block(2, 1, rows=slice(2, 4))
     expected = loader.block(2, 1).arrays
@@ -205,7 +205,7 @@ def test_padding_is_transformed_once_for_each_padded_batch() -> None:
     assert sizes == [6, 2]
 
 
-def test_a_mask_where_there_may_be_padding() -> None:
+def test_batches_have_a_mask_if_there_may_be_padding() -> None:
     for remainder, masked in [('carry', False), ('drop', False), ('pad', True)]:
         loader = TrainLoader(source=images(8), batch_size=4, remainder=remainder)
         assert ('_mask' in loader.block(0, 1).arrays) == masked
@@ -256,7 +256,7 @@ def test_seed_and_shuffle() -> None:
 
 
 @pytest.mark.parametrize('padded_to', [None, 520])
-def test_evaluation_of_ten_thousand_in_batches_of_512(padded_to: int | None) -> None:
+def test_an_evaluation_of_ten_thousand_in_batches_of_512(padded_to: int | None) -> None:
     source = ArraySource({'x': np.arange(10_000)})
     loader = EvalLoader(source=source, batch_size=512, padded_to=padded_to)
     assert (loader.num_batches, loader.examples) == (20, 10_000)
@@ -271,7 +271,7 @@ def test_evaluation_of_ten_thousand_in_batches_of_512(padded_to: int | None) -> 
     assert seen == list(range(10_000))
 
 
-def test_evaluation_of_one_example() -> None:
+def test_an_evaluation_of_one_example() -> None:
     loader = EvalLoader(source=items(1), batch_size=4, padded_to=6)
     block = loader.block(0, loader.num_batches)
     assert loader.num_batches == 1
@@ -312,7 +312,7 @@ def test_a_batch_larger_than_the_source(remainder: str) -> None:
     assert loader().steps_per_epoch == (Fraction(3, 8) if remainder == 'carry' else 1)
 
 
-def test_the_name_of_the_mask_is_taken() -> None:
+def test_the_name_of_the_mask_is_reserved() -> None:
     source = ArraySource({'_mask': np.ones(5, bool)})
     with pytest.raises(ValueError, match="field name '_mask' is reserved"):
         EvalLoader(source=source, batch_size=2).block(0, 1)
@@ -321,8 +321,8 @@ def test_the_name_of_the_mask_is_taken() -> None:
 
 
 @pytest.mark.parametrize('sizes', [((0, 2), (3, 4)), ((0, 8), (3, 4)), ((0, 2), (1, 5), (3, 4))])
-def test_batches_after_others_are_those_of_their_examples(sizes: Any) -> None:
-    """Augmentation does not depend on earlier batch sizes; positions are still steps."""
+def test_batches_after_a_change_of_the_batch_size(sizes: Any) -> None:
+    """Augmentation does not depend on earlier batch sizes; positions remain steps."""
     loader = TrainLoader(source=images(), batch_size=4, transforms=RANDOM, seed=3)
     after = loader.after(sizes)
     consumed = sum((stop - start) * size for (start, size), (stop, _) in itertools.pairwise(sizes))
@@ -336,7 +336,7 @@ def test_batches_after_others_are_those_of_their_examples(sizes: Any) -> None:
     np.testing.assert_array_equal(after.after(((0, 4),)).block(0, 5).ids, loader.block(0, 5).ids)
 
 
-def test_the_first_example_is_the_source_s() -> None:
+def test_first_is_the_first_example_of_the_source() -> None:
     for shuffle in (True, False):
         loader = TrainLoader(source=images(), batch_size=4, seed=3, shuffle=shuffle)
         assert loader.first['label'].tolist() == [0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures: proportions, a defined epoch, an order like any other's."""
+"""Mixtures: proportions, the length of an epoch, and the order of examples."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def source(start: int, length: int, **more: Any) -> ArraySource:
 
 
 def counts(mixture: Mixture) -> np.ndarray:
-    """Returns how often an epoch has each value."""
+    """Returns how often each value occurs in an epoch."""
     return np.bincount(mixture.gather(np.arange(len(mixture)))['x'])
 
 
-def test_without_weights_every_example_comes_once() -> None:
+def test_without_weights_every_example_occurs_once() -> None:
     mixture = Mixture((source(0, 5), source(5, 3)))
     assert len(mixture) == 8
     assert counts(mixture).tolist() == [1] * 8
@@ -34,7 +34,7 @@ def test_without_weights_every_example_comes_once() -> None:
 
 @pytest.mark.parametrize('weights', [(1, 1), (0.5, 0.5), (3, 1), (1, 3), (1, 0.01)])
 def test_proportions(weights: tuple[float, float]) -> None:
-    """Each source's part of an epoch is its weight, to half an example; none is left out."""
+    """The share of each source is its weight, to half an example; none is left out."""
     mixture = Mixture((source(0, 60), source(60, 15)), weights)
     found = counts(mixture)
     parts = np.array([found[:60].sum(), found[60:].sum()])
@@ -73,7 +73,7 @@ def test_batches_are_mixed_and_a_function_of_their_position() -> None:
         ((source(0, 3), source(0, 3, y=np.zeros(3))), None, r'source 1 has x: int64\[\], y'),
     ],
 )
-def test_what_cannot_be_mixed(sources: Any, weights: Any, message: str) -> None:
+def test_sources_that_cannot_be_mixed(sources: Any, weights: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Mixture(sources, weights)
 

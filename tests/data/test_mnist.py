@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MNIST that comes with the package is whole, and a damaged copy of it is told."""
+"""The bundled MNIST files are intact, and a damaged copy is reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def copy(tmp_path: pathlib.Path) -> pathlib.Path:
         ('test', 10_000, [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009], [7, 2, 1, 0, 4]),
     ],
 )
-def test_facts(split: str, length: int, counts: list[int], first: list[int]) -> None:
+def test_number_of_examples_and_classes(
+    split: str, length: int, counts: list[int], first: list[int]
+) -> None:
     source = MNIST(split)
     assert len(source) == length
     labels = source.gather(np.arange(length))['label']
@@ -54,7 +56,7 @@ def test_spec() -> None:
 
 @pytest.mark.slow
 def test_pixels() -> None:
-    """The mean that everyone normalises with, and the digit that is centred in its frame."""
+    """The usual mean for normalization, and a digit centered in its image."""
     images = MNIST('train').gather(np.arange(60_000))['image']
     assert images.mean() / 255 == pytest.approx(0.1307, abs=0.00005)
     assert images.std() / 255 == pytest.approx(0.3081, abs=0.00005)
@@ -91,7 +93,7 @@ def test_changed_content(copy: pathlib.Path, name: str) -> None:
 
 @pytest.mark.parametrize('place', [0, 9, 40, 1000, 3080, -6, -1])
 def test_a_flipped_byte_of_the_compressed_file(copy: pathlib.Path, place: int) -> None:
-    """Gzip itself finds some of it, in more than one way; every message names the file."""
+    """Gzip detects some of these, with several kinds of errors; each message names the file."""
     content = bytearray((copy / LABELS).read_bytes())
     content[place] ^= 0xFF
     (copy / LABELS).write_bytes(bytes(content))
@@ -104,7 +106,7 @@ def test_a_flipped_byte_of_the_compressed_file(copy: pathlib.Path, place: int) -
 
 
 @pytest.mark.parametrize('length', [0, 5, 50, 4000])
-def test_a_file_cut_short(copy: pathlib.Path, length: int) -> None:
+def test_a_truncated_file(copy: pathlib.Path, length: int) -> None:
     (copy / LABELS).write_bytes((copy / LABELS).read_bytes()[:length])
     with pytest.raises(ValueError, match=re.escape(str(copy / LABELS))):
         MNIST('test', directory=str(copy))

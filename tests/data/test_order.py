@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The global order: a pure function of (seed, position), every example once in each epoch."""
+"""The global order: a pure function of seed and position, with every example once per epoch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOLDEN = [
 
 
 def test_golden_order() -> None:
-    """What a seed means must never change: resumed runs and published figures rest on it."""
+    """The order of a seed must never change: resumed runs and published results depend on it."""
     assert epoch_order(10, 0, 0).tolist() == GOLDEN[0]
     assert epoch_order(10, 0, 1).tolist() == GOLDEN[1]
     assert epoch_order(10, 1, 0).tolist() == GOLDEN[2]
@@ -35,7 +35,7 @@ def test_carry_crosses_the_epoch_border() -> None:
     assert ids.ravel().tolist() == [*GOLDEN[0], *GOLDEN[1]]
 
 
-def test_pad_fills_up_with_padding() -> None:
+def test_pad_fills_the_last_batch() -> None:
     order = Order(examples=10, batch_size=4, remainder='pad')
     ids, _ = order.rows(0, 6)
     assert order.steps_per_epoch == 3
@@ -43,7 +43,7 @@ def test_pad_fills_up_with_padding() -> None:
     assert sorted(ids[:3].ravel())[2:] == sorted(ids[3:].ravel())[2:] == list(range(10))
 
 
-def test_drop_leaves_the_rest_out() -> None:
+def test_drop_omits_the_incomplete_batch() -> None:
     order = Order(examples=10, batch_size=4, remainder='drop')
     ids, _ = order.rows(0, 4)
     assert order.steps_per_epoch == 2
@@ -96,7 +96,7 @@ def test_each_epoch_has_every_example_once(examples: int, batch_size: int, remai
         assert sorted(seen.tolist()) == list(range(examples))
 
 
-def test_dropped_examples_come_in_other_epochs() -> None:
+def test_dropped_examples_are_used_in_other_epochs() -> None:
     ids, epochs = Order(examples=10, batch_size=4, remainder='drop').rows(0, 40)
     for epoch in range(20):
         assert len(set(ids[epochs == epoch].tolist())) == 8
@@ -108,7 +108,7 @@ def test_seeds_and_epochs_differ() -> None:
     assert len({order.tobytes() for order in orders}) == 100
 
 
-def test_the_kept_order_cannot_be_changed() -> None:
+def test_changing_returned_rows_does_not_change_the_order() -> None:
     for shuffle in (True, False):
         order = Order(examples=10, batch_size=5, shuffle=shuffle)
         before = order.rows(0, 2)[0]
@@ -116,8 +116,8 @@ def test_the_kept_order_cannot_be_changed() -> None:
         np.testing.assert_array_equal(order.rows(0, 2)[0], before)
 
 
-def test_an_epoch_is_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a batch across its border is read again, and orders are read in turn."""
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a batch across its border is read again, and if two orders alternate."""
     sorted_epochs = []
 
     def counted(examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -140,7 +140,7 @@ def test_dtypes_and_shapes(remainder: str) -> None:
 
 
 def test_even_split() -> None:
-    """B3: the sizes that `tfds.split_for_jax_process` gives 6 processes, without overlap."""
+    """B3: the sizes of `tfds.split_for_jax_process` for 6 processes, without overlap."""
     parts = even_split(10_000, 6)
     assert [len(part) for part in parts] == [1667, 1667, 1667, 1667, 1666, 1666]
     for examples, count in [(10_000, 6), (3, 5), (0, 2), (7, 1), (8, 8)]:
@@ -171,10 +171,10 @@ SIZES = {
 
 @pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize('examples', [10, 16, 23])
-def test_batches_of_another_size_carry_on(
+def test_batches_of_a_new_size_continue_the_order(
     examples: int, sizes: tuple[tuple[int, int], ...]
 ) -> None:
-    """The rows of all batches, one after the other, are those of a run with one batch size."""
+    """The concatenated rows of all batches equal those of a run with one batch size."""
     whole = Order(examples=examples, batch_size=1).rows(0, 400)
     ids, epochs = rows_of(Order(examples=examples, batch_size=sizes[-1][1]), sizes, steps=40)
     np.testing.assert_array_equal(ids, whole[0].ravel()[: len(ids)])
@@ -184,7 +184,7 @@ def test_batches_of_another_size_carry_on(
 @pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize('examples', [10, 16, 23])
 @pytest.mark.parametrize('remainder', ['pad', 'drop'])
-def test_an_epoch_ends_in_batches_of_another_size(
+def test_the_end_of_an_epoch_after_a_change_of_the_batch_size(
     remainder: str, examples: int, sizes: tuple[tuple[int, int], ...]
 ) -> None:
     order = Order(examples=examples, batch_size=sizes[-1][1], remainder=remainder)
@@ -204,7 +204,7 @@ def test_an_epoch_ends_in_batches_of_another_size(
 def rows_of(
     order: Order, sizes: tuple[tuple[int, int], ...], *, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and epochs of the rows of a run with these batch sizes."""
+    """Returns the ids and epochs of all rows of a run with these batch sizes."""
     ids, epochs = [], []
     for number, (start, size) in enumerate(sizes, start=1):
         stop = sizes[number][0] if number < len(sizes) else steps
@@ -217,9 +217,7 @@ def rows_of(
 
 @pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
-def test_what_is_consumed_by_a_step_goes_with_its_rows(
-    remainder: str, sizes: tuple[tuple[int, int], ...]
-) -> None:
+def test_consumed_epochs_match_the_rows(remainder: str, sizes: tuple[tuple[int, int], ...]) -> None:
     order = Order(examples=23, batch_size=sizes[-1][1], remainder=remainder)
     moved, marks = replay_batch_sizes(order, sizes)
     assert marks == tuple(sorted(marks))

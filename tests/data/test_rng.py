@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Randomness of examples: well distributed, and the same for ever."""
+"""Random numbers of examples: their distribution, and values that must never change."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def test_integers_cover_their_range_evenly() -> None:
 
 
 def test_golden_draws() -> None:
-    """What a seed draws must never change: resumed runs rest on it."""
+    """The draws of a seed must never change: resumed runs depend on them."""
     assert rng(3).integers(0, 1000).tolist() == [699, 982, 352]

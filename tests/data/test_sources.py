@@ -40,7 +40,7 @@ def read_only(x: np.ndarray) -> np.ndarray:
     ids=['read-only', 'frombuffer', 'fortran', 'transposed', 'strided', 'broadcast', 'big-endian'],
 )
 def test_any_kind_of_array(held: np.ndarray) -> None:
-    """Batches are arrays of their own, plain and writeable, and never the source's memory."""
+    """Batches are plain, writeable copies, never views of the source's memory."""
     source = ArraySource({'x': held})
     batch = source.gather(np.array([9, 0, 9]))['x']
     np.testing.assert_array_equal(batch, held[[9, 0, 9]])
@@ -69,7 +69,7 @@ def test_random_access_source() -> None:
     assert source.spec['y'].shape == (2,)
 
 
-def test_items_of_other_shapes_or_types() -> None:
+def test_items_of_different_shapes_or_types_are_refused() -> None:
     items = [{'x': np.zeros((2, 3))}, {'x': np.zeros((3, 2))}, {'x': np.zeros((2, 3), np.float32)}]
     source = RandomAccessSource(items)
     with pytest.raises(
@@ -80,12 +80,12 @@ def test_items_of_other_shapes_or_types() -> None:
         source.gather(np.array([2]))
 
 
-def test_texts_may_have_any_length() -> None:
+def test_texts_may_differ_in_length() -> None:
     source = RandomAccessSource([{'text': b'a'}, {'text': b'longer'}])
     assert source.gather(np.array([1, 0]))['text'].tolist() == [b'longer', b'a']
 
 
-def test_items_are_read_many_at_once_where_they_can_be() -> None:
+def test_getitems_is_used_if_it_exists() -> None:
     class Items:
         def __init__(self) -> None:
             self.reads: list[list[int]] = []
@@ -108,7 +108,7 @@ def test_items_are_read_many_at_once_where_they_can_be() -> None:
     assert items.reads == [block.ids.ravel().tolist()]
 
 
-def test_sources_of_nothing() -> None:
+def test_invalid_sources_are_refused() -> None:
     with pytest.raises(ValueError, match=r"the same positive length.*got \{'x': 2, 'y': 3\}"):
         ArraySource({'x': np.zeros(2), 'y': np.zeros(3)})
     with pytest.raises(ValueError, match='the same positive length'):

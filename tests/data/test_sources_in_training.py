@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources and loaders under a Trainer: padding, seeds, and sources that are none."""
+"""Sources and loaders under a Trainer: padding, seeds, and invalid sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.trainer import Trainer
 
 
 def build(**overrides: Any) -> Experiment:
-    """The small MLP of the bundled config on a few images."""
+    """Returns an experiment of the small MLP on a few images."""
     options = {
         'data__source__limit': 100,
         'evals__test__data__source__limit': 100,
@@ -33,7 +33,7 @@ def build(**overrides: Any) -> Experiment:
     return load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
 
 
-def here(name: str, **arguments: Any) -> dict[str, Any]:
+def local_target(name: str, **arguments: Any) -> dict[str, Any]:
     return {'target': f'{__name__}:{name}', **arguments}
 
 
@@ -41,7 +41,7 @@ def here(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def direction_loss(model: Any, batch: Any) -> Any:
-    """Divides by each row's norm, which has no gradient, and no value, where a row is all zeros."""
+    """Divides by the norm of each row: a row of zeros has neither a value nor a gradient."""
     image = batch['image'].reshape(len(batch['image']), -1)
     logits = model(image / jnp.linalg.norm(image, axis=-1, keepdims=True))
     unit = logits / jnp.linalg.norm(logits, axis=-1, keepdims=True)
@@ -50,8 +50,8 @@ def direction_loss(model: Any, batch: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_padded_rows_have_no_part_in_the_update() -> None:
-    """Ten examples in batches of eight: the second batch is two examples and nothing else."""
+def test_padding_does_not_change_the_update() -> None:
+    """Ten examples in batches of eight: the second update is that of a batch of two."""
     experiment = build(
         data__source__limit=10, data__batch_size=8, data__remainder='pad', train_for='2 steps',
         log__every='1 steps',
@@ -84,8 +84,8 @@ def test_padded_rows_have_no_part_in_the_update() -> None:
 
 
 @pytest.mark.slow
-def test_padding_is_not_in_the_digest_of_the_data(tmp_path: pathlib.Path) -> None:
-    """Seven examples in one batch of eight: their digest is that of batches of seven."""
+def test_padding_is_not_in_the_data_digest(tmp_path: pathlib.Path) -> None:
+    """Seven examples in one batch of eight have the digest of batches of seven."""
     digests = []
     for batch_size, remainder in [(8, 'pad'), (7, 'carry')]:
         workdir = tmp_path / remainder
@@ -108,8 +108,8 @@ def first_batch_hash(experiment: Experiment) -> str:
 
 
 @pytest.mark.slow
-def test_a9_the_data_seed_is_the_order_and_nothing_else() -> None:
-    """A9: same seed, same first batch and same losses; another data seed, another order alone."""
+def test_a9_the_data_seed_determines_the_order_alone() -> None:
+    """A9: the same seed gives the same batches and losses; another data seed only another order."""
 
     def trained(**overrides: Any) -> tuple[str, float, str, list[int]]:
         experiment = build(**overrides)
@@ -138,7 +138,7 @@ def test_a9_the_data_seed_is_the_order_and_nothing_else() -> None:
 
 
 class Rows:
-    """A source that returns so many rows more than it was asked for."""
+    """A source that returns more rows than requested."""
 
     def __init__(self, length: int = 50, more: int = 0):
         self._length, self._more = length, more
@@ -170,30 +170,36 @@ class Uneven(ArraySource):
 
 
 SOURCES = [
-    (here('Rows', more=1), r"gather of the source Rows returned 'image' of shape \(4, 28,"),
-    (here('Rows', more=-2), 'for 3 indices; expected one row per index, in the same order'),
-    (here('Listed'), 'gather of the source Listed returned list; expected a dict of'),
-    (here('Items'), 'the source Items has no gather.* trainer.data.sources:RandomAccessSource'),
-    (here('Uneven', images=5, labels=6), r"the same positive length.*\{'image': 5, 'label': 6\}"),
-    (here('Uneven', images=0, labels=0), "the same positive length.*'image': 0"),
+    (local_target('Rows', more=1), r"gather of the source Rows returned 'image' of shape \(4, 28,"),
+    (local_target('Rows', more=-2), 'for 3 indices; expected one row per index, in the same order'),
+    (local_target('Listed'), 'gather of the source Listed returned list; expected a dict of'),
+    (
+        local_target('Items'),
+        'the source Items has no gather.* trainer.data.sources:RandomAccessSource',
+    ),
+    (
+        local_target('Uneven', images=5, labels=6),
+        r"the same positive length.*\{'image': 5, 'label': 6\}",
+    ),
+    (local_target('Uneven', images=0, labels=0), "the same positive length.*'image': 0"),
 ]
 
 
 @pytest.mark.parametrize(('source', 'message'), SOURCES)
-def test_a_train_source_that_is_none(source: dict[str, Any], message: str) -> None:
+def test_an_invalid_training_source_is_refused(source: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f'^config.data.*{message}'):
         build(data__source=source)
 
 
 @pytest.mark.parametrize(('source', 'message'), slow_after(1, SOURCES))
-def test_an_eval_source_that_is_none(source: dict[str, Any], message: str) -> None:
+def test_an_invalid_evaluation_source_is_refused(source: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f'^config.evals.test.data.*{message}'):
         Trainer(build(evals__test__data__source=source)).fit()
 
 
 @pytest.mark.slow
 def test_empty_splits() -> None:
-    empty = here('Rows', length=0)
+    empty = local_target('Rows', length=0)
     with pytest.raises(UserError, match=r'^config.data: .*Rows is empty; name a split or files'):
         build(data__source=empty)
     with pytest.raises(UserError, match=r'^config.evals.test.data: the split is empty; use one'):
@@ -207,7 +213,7 @@ class Broken(Rows):
 
 @pytest.mark.slow
 def test_an_error_inside_gather_keeps_its_traceback() -> None:
-    experiment = build(data__source=here('Broken'))
+    experiment = build(data__source=local_target('Broken'))
     with pytest.raises(ValueError, match='operands could not') as error:
         Trainer(experiment).fit()
     assert not isinstance(error.value, UserError)
@@ -215,7 +221,7 @@ def test_an_error_inside_gather_keeps_its_traceback() -> None:
 
 
 class Shrinking(Rows):
-    """Keeps to its word at first."""
+    """A source that returns too few rows after the first calls."""
 
     def gather(self, indices: np.ndarray) -> Arrays:
         arrays = super().gather(indices)
@@ -223,9 +229,9 @@ class Shrinking(Rows):
 
 
 @pytest.mark.slow
-def test_a_source_that_returns_too_little_later() -> None:
+def test_a_source_that_later_returns_too_few_rows() -> None:
     with pytest.raises(ValueError, match=r"source Shrinking returned 'label' of shape"):
-        Trainer(build(data__source=here('Shrinking'))).fit()
+        Trainer(build(data__source=local_target('Shrinking'))).fit()
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams: their place, their passes, several readers, and evaluations of unknown length."""
+"""Streams: position, passes, several readers, and evaluations of unknown length."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.data.transforms import PerExample
 
 
 class Documents:
-    """Sequences of 1 to 40 tokens, all of them the document's number."""
+    """Sequences of 1 to 40 tokens, each token the number of its document."""
 
     def __init__(self, count: int = 50):
         self.count = count
@@ -34,7 +34,7 @@ class Documents:
 
 
 class Counter:
-    """A stream that keeps its own place: the numbers 0 .. n - 1, each reader every other one."""
+    """A stream with a position of its own: the numbers 0 to n - 1, divided among the readers."""
 
     def __init__(self, n: int):
         self.n = n
@@ -44,9 +44,9 @@ class Counter:
 
         class Numbers:
             def __iter__(self) -> Any:
-                return Place()
+                return Position()
 
-        class Place:
+        class Position:
             at = index
 
             def __iter__(self) -> Any:
@@ -69,11 +69,11 @@ class Counter:
         return Numbers()
 
 
-def is_no_third(example: dict[str, Any]) -> bool:
+def is_not_third(example: dict[str, Any]) -> bool:
     return bool(example['x'] % 3)
 
 
-def packed(workers: int = 0, **options: Any) -> StreamLoader:
+def packed_loader(workers: int = 0, **options: Any) -> StreamLoader:
     stages = (Filter(keep=LongerThan(length=3)), Pack(length=16, open_rows=4))
     return StreamLoader(
         source=Documents(), batch_size=4, stages=stages, seed=1, workers=workers, **options
@@ -81,10 +81,10 @@ def packed(workers: int = 0, **options: Any) -> StreamLoader:
 
 
 LOADERS: dict[str, Callable[[], StreamLoader]] = {
-    'packed': packed,
-    'workers': lambda: packed(workers=2),
-    'own place': lambda: StreamLoader(
-        source=Counter(30), batch_size=4, stages=(Filter(keep=is_no_third),)
+    'packed': packed_loader,
+    'workers': lambda: packed_loader(workers=2),
+    'own position': lambda: StreamLoader(
+        source=Counter(30), batch_size=4, stages=(Filter(keep=is_not_third),)
     ),
     'grain': lambda: StreamLoader(
         source=grain.MapDataset.range(30).shuffle(seed=3).map(lambda i: {'x': np.int32(i)}),
@@ -101,7 +101,7 @@ def equal(a: Block, b: Block) -> None:
 
 
 @pytest.fixture
-def opened() -> Iterator[list[Any]]:
+def open_loaders() -> Iterator[list[Any]]:
     loaders: list[Any] = []
     yield loaders
     for loader in loaders:
@@ -109,14 +109,14 @@ def opened() -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize('kind', slow_except(LOADERS.keys() - {'workers'}, LOADERS))
-def test_a_restored_stream_goes_on_exactly(kind: str, opened: list[Any]) -> None:
-    """Through the ends of several passes, and with a place that went through a file."""
+def test_a_restored_stream_continues_exactly(kind: str, open_loaders: list[Any]) -> None:
+    """Across the ends of several passes, with a position that was written to JSON."""
     whole = LOADERS[kind]()
-    opened.append(whole)
+    open_loaders.append(whole)
     blocks = [whole.block(step, 1) for step in range(30)]
     for step in (1, 2, 7, 15, 29) if kind != 'workers' else (9,):
         again = LOADERS[kind]()
-        opened.append(again)
+        open_loaders.append(again)
         assert blocks[step - 1].states is not None
         again.restore(step, json.loads(json.dumps(blocks[step - 1].states[0])))
         equal(again.block(step, 1), blocks[step])
@@ -126,22 +126,22 @@ def add_noise(example: dict[str, Any], rng: np.random.Generator) -> dict[str, An
     return {**example, 'noise': rng.integers(0, 2**31)}
 
 
-def test_batches_after_others_are_those_of_their_examples(opened: list[Any]) -> None:
-    """Three batches of 4, then of 6: random transforms draw the same numbers."""
+def test_batches_after_a_change_of_the_batch_size(open_loaders: list[Any]) -> None:
+    """Three batches of 4, then batches of 6: random transforms draw the same numbers."""
 
     def loader(batch_size: int) -> StreamLoader:
-        opened.append(
+        open_loaders.append(
             StreamLoader(
                 source=Counter(50), batch_size=batch_size, transforms=(PerExample(fn=add_noise),)
             )
         )
-        return opened[-1]
+        return open_loaders[-1]
 
     whole, first, then = loader(1).block(0, 48), loader(4), loader(6)
     states = first.block(0, 3).states
     assert states is not None
     after = then.after(((0, 4), (3, 6)))
-    opened.append(after)
+    open_loaders.append(after)
     after.restore(3, states[-1])
     found = after.block(3, 6)
     for name, x in found.arrays.items():
@@ -150,9 +150,9 @@ def test_batches_after_others_are_those_of_their_examples(opened: list[Any]) -> 
     assert then.marks == then.after(((0, 6),)).marks == ()
 
 
-def test_blocks_of_any_length_hold_the_same_batches(opened: list[Any]) -> None:
-    one, many = packed(), packed()
-    opened += [one, many]
+def test_batches_do_not_depend_on_the_blocks(open_loaders: list[Any]) -> None:
+    one, many = packed_loader(), packed_loader()
+    open_loaders += [one, many]
     together = many.block(0, 12)
     for step in range(12):
         single = one.block(step, 1)
@@ -160,11 +160,11 @@ def test_blocks_of_any_length_hold_the_same_batches(opened: list[Any]) -> None:
         assert single.states == together.states[step : step + 1]  # type: ignore[index]
 
 
-def test_packed_rows_hold_every_long_document_once(opened: list[Any]) -> None:
-    """One pass: all tokens, segments that are whole, positions that count in each."""
+def test_packed_rows_contain_every_long_document_once(open_loaders: list[Any]) -> None:
+    """One pass: all tokens, whole segments, and positions within each."""
     stages = (Filter(keep=LongerThan(length=3)), Pack(length=16, open_rows=4))
     loader = StreamEvalLoader(source=Documents(), batch_size=5, stages=stages)
-    opened.append(loader)
+    open_loaders.append(loader)
     rows = [b.arrays for b in (loader.block(i, 1) for i in range(40))]
     found: dict[int, int] = {}
     for batch in rows:
@@ -182,22 +182,22 @@ def test_packed_rows_hold_every_long_document_once(opened: list[Any]) -> None:
     assert not rows[-1]['_mask'].any()
 
 
-def test_each_pass_has_an_order_of_its_own(opened: list[Any]) -> None:
+def test_each_pass_has_its_own_order(open_loaders: list[Any]) -> None:
     source = ArraySource({'x': np.arange(12, dtype=np.int32)})
     loader = StreamLoader(source=source, batch_size=4, seed=2)
-    opened.append(loader)
+    open_loaders.append(loader)
     passes = loader.block(0, 9).arrays['x'].reshape(3, 12)
     assert all(sorted(one) == list(range(12)) for one in passes.tolist())
     assert not (passes[0] == passes[1]).all() and not (passes[1] == passes[2]).all()
 
 
-@pytest.mark.parametrize('kind', ['packed', 'own place', 'grain'])
-def test_two_readers_share_a_pass(kind: str, opened: list[Any]) -> None:
-    """Each its own part; together what one reader sees, if in another order."""
+@pytest.mark.parametrize('kind', ['packed', 'own position', 'grain'])
+def test_two_readers_share_a_pass(kind: str, open_loaders: list[Any]) -> None:
+    """Each reads its own part; together they read what one reader does, in another order."""
     parts = []
     for rows in (np.array([0, 1]), np.array([2, 3])):
         loader = LOADERS[kind]()
-        opened.append(loader)
+        open_loaders.append(loader)
         name = 'tokens' if kind == 'packed' else 'x'
         parts.append(loader.block(0, 3, rows).arrays[name])
         state = loader.block(3, 1, rows).states
@@ -207,7 +207,7 @@ def test_two_readers_share_a_pass(kind: str, opened: list[Any]) -> None:
     assert not first & second
 
 
-def test_rows_that_are_no_part_are_refused() -> None:
+def test_rows_that_are_not_an_equal_part_are_refused() -> None:
     assert reader_part(np.arange(8), 8) == (0, 1)
     assert reader_part(np.array([4, 5]), 8) == (2, 4)
     for rows in ([0, 2], [1, 2], [0, 1, 2], []):
@@ -215,14 +215,14 @@ def test_rows_that_are_no_part_are_refused() -> None:
             reader_part(np.array(rows, np.int64), 8)
 
 
-def test_a_jump_is_refused(opened: list[Any]) -> None:
-    loader = packed()
-    opened.append(loader)
+def test_a_jump_is_refused(open_loaders: list[Any]) -> None:
+    loader = packed_loader()
+    open_loaders.append(loader)
     loader.block(0, 2)
     with pytest.raises(RuntimeError, match='expected a request for batch 2, got 5'):
         loader.block(5, 1)
     first = loader.block(0, 1)
-    equal(first, packed().block(0, 1))
+    equal(first, packed_loader().block(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def is_none(example: Any) -> bool:
     return False
 
 
-def test_what_is_no_source_or_stage_is_named() -> None:
+def test_an_invalid_source_or_stage_is_named() -> None:
     with pytest.raises(TypeError, match='the source int can be read neither by index'):
         StreamLoader(source=3, batch_size=2).block(0, 1)
     with pytest.raises(TypeError, match=r'stages\[0\] = .* returned NoneType'):
@@ -276,8 +276,8 @@ def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
             stage(length=0)
 
 
-def test_the_place_of_another_pipeline_is_refused() -> None:
-    state = packed().block(0, 1).states
+def test_the_position_of_another_pipeline_is_refused() -> None:
+    state = packed_loader().block(0, 1).states
     assert state is not None
     other = StreamLoader(source=Documents(), batch_size=4, stages=(Pack(length=16),))
     with pytest.raises(ValueError, match='does not fit this pipeline'):
@@ -287,7 +287,7 @@ def test_the_place_of_another_pipeline_is_refused() -> None:
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_a_record_that_cannot_be_read_is_named(workers: int, opened: list[Any]) -> None:
+def test_an_unreadable_record_is_named(workers: int, open_loaders: list[Any]) -> None:
     class Broken(Documents):
         def __getitem__(self, index: int) -> dict[str, np.ndarray]:
             if index == 17:
@@ -299,29 +299,29 @@ def test_a_record_that_cannot_be_read_is_named(workers: int, opened: list[Any]) 
 
     stages = (Pack(length=16),)
     loader = StreamLoader(source=Broken(), batch_size=4, stages=stages, workers=workers)
-    opened.append(loader)
+    open_loaders.append(loader)
     with pytest.raises((KeyError, RuntimeError)) as caught:
         loader.block(0, 100)
     told = str(caught.value) + ''.join(getattr(caught.value, '__notes__', ()))
     assert 'damaged' in told and 'document 17 of the shelf' in told
 
 
-def test_a_repeated_batch(opened: list[Any]) -> None:
-    loader, whole = packed(repeat_batch=2), packed()
-    opened += [loader, whole]
+def test_a_repeated_batch(open_loaders: list[Any]) -> None:
+    loader, whole = packed_loader(repeat_batch=2), packed_loader()
+    open_loaders += [loader, whole]
     first = whole.block(0, 2)
     block = loader.block(5, 3)
     np.testing.assert_array_equal(block.arrays['tokens'], first.arrays['tokens'][[1, 0, 1]])
     np.testing.assert_array_equal(block.ids, first.ids[[1, 0, 1]])
 
 
-def test_random_transforms_go_by_the_place(opened: list[Any]) -> None:
+def test_random_transforms_depend_on_the_position(open_loaders: list[Any]) -> None:
     def noise(batch: Any, rng: Any) -> Any:
         return {**batch, 'noise': rng.uniform()}
 
     def loader() -> StreamLoader:
-        opened.append(StreamLoader(source=Counter(9), batch_size=4, transforms=(noise,)))
-        return opened[-1]
+        open_loaders.append(StreamLoader(source=Counter(9), batch_size=4, transforms=(noise,)))
+        return open_loaders[-1]
 
     whole = loader().block(0, 3).arrays['noise']
     assert len(np.unique(whole)) == 12
@@ -331,14 +331,16 @@ def test_random_transforms_go_by_the_place(opened: list[Any]) -> None:
 
 @pytest.mark.parametrize('readers', [1, 2, 3])
 @pytest.mark.parametrize('left', [0, 1, 13])
-def test_an_evaluation_sees_everything_once(readers: int, left: int, opened: list[Any]) -> None:
-    """A filter of which nobody knows what it leaves; a reader may get nothing at all."""
+def test_a_stream_evaluation_reads_every_example_once(
+    readers: int, left: int, open_loaders: list[Any]
+) -> None:
+    """The number of filtered examples is unknown; a reader may get none."""
     stages = (Filter(keep=lambda x: bool(x['x'] < left)),)
     seen: list[int] = []
     for reader in range(readers):
         source = ArraySource({'x': np.arange(40, dtype=np.int32)})
         loader = StreamEvalLoader(source=source, batch_size=6, stages=stages)
-        opened.append(loader)
+        open_loaders.append(loader)
         rows = np.arange(reader * 6 // readers, (reader + 1) * 6 // readers)
         for step in range(12):
             if not left:
@@ -354,9 +356,9 @@ def test_an_evaluation_sees_everything_once(readers: int, left: int, opened: lis
     assert sorted(seen) == list(range(left))
 
 
-def test_map_changes_examples(opened: list[Any]) -> None:
+def test_map_changes_examples(open_loaders: list[Any]) -> None:
     stages = (Map(fn=lambda x: {'x': x['x'] * 10}),)
     loader = StreamEvalLoader(source=Counter(4), batch_size=2, stages=stages)
-    opened.append(loader)
+    open_loaders.append(loader)
     assert loader.block(0, 2).arrays['x'].tolist() == [[0, 10], [20, 30]]
     assert loader.spec['x'].shape == (2,)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text as bytes: what was read comes out again, and nothing of one split is in the other."""
+"""Text as bytes: all of it is read, and the splits do not overlap."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def letters(tmp_path: pathlib.Path) -> str:
     return str(path)
 
 
-def test_inputs_and_the_bytes_after_them(letters: str) -> None:
+def test_targets_are_the_bytes_after_the_inputs(letters: str) -> None:
     source = Bytes(letters, 8)
     assert len(source) == 23  # 190 bytes: 23 sequences and the byte after the last.
     batch = source.gather(np.array([22, 0, 22]))
@@ -46,7 +46,7 @@ def test_inputs_and_the_bytes_after_them(letters: str) -> None:
 
 
 @pytest.mark.parametrize(('seq_len', 'holdout'), [(1, 0.05), (7, 0.3), (8, 0.5), (99, 0.5)])
-def test_the_splits_share_nothing(letters: str, seq_len: int, holdout: float) -> None:
+def test_the_splits_do_not_overlap(letters: str, seq_len: int, holdout: float) -> None:
     train, test = (
         Bytes(letters, seq_len, split=split, holdout=holdout) for split in ('train', 'test')
     )
@@ -60,7 +60,7 @@ def test_the_splits_share_nothing(letters: str, seq_len: int, holdout: float) ->
     assert 200 - border - len(text_of(test)) <= seq_len
 
 
-def test_a_text_that_fills_its_sequences_exactly(letters: str) -> None:
+def test_a_text_of_whole_sequences(letters: str) -> None:
     source = Bytes(letters, 199, holdout=0)
     assert (len(source), text_of(source, 'targets')) == (1, bytes(range(1, 200)))
 
@@ -116,7 +116,7 @@ def test_the_source_code_of_python() -> None:
     assert len(python_source(64, limit=10)) == 10
 
 
-def test_the_loaders_read_it(letters: str) -> None:
+def test_loaders_read_text(letters: str) -> None:
     source = Bytes(letters, 8)
     block = TrainLoader(source=source, batch_size=4, seed=1).block(0, 20)
     np.testing.assert_array_equal(block.arrays['inputs'][..., 0], block.ids * 8)
@@ -126,8 +126,8 @@ def test_the_loaders_read_it(letters: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_transformer_learns_from_it() -> None:
-    """Every token is an example of the classification; chance is log(256) = 5.5."""
+def test_a_transformer_learns_from_text() -> None:
+    """Every token is a classification; the loss at chance level is log(256) = 5.5."""
     source = {'target': 'trainer.data.text:python_source', 'seq_len': 32, 'limit': 2000}
     task = {'inputs': 'inputs', 'label': 'targets'}
     experiment = load_and_build(

@@ -17,7 +17,7 @@ from trainer.data.tf_data import TFData
 
 
 def shuffled() -> Any:
-    """Twenty numbers, in another order in each of many passes."""
+    """Twenty numbers, in a different order in each of many passes."""
     tf = pytest.importorskip('tensorflow')
     numbers = tf.data.Dataset.range(20).shuffle(7).repeat()
     return numbers.map(lambda x: {'x': x}, num_parallel_calls=4)
@@ -38,7 +38,7 @@ def tensorflow() -> Any:
     return pytest.importorskip('tensorflow', reason="needs the extra 'tf'")
 
 
-def test_a_pipeline_goes_on_where_it_stood(tensorflow: Any) -> None:
+def test_a_pipeline_resumes_at_its_position(tensorflow: Any) -> None:
     loader = StreamLoader(source=TFData(shuffled, seed=3), batch_size=6)
     blocks = [loader.block(step, 1) for step in range(10)]
     assert len({x.tobytes() for x in (b.arrays['x'] for b in blocks)}) == 10
@@ -63,7 +63,7 @@ def test_readers_share_a_pipeline(readers: int, tensorflow: Any) -> None:
     assert sorted(seen) == list(range(11))
 
 
-def test_what_is_no_pipeline_is_told(tensorflow: Any) -> None:
+def test_an_invalid_pipeline_is_reported(tensorflow: Any) -> None:
     with pytest.raises(TypeError, match='make: expected a function'):
         TFData(counted())
     with pytest.raises(TypeError, match='expected elements that are dicts of tensors'):
@@ -72,7 +72,7 @@ def test_what_is_no_pipeline_is_told(tensorflow: Any) -> None:
         StreamLoader(source=TFData(lambda: 3), batch_size=1).block(0, 1)
 
 
-def test_a_missing_tensorflow_is_told() -> None:
+def test_a_missing_tensorflow_is_reported() -> None:
     code = (
         "import sys; sys.modules['tensorflow'] = None\n"
         'from data.tf_data import TFData\n'

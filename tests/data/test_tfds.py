@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real dataset prepared by tensorflow-datasets, read in a process that has no TensorFlow."""
+"""A dataset prepared by tensorflow-datasets, read in a process without TensorFlow."""
 
 from __future__ import annotations
 
@@ -172,13 +172,13 @@ def test_unknown_split(prepared: str) -> None:
         TFDS('tiny', split='trian', data_dir=prepared)
 
 
-def test_fields_left_out_are_not_decoded(prepared: str) -> None:
-    """Whether or not a library for images is installed."""
+def test_omitted_fields_are_not_decoded(prepared: str) -> None:
+    """Even if no image library is installed."""
     source = TFDS('pictures', split='train', data_dir=prepared, keys=('label',))
     assert source.gather(np.array([2, 0]))['label'].tolist() == [2, 0]
 
 
-def test_pictures(prepared: str) -> None:
+def test_images(prepared: str) -> None:
     pytest.importorskip('PIL', reason='TFDS decodes images with OpenCV or Pillow')
     source = TFDS('pictures', split='train', data_dir=prepared)
     assert source.spec['image'] == ArraySpec((4, 5, 1), np.dtype('uint8'))
@@ -186,7 +186,7 @@ def test_pictures(prepared: str) -> None:
     np.testing.assert_array_equal(images, np.stack([image(2), image(0)]))
 
 
-def test_loaders_read_it(prepared: str) -> None:
+def test_loaders_read_a_tfds_dataset(prepared: str) -> None:
     source = TFDS('tiny', split='train', data_dir=prepared)
     loader = TrainLoader(source=source, batch_size=3, transforms=(ToFloat(scale=1.0),))
     block = loader.block(0, 7)
@@ -201,7 +201,7 @@ def test_loaders_read_it(prepared: str) -> None:
 
 @pytest.mark.parametrize('name', ['tiny', 'mnist'])
 def test_nothing_is_prepared_or_downloaded(tmp_path: pathlib.Path, name: str) -> None:
-    """Nor of a dataset that TFDS could download."""
+    """Not even a dataset that TFDS could download."""
     with pytest.raises(ValueError, match=f"cannot open split 'train' of '{name}'") as error:
         TFDS(name, split='train', data_dir=str(tmp_path))
     call = f"tfds.builder('{name}', data_dir='{tmp_path}', file_format='array_record')"

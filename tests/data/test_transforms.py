@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled transforms, and how any transform is run."""
+"""The bundled transforms, and how transforms are applied."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def test_one_hot_dtype_and_range() -> None:
         OneHot(num_classes=3)({'label': np.array([3])})
 
 
-def test_fields_that_are_not_there() -> None:
+def test_missing_fields_are_named() -> None:
     with pytest.raises(KeyError, match='mask'):
         Keep(keys=('mask',))({'image': np.zeros(2)})
     with pytest.raises(KeyError, match='image'):
         ToFloat()({'label': np.zeros(2)})
 
 
-def test_transforms_leave_their_input_alone() -> None:
+def test_transforms_do_not_change_their_input() -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4, 1)
     batch = {'image': pixels.copy(), 'label': np.array([0, 1])}
     ToFloat()(batch)
@@ -151,14 +151,14 @@ def run_all(
     return apply(transforms, batch, seed=seed, epochs=epochs, ids=rows)
 
 
-def test_the_same_example_is_cropped_alike_in_any_batch() -> None:
+def test_an_example_is_cropped_the_same_in_any_batch() -> None:
     transforms = (RandomCrop(padding=3), RandomFlip())
     everything = run_all(*transforms, ids=list(range(50)))['image']
     for ids in ([7], [49, 7, 0], list(range(49, -1, -1)), [7, 7]):
         np.testing.assert_array_equal(run_all(*transforms, ids=ids)['image'], everything[ids])
 
 
-def test_epoch_and_seed_change_what_is_drawn() -> None:
+def test_draws_depend_on_epoch_and_seed() -> None:
     ids = list(range(50))
     first = run_all(RandomCrop(padding=3), ids=ids)['image']
     for other in ({'epoch': 1}, {'seed': 1}):
@@ -216,7 +216,7 @@ def test_an_exception_of_a_bundled_transform_shows_its_arguments() -> None:
         (lambda batch: {'image': np.array(1)}, ValueError, r'has shape \(\) .* of 2 rows'),
     ],
 )
-def test_what_a_transform_may_not_return(
+def test_invalid_results_of_transforms_are_refused(
     wrong: Callable[[dict], Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message) as error:

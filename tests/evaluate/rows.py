@@ -21,7 +21,7 @@ HOST = ('id', 'share', 'name', 'raw')
 
 
 class Rows(ArraySource):
-    """Four classes of points, with fields that only a person reads.
+    """Four classes of points, with fields that no task computes with.
 
     Fields: x, float32; label, int64; id, int64 beyond 32 bits; share, float64 beyond float32; name,
     text; raw, bytes as objects.
@@ -53,7 +53,7 @@ class Numbered(Classification):
 
 
 class Weighted(Numbered):
-    """Half of the rows count."""
+    """Half of the examples have weight 0."""
 
     def __call__(self, model: Any, batch: Any) -> TaskOutput:
         output = super().__call__(model, batch)
@@ -61,7 +61,7 @@ class Weighted(Numbered):
 
 
 class Computing(Classification):
-    """Computes with the labels, and passes them on."""
+    """Computes with the labels and returns them unchanged."""
 
     def predict(self, model: Any, batch: Any) -> dict[str, Any]:
         hits = model(batch['x']).argmax(-1) == batch['label']
@@ -83,7 +83,7 @@ class OnlyIds(Classification):
 
 
 def centred(batch: Any) -> dict[str, Any]:
-    """A device transform that passes on all fields."""
+    """A device transform that returns all fields."""
     return {**batch, 'x': batch['x'] - jnp.mean(batch['x'])}
 
 
@@ -95,13 +95,13 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
 
 
 def everything(state: Any, batch: Any, ctx: Any) -> Any:
-    """A step that looks at all fields."""
+    """A step that reads all fields."""
     doubled = jax.tree.map(lambda x: 2 * x, batch)
     return by_hand(state, doubled, ctx)
 
 
 def as_text(batch: Arrays) -> Arrays:
-    """A transform that makes objects of numbers."""
+    """A transform that turns numbers into Python objects."""
     items = [json.dumps(row) for row in batch['x'].tolist()]
     return {**batch, 'name': np.array(items, object)}
 

@@ -39,7 +39,7 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 
 
 class AlwaysZero(nn.Module):
-    """Predicts class 0 for everything: any padding that counts shows at once."""
+    """Predicts class 0 for everything, so padding that counts would change the accuracy."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -92,8 +92,8 @@ def test_always_zero_on_mnist(devices: int, batch_size: int) -> None:
 
 
 @pytest.mark.parametrize('examples', [1, 5, 8, 17])
-def test_fewer_examples_than_devices_or_a_few_left(examples: int) -> None:
-    """B6, B7: one example, fewer than devices, an uneven rest; loss and accuracy equal numpy's."""
+def test_fewer_examples_than_devices_and_uneven_batches(examples: int) -> None:
+    """B6, B7: one example, fewer than devices, an uneven last batch; the metrics equal numpy's."""
     module, source = Linear(), MNIST('test', limit=examples)
     state = state_of(module, (28, 28, 1))
     metrics = evaluator_of(module, source, 8, 8).run(state)
@@ -108,7 +108,7 @@ def test_fewer_examples_than_devices_or_a_few_left(examples: int) -> None:
 
 
 def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
-    """An evaluator of MNIST's test split, read as a stream whose length nobody knows."""
+    """Returns an evaluator of MNIST's test split, read as a stream of unknown length."""
     loader = StreamEvalLoader(
         source=MNIST('test'), batch_size=batch_size, transforms=(ToFloat(),), stages=stages
     )
@@ -120,8 +120,8 @@ def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [512, 4096])
-def test_always_zero_with_infinite_padding(batch_size: int) -> None:
-    """B7: 980 of 10,000 on 8 devices, compiled once, where the end is where nobody has more."""
+def test_always_zero_on_a_stream_of_unknown_length(batch_size: int) -> None:
+    """B7: 980 of 10,000 on 8 devices, compiled once; it ends when no process has examples left."""
     evaluator = streamed(AlwaysZero(), batch_size)
     assert evaluator.data.num_batches is None
     metrics = evaluator.run(state_of(AlwaysZero(), (28, 28, 1)))
@@ -135,8 +135,8 @@ def is_odd(example: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_what_a_filter_leaves() -> None:
-    """B7: examples, loss and accuracy are those of numpy, where a filter decides what counts."""
+def test_a_filtered_stream_is_evaluated_exactly() -> None:
+    """B7: examples, loss and accuracy of the filtered split equal numpy's."""
     module = Linear()
     state = state_of(module, (28, 28, 1))
     metrics = streamed(module, 1000, Filter(keep=is_odd)).run(state)
@@ -153,7 +153,7 @@ def test_what_a_filter_leaves() -> None:
 
 
 class CluTask:
-    """A task whose metrics are clu's own, which take a mask instead of weights."""
+    """A task with metrics of clu, which take a mask instead of weights."""
 
     metrics = clu.metrics.Collection.create(
         accuracy=clu.metrics.Accuracy, loss=clu.metrics.Average.from_output('per_example')
@@ -166,7 +166,7 @@ class CluTask:
         return TaskOutput(loss=loss, metrics=extra)
 
 
-def test_metrics_of_clu_do_not_count_the_padding() -> None:
+def test_metrics_of_clu_ignore_padding() -> None:
     state, source = state_of(Linear(), (28, 28, 1)), MNIST('test', limit=1000)
     ours = evaluator_of(Linear(), source, 96, 8).run(state)
     mesh = mesh_of(8)
@@ -177,7 +177,7 @@ def test_metrics_of_clu_do_not_count_the_padding() -> None:
     assert theirs['loss'] == pytest.approx(ours['loss'], rel=1e-5)
 
 
-def test_order_does_not_matter() -> None:
+def test_the_order_of_examples_does_not_matter() -> None:
     """B-rows: the same split shuffled gives the same accuracy and loss."""
     everything = MNIST('test').gather(np.arange(1000))
     order = np.random.default_rng(0).permutation(1000)
@@ -191,8 +191,8 @@ def test_order_does_not_matter() -> None:
     assert a['loss'] == pytest.approx(b['loss'], rel=1e-6)
 
 
-def test_evaluation_leaves_the_state_alone() -> None:
-    """A3: the training accumulators are not touched."""
+def test_evaluation_does_not_change_the_state() -> None:
+    """A3: the training accumulators do not change."""
     state = state_of(Linear(), (28, 28, 1))
     before = jax.device_get(state)
     evaluator_of(Linear(), MNIST('test', limit=20), 8, 8).run(state)
@@ -200,7 +200,7 @@ def test_evaluation_leaves_the_state_alone() -> None:
 
 
 def test_a_module_left_in_train_mode_is_refused() -> None:
-    """C4: an error, as Flax has one, instead of statistics that move during an evaluation."""
+    """C4: an error, as in Flax, instead of statistics that change during an evaluation."""
 
     class Stuck(nn.Module):
         @nn.compact
@@ -236,7 +236,7 @@ def test_active_dropout_at_evaluation_is_refused() -> None:
 
 
 def test_pads_shards_and_unpads() -> None:
-    """B4, B5: rows come back as numpy, of the number given, each on its own device meanwhile."""
+    """B4, B5: rows are computed on their own devices and returned as numpy, without padding."""
     shards: list[Any] = []
 
     @jax.jit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields that nothing reads stay on the host, and `predict` passes them on unchanged."""
+"""Fields that are not read stay on the host, and `predict` can return them unchanged."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', RUNS)
-def test_a_run_sends_what_is_read_and_predicts_with_the_rest(name: str) -> None:
+def test_a_run_sends_only_fields_that_are_read(name: str) -> None:
     trainer = Trainer(build(**RUNS[name]))
     result = trainer.fit()
     mask = {'_mask'} if 'data__remainder' in RUNS[name] else set()
@@ -84,7 +84,7 @@ def test_a_run_sends_what_is_read_and_predicts_with_the_rest(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 8])
-def test_what_is_not_read_is_no_argument_of_the_program(devices: int) -> None:
+def test_unread_fields_are_not_arguments_of_the_program(devices: int) -> None:
     if devices == 1:
         finished = command.run(f'--config={CONFIG}', '--mode=dry_run', '--workdir=runs/none')
         assert finished.code == 0, finished.err
@@ -99,7 +99,7 @@ def test_what_is_not_read_is_no_argument_of_the_program(devices: int) -> None:
             assert all(isinstance(x, jax.Array) for x in batch.arrays.values())
 
 
-def test_a_field_that_is_computed_with_is_sent_and_comes_back_as_it_was() -> None:
+def test_a_field_used_in_computations_is_returned_unchanged() -> None:
     trainer = Trainer(build(task__target=f'{HERE}:Computing', evals__test__every='never'))
     state = trainer.init_state()
     prediction = trainer.set_up().evaluators['test'].prediction(state)
@@ -109,14 +109,14 @@ def test_a_field_that_is_computed_with_is_sent_and_comes_back_as_it_was() -> Non
     np.testing.assert_array_equal(found['doubled'], 2 * found['label'])
 
 
-def test_a_value_that_is_computed_with_and_does_not_fit() -> None:
+def test_a_value_out_of_range_of_the_device_dtype_is_named() -> None:
     trainer = Trainer(build(task__target=f'{HERE}:Wrong'))
     with pytest.raises(UserError, match=rf"evals.test.data: the field 'id' of example 0.*{2**40},"):
         predicted(trainer, trainer.init_state())
 
 
 @pytest.mark.slow
-def test_a_label_that_does_not_fit_ends_the_run(tmp_path: pathlib.Path) -> None:
+def test_a_label_out_of_range_of_the_device_dtype_ends_the_run(tmp_path: pathlib.Path) -> None:
     finished = command.run(
         f'--config={CONFIG}', f'--workdir={tmp_path}', f'--config.data.source.label={2**33 + 1}'
     )
@@ -125,13 +125,13 @@ def test_a_label_that_does_not_fit_ends_the_run(tmp_path: pathlib.Path) -> None:
     assert 'Traceback' not in finished.err
 
 
-def test_a_step_that_looks_at_all_fields() -> None:
+def test_a_step_that_reads_all_fields() -> None:
     with pytest.raises(UserError, match=r"the function of config.step reads batch\['"):
         _ = Trainer(build(step={'ref': f'{HERE}:everything'})).set_up().programs
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_is_passed_on(tmp_path: pathlib.Path) -> None:
+def test_the_command_writes_unchanged_fields(tmp_path: pathlib.Path) -> None:
     args = (f'--config={CONFIG}', f'--workdir={tmp_path}')
     assert command.run(*args, '--config.train_for=2steps').code == 0
     finished = command.run(*args, '--config.train_for=2steps', '--mode=predict')
@@ -143,7 +143,7 @@ def test_the_command_writes_what_is_passed_on(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_predict_what_one_does(tmp_path: pathlib.Path) -> None:
+def test_two_processes_predict_the_same_as_one(tmp_path: pathlib.Path) -> None:
     config = (f'--config={CONFIG}', '--config.train_for=2steps')
     for mode in ('train', 'predict'):
         running = group.start(2, tmp_path, f'--mode={mode}', config=config, devices=2)
@@ -155,7 +155,7 @@ def test_two_processes_predict_what_one_does(tmp_path: pathlib.Path) -> None:
     check_rows(found, ('id', 'share', 'name'))
 
 
-def test_objects_that_are_no_text_cannot_be_written(tmp_path: pathlib.Path) -> None:
+def test_objects_other_than_text_cannot_be_written(tmp_path: pathlib.Path) -> None:
     path = epath.Path(tmp_path) / 'a.npz'
     texts = np.array([['a', 'longer'], ['', 'é']], object)
     ends = np.array([b'a\0', b'b'], object)
@@ -167,7 +167,7 @@ def test_objects_that_are_no_text_cannot_be_written(tmp_path: pathlib.Path) -> N
             write_npz(path, {'x': wrong})
 
 
-def test_an_exported_function_leaves_out_what_is_passed_on(
+def test_an_exported_function_omits_unchanged_fields(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = Trainer(build())
@@ -181,8 +181,8 @@ def test_an_exported_function_leaves_out_what_is_passed_on(
         export.write(nothing.set_up().evaluators['test'], state, epath.Path(tmp_path), axes=axes)
 
 
-def test_fingerprints_of_objects_are_of_their_values() -> None:
-    """Not computed from addresses, which differ between processes."""
+def test_fingerprints_of_objects_depend_on_their_values() -> None:
+    """And not on their addresses, which differ between processes."""
     a, b = (fingerprint(build(data__shuffle=False).data) for _ in range(2))
     assert a == b
     other = fingerprint(build(data__shuffle=False, data__source__seed=1).data)
@@ -190,7 +190,7 @@ def test_fingerprints_of_objects_are_of_their_values() -> None:
     assert other['first example']['raw'] == a['first example']['raw']
 
 
-def test_text_longer_than_that_of_the_first_example_is_whole() -> None:
+def test_text_longer_than_that_of_the_first_example_is_not_truncated() -> None:
     """A stream pads with its first example, whose text may be the shortest."""
     loader = {'target': 'trainer.data.streaming:StreamEvalLoader'}
     trainer = Trainer(build(evals__test__data__loader=loader))

@@ -29,7 +29,7 @@ CONFIG = str(ROOT / 'configs' / 'mnist_mlp.py')
 
 @flax.struct.dataclass
 class Confusion(clu.metrics.Metric):
-    """How often each class is predicted for each label."""
+    """A confusion matrix: how often each class is predicted for each label."""
 
     counts: jax.Array
 
@@ -61,7 +61,7 @@ class Recall(Confusion):
 
 
 @flax.struct.dataclass
-class Unfit(Confusion):
+class ReturningList(Confusion):
     def compute(self) -> Any:
         return list(self.counts)
 
@@ -81,7 +81,9 @@ class Confused(Classification):
 
 
 class Unusable(Confused):
-    metrics = clu.metrics.Collection.create(loss=WeightedMean.from_output('loss'), scores=Unfit)  # type: ignore[assignment]
+    metrics = clu.metrics.Collection.create(
+        loss=WeightedMean.from_output('loss'), scores=ReturningList
+    )  # type: ignore[assignment]
 
 
 class Collecting(Confused):
@@ -212,7 +214,7 @@ def test_members_of_an_ensemble(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_work_directory_a_line_tells_of_them() -> None:
+def test_without_a_work_directory_array_metrics_are_printed() -> None:
     trainer = trainer_in(None, train_for='4 steps', evals__test__task=task('Confused'))
     trainer.fit()
     assert 'confusion int32[10, 10]\n' in shown(trainer)
@@ -228,7 +230,7 @@ def test_without_a_work_directory_a_line_tells_of_them() -> None:
         ('Clashing', "two values of a row of metrics are named 'scores/a/b'"),
     ],
 )
-def test_what_cannot_be_a_metric_is_refused_at_the_start(
+def test_an_invalid_metric_is_refused_at_the_start(
     tmp_path: pathlib.Path, name: str, message: str
 ) -> None:
     trainer = trainer_in(tmp_path / 'run', evals__test__task=task(name))
@@ -243,7 +245,7 @@ def test_what_cannot_be_a_metric_is_refused_at_the_start(
 
 
 @pytest.mark.slow
-def test_a_name_that_an_ensemble_gives_to_its_members() -> None:
+def test_a_metric_name_reserved_for_members_is_refused() -> None:
     named = {'evals__test__task': task('ClashingInEnsembles')}
     trainer = trainer_in(None, ensemble__size=2, **named)
     with pytest.raises(UserError, match="are named 'member_0/members'"):
@@ -252,7 +254,7 @@ def test_a_name_that_an_ensemble_gives_to_its_members() -> None:
 
 
 @pytest.mark.slow
-def test_an_array_decides_nothing() -> None:
+def test_an_array_metric_cannot_rank_or_stop() -> None:
     best = {'metric': 'eval/test/confusion', 'mode': 'max'}
     # A metric that cannot be computed without data would leave the available names unknown.
     trainer = trainer_in(None, evals__test__task=task('JustConfused'), checkpoint__best=best)
@@ -265,7 +267,7 @@ class JustConfused(Confused):
 
 
 @pytest.mark.slow
-def test_the_mode_eval_writes_them_too(tmp_path: pathlib.Path) -> None:
+def test_the_mode_eval_writes_array_metrics(tmp_path: pathlib.Path) -> None:
     args = (
         command.MLP, *command.SMALL, '--config.train_for=4steps', f'--workdir={tmp_path}',
         f'--config.evals.test.task={{"target": "{__name__}:Confused"}}',

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation that cannot work says so before the training begins."""
+"""Mistakes in an evaluation are reported before training starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def flat(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 class AlwaysTraining(nn.Module):
-    """Drops or normalises as in training, whatever it is told."""
+    """Always drops or normalises as in training."""
 
     part: str
 
@@ -40,7 +40,7 @@ class AlwaysTraining(nn.Module):
 
 
 class Nothing:
-    """A source without an example."""
+    """An empty source."""
 
     def __init__(self) -> None:
         self.spec = {
@@ -66,7 +66,7 @@ def trainer_with(workdir: pathlib.Path | None, **test: Any) -> Trainer:
     return Trainer(experiment, None if workdir is None else str(workdir))
 
 
-def test_a_transform_that_fails(tmp_path: pathlib.Path) -> None:
+def test_a_failing_transform_is_reported(tmp_path: pathlib.Path) -> None:
     trainer = trainer_with(tmp_path / 'run', data__transforms=({'ref': f'{__name__}:broken'},))
     with pytest.raises(KeyError, match='picture') as error:
         trainer.fit()
@@ -75,7 +75,7 @@ def test_a_transform_that_fails(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_batch_that_the_model_cannot_take() -> None:
+def test_a_batch_that_the_model_does_not_accept() -> None:
     trainer = trainer_with(None, data__transforms=({'ref': f'{__name__}:flat'},))
     with pytest.raises(Exception, match='99') as error:
         trainer.fit()
@@ -85,7 +85,7 @@ def test_a_batch_that_the_model_cannot_take() -> None:
     assert trainer.report.latest == {}
 
 
-def test_a_field_that_the_batch_does_not_have() -> None:
+def test_a_missing_field_is_named() -> None:
     task = {'target': 'trainer.tasks:Classification', 'label': 'klass'}
     trainer = trainer_with(None, task=task)
     with pytest.raises(UserError, match=r"config\.evals\.test: the task asks for batch\['klass'\]"):
@@ -98,8 +98,8 @@ def test_a_field_that_the_batch_does_not_have() -> None:
     [('dropout', 'needs PRNG for "dropout"'), ('norm', 'Cannot update variable "mean"')],
 )
 @pytest.mark.parametrize('act', [Trainer.fit, lambda t: [*t.predict('test', t.init_state())]])
-def test_a_model_that_does_not_know_its_mode(act: Any, part: str, cause: str) -> None:
-    """C4: accidental training at evaluation is a mistake, and the message says how to mend it."""
+def test_a_model_that_always_trains_is_refused(act: Any, part: str, cause: str) -> None:
+    """C4: the message for a model that trains during an evaluation says how to fix it."""
     model = {'target': f'{__name__}:AlwaysTraining', 'part': part}
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
     trainer = Trainer(load_and_build(config, model=model, train_for='5 steps'))
@@ -111,7 +111,7 @@ def test_a_model_that_does_not_know_its_mode(act: Any, part: str, cause: str) ->
 
 
 @pytest.mark.parametrize('act', [Trainer.fit, Trainer.evaluate, lambda t: t.predict('test')])
-def test_an_empty_split(act: Any, tmp_path: pathlib.Path) -> None:
+def test_an_empty_split_is_refused(act: Any, tmp_path: pathlib.Path) -> None:
     trainer_with(tmp_path).fit()
     trainer = trainer_with(tmp_path, data__source={'target': f'{__name__}:Nothing'})
     with pytest.raises(UserError, match=r'config\.evals\.test\.data: the split is empty'):

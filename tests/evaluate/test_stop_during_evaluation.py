@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is asked to stop during an evaluation ends at once, and the next misses nothing."""
+"""A run that is asked to stop during an evaluation ends at once; the next start repeats it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PERIODIC = ('--config.evals.test.every=20steps', '--config.checkpoint.every=20st
 FINAL = ('--config.evals.test.every=never', '--config.checkpoint.every=never')
 
 
-def test_it_is_asked_before_each_batch() -> None:
+def test_should_stop_is_called_before_each_batch() -> None:
     asked = itertools.count()
     evaluator = evaluator_of(Linear(), MNIST('test', limit=100), 8, 8)
     with pytest.raises(Stopped):
@@ -90,8 +90,8 @@ def test_a_signal_during_an_evaluation(
 
 
 @pytest.mark.slow
-def test_a_stop_before_the_evaluations_of_the_start_makes_no_step() -> None:
-    """What was due at the step of a stop stays due until an evaluation of that step has run."""
+def test_a_stop_before_the_initial_evaluations_runs_no_step() -> None:
+    """An evaluation due at the step of a stop stays due until it has run at that step."""
     options: dict[str, Any] = {
         'train_for': '30 steps', 'evals__test__every': '20 steps', 'data__source__limit': 640,
         'evals__test__data__source__limit': 64,

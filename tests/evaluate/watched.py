@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transform that tells a test what an evaluation reads, and waits for the test's word."""
+"""A transform that records what an evaluation reads, and can wait for the test."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 
 class Watched:
-    """Notes the examples of each call in `seen`; once `begun` is there, goes on when `go` is.
-
-    It leaves `begun` at its `hold_at`-th call.
+    """Records the examples of each call in the file `seen`. At its `hold_at`-th call it creates the
+    file `begun`, and waits for the file `go`.
     """
 
     def __init__(self, directory: str, hold_at: int = 0):

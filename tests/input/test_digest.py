@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The digest: of which example stood where, whoever counted it and in how many calls."""
+"""The data digest: depends on step, row and example, not on processes or calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def digest(*parts: tuple[int, np.ndarray], rows: np.ndarray | None = None) -> st
     return total.value
 
 
-def test_nothing() -> None:
+def test_the_digest_of_no_batches() -> None:
     assert DataDigest().value == '0' * 16
     assert digest((0, IDS[:0])) == '0' * 16
 
@@ -55,7 +55,7 @@ def test_every_change_of_order_matters() -> None:
     assert len({digest((0, ids)) for ids in variants}) == len(variants) > 200
 
 
-def test_position_and_content_matter() -> None:
+def test_step_row_and_example_matter() -> None:
     changed = IDS.copy()
     changed[3, 2] = 99
     values = {
@@ -84,14 +84,14 @@ def test_padding_does_not_count() -> None:
 
 
 @pytest.mark.parametrize('stop', range(7))
-def test_restore_goes_on(stop: int) -> None:
+def test_restore_continues_from_a_value(stop: int) -> None:
     again = DataDigest()
     again.restore(digest((0, IDS[:stop])))
     again.add(stop, IDS[stop:])
     assert again.value == digest((0, IDS))
 
 
-def test_restore_replaces_what_was_counted() -> None:
+def test_restore_discards_earlier_batches() -> None:
     again = DataDigest()
     again.add(0, IDS)
     again.restore('00000000000000ff')

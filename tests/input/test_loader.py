@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of loaders: its example trains, ours keep it, and what breaks it is named."""
+"""The loader protocols: the documented example trains, ours conform, violations are named."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_example_trains_and_resumes_exactly(
 
 
 @pytest.mark.parametrize('name', TRAIN)
-def test_our_training_loaders_keep_the_contract(name: str) -> None:
+def test_our_training_loaders_follow_the_protocol(name: str) -> None:
     loader = TRAIN[name]()
     assert isinstance(loader, contract.TrainLoader)
     assert isinstance(loader, contract.StreamLoader) == (name == 'StreamLoader')
@@ -96,7 +96,7 @@ def test_our_training_loaders_keep_the_contract(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', EVAL)
-def test_our_evaluation_loaders_keep_the_contract(name: str) -> None:
+def test_our_evaluation_loaders_follow_the_protocol(name: str) -> None:
     loader = EVAL[name]()
     assert isinstance(loader, contract.EvalLoader)
     data = EvalData.from_loader(loader, 'config.evals.test.data.loader')
@@ -108,7 +108,7 @@ def test_our_evaluation_loaders_keep_the_contract(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_our_loaders_have_the_types_of_the_contract() -> None:
+def test_our_loaders_have_the_types_of_the_protocol() -> None:
     lines = ['import trainer.input.loader as contract']
     for module, name, protocol in (
         ('loader', 'TrainLoader', 'TrainLoader'),
@@ -141,7 +141,7 @@ def test_our_loaders_have_the_types_of_the_contract() -> None:
 
 
 class Whole:
-    """A loader with all that training needs and no more; tests take parts away."""
+    """A loader with all required attributes and no more; tests remove some."""
 
     examples = 8
     steps_per_epoch = 2
@@ -158,7 +158,7 @@ class Whole:
 
 
 class Wrapping:
-    """Forwards whatever it is asked for."""
+    """Forwards every attribute to another loader."""
 
     def __init__(self, inner: Any):
         self.inner = inner
@@ -167,7 +167,7 @@ class Wrapping:
         return getattr(self.inner, name)
 
 
-def test_what_a_loader_may_leave_out() -> None:
+def test_optional_parts_may_be_missing() -> None:
     data = TrainData.from_loader(Whole(), 'config.data.loader')
     assert (data.is_stream, data.marks, data.with_first) == (False, (), None)
     assert data.first_example()['x'].tolist() == [[0]]
@@ -182,7 +182,7 @@ def test_a_loader_that_forwards_its_attributes() -> None:
     data = TrainData.from_loader(Wrapping(TRAIN['TrainLoader']()), 'config.data.loader')
     assert data.with_first is not None and not data.is_stream
     with pytest.raises(UserError, match='Wrapping has no `examples`'):
-        TrainData.from_loader(Wrapping(without('examples')), 'config.data.loader')
+        TrainData.from_loader(Wrapping(remove_attribute('examples')), 'config.data.loader')
 
 
 def test_a_property_is_not_evaluated_by_the_check() -> None:
@@ -212,7 +212,7 @@ class NoMethod(Whole):
     close = True
 
 
-def without(name: str) -> Any:
+def remove_attribute(name: str) -> Any:
     kept = {k: v for k, v in vars(Whole).items() if k not in (name, '__dict__', '__weakref__')}
     return type('Part', (), kept)()
 
@@ -220,7 +220,7 @@ def without(name: str) -> Any:
 @pytest.mark.parametrize(
     ('loader', 'message'),
     [
-        *((without(n), f'Part has no `{n}`; this loader needs examples, steps_per_epoch')
+        *((remove_attribute(n), f'Part has no `{n}`; this loader needs examples, steps_per_epoch')
           for n in ('examples', 'steps_per_epoch', 'block')),
         (object(), 'object has no `examples`, `steps_per_epoch`, `spec`, `block`; this loader'),
         (NoRows(), r'NoRows.block cannot be called as block\(start, count, rows=slice\(None\)\)'),
@@ -229,12 +229,12 @@ def without(name: str) -> Any:
         (NoMethod(), r'NoMethod.close cannot be called as close\(\)'),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_training_loader_is_named(loader: Any, message: str) -> None:
+def test_violations_of_the_protocol_are_named(loader: Any, message: str) -> None:
     with pytest.raises(UserError, match=f'^config.data.loader: {message}'):
         TrainData.from_loader(loader, 'config.data.loader')
 
 
-def test_a_training_loader_is_no_evaluation_loader() -> None:
+def test_a_training_loader_is_refused_for_evaluation() -> None:
     expected = 'TrainLoader has no `num_batches`, `rows`; .*: see trainer.input.loader.EvalLoader'
     with pytest.raises(UserError, match=expected):
         EvalData.from_loader(TRAIN['TrainLoader'](), 'config.evals.test.data.loader')
@@ -246,8 +246,8 @@ def test_the_check_runs_when_the_config_is_built() -> None:
         tiny.trainer(data=data)
 
 
-def test_nothing_else_asks_what_a_loader_can_do() -> None:
-    """An ability is asked for in `trainer.input.data`, once, and nowhere by the name of one."""
+def test_no_other_file_checks_optional_parts() -> None:
+    """Optional parts are checked in `trainer.input.data` alone."""
     abilities = '|'.join(('restore', 'first', 'close', 'after', 'marks', 'states', 'block'))
     asks = re.compile(rf"(hasattr|getattr(_static)?)\([^)]*'({abilities})'")
     files = [p for p in (ROOT / 'trainer').rglob('*.py') if 'bundled' not in p.parts]

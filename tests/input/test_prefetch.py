@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches ahead of time: all of them, in order, once; and a thread that always ends."""
+"""Prefetching: every batch once and in order, and a thread that always ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = 8
 
 
 class Gather:
-    """Blocks whose rows hold their position; what happens at each is for the test to say."""
+    """Blocks whose rows contain their position; tests may add an action for each."""
 
     def __init__(self, during: Callable[[int, int], None] = lambda start, count: None):
         self.during = during
@@ -43,7 +43,7 @@ class Gather:
 def prefetcher(
     gather: Callable[..., Any], calls: Iterable[int], *, devices: int = 8, **options: Any
 ) -> Prefetcher:
-    """On 8 devices the thread works from the start, on one the loop gathers itself."""
+    """Returns a prefetcher: on 8 devices it starts its thread at once, on one the loop reads."""
     mesh = jax.make_mesh(
         (devices,),
         ('data',),
@@ -54,7 +54,7 @@ def prefetcher(
 
 
 def steps(batches: Iterable[LoadedBatch]) -> list[int]:
-    """Returns the positions of the batches, checking each one's shape and what it carries."""
+    """Returns the positions of the batches, and checks their shapes and fields."""
     found = []
     for batch in batches:
         count, x = batch.count, np.asarray(batch.arrays['x'])
@@ -92,7 +92,7 @@ def test_every_batch_once_and_in_order(calls: list[int], start: int, devices: in
 
 
 @ON
-def test_blocks_begin_small_and_grow(devices: int) -> None:
+def test_blocks_start_small_and_grow(devices: int) -> None:
     gather = Gather()
     with prefetcher(gather, itertools.repeat(1, 200), devices=devices) as batches:
         list(batches)
@@ -102,7 +102,7 @@ def test_blocks_begin_small_and_grow(devices: int) -> None:
 
 
 @ON
-def test_after_the_end_there_is_nothing(devices: int) -> None:
+def test_the_iterator_stays_at_its_end(devices: int) -> None:
     with prefetcher(Gather(), [1, 1], devices=devices) as batches:
         assert steps(batches) == [0, 1]
         assert steps(batches) == []
@@ -110,7 +110,7 @@ def test_after_the_end_there_is_nothing(devices: int) -> None:
 
 
 @ON
-def test_a_second_loop_goes_on_where_the_first_stopped(devices: int) -> None:
+def test_a_second_loop_continues_after_the_first(devices: int) -> None:
     with prefetcher(Gather(), itertools.repeat(1, 40), devices=devices) as batches:
         first = steps(itertools.islice(batches, 11))
         assert first + steps(batches) == list(range(40))
@@ -141,7 +141,7 @@ class Torn(Exception):
 
 
 @ON
-def test_an_error_comes_after_what_was_before_it_and_says_where(devices: int) -> None:
+def test_an_error_follows_the_batches_before_it_with_its_traceback(devices: int) -> None:
     def tear(start: int, count: int) -> None:
         if start + count > 20:
             raise Torn('record 20')
@@ -161,7 +161,7 @@ def test_an_error_comes_after_what_was_before_it_and_says_where(devices: int) ->
 
 
 @ON
-def test_an_error_of_the_calls(devices: int) -> None:
+def test_an_error_in_the_iterator_of_calls(devices: int) -> None:
     def calls() -> Iterator[int]:
         yield 1
         raise Torn
@@ -171,7 +171,7 @@ def test_an_error_of_the_calls(devices: int) -> None:
 
 
 @ON
-def test_an_error_that_would_end_an_iteration_is_no_end(devices: int) -> None:
+def test_stop_iteration_in_a_loader_is_an_error(devices: int) -> None:
     def stop(start: int, count: int) -> None:
         if start:
             next(iter(()))
@@ -194,7 +194,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize('depth', [1, 2, 5])
-def test_close_while_the_queue_is_full(depth: int) -> None:
+def test_close_with_a_full_queue(depth: int) -> None:
     gather = Gather()
     batches = prefetcher(gather, itertools.repeat(1), depth=depth)
     # One block more than there is room for: the thread waits with it.
@@ -206,7 +206,7 @@ def test_close_while_the_queue_is_full(depth: int) -> None:
     batches.close()
 
 
-def test_close_waits_for_the_block_that_is_being_gathered() -> None:
+def test_close_waits_for_the_current_block() -> None:
     began, go_on = threading.Event(), threading.Event()
 
     def slow(start: int, count: int) -> None:
@@ -226,7 +226,7 @@ def test_close_waits_for_the_block_that_is_being_gathered() -> None:
     assert gather.counts == [1]
 
 
-def test_close_of_what_was_never_read() -> None:
+def test_close_without_reading() -> None:
     gather = Gather()
     with prefetcher(gather, itertools.repeat(1), devices=1) as batches:
         pass
@@ -235,7 +235,7 @@ def test_close_of_what_was_never_read() -> None:
 
 
 @ON
-def test_left_in_the_middle(devices: int) -> None:
+def test_leaving_the_context_early_ends_the_thread(devices: int) -> None:
     with prefetcher(Gather(), itertools.repeat(1), devices=devices) as batches:
         for item in batches:
             if steps([item]) == [33]:
@@ -280,13 +280,13 @@ def test_ctrl_c_while_the_loop_waits_for_a_batch() -> None:
 
 
 def compute(secs: float) -> None:
-    """Keeps this thread busy for so much time of its own."""
+    """Keeps this thread busy for this much CPU time."""
     end = time.thread_time() + secs
     while time.thread_time() < end:
         pass
 
 
-def test_cheap_batches_are_gathered_in_the_loop() -> None:
+def test_cheap_batches_are_read_in_the_loop() -> None:
     gather = Gather()
     with prefetcher(gather, itertools.repeat(1, 500), devices=1) as batches:
         assert steps(batches) == list(range(500))
@@ -299,7 +299,7 @@ def test_cheap_batches_are_gathered_in_the_loop() -> None:
     [lambda count: compute(0.01 * count), lambda count: time.sleep(0.15 * count)],
     ids=['computing', 'waiting'],
 )
-def test_expensive_batches_are_gathered_in_a_thread_at_once(work: Callable[[int], None]) -> None:
+def test_expensive_batches_start_the_thread_at_once(work: Callable[[int], None]) -> None:
     gather = Gather(lambda start, count: work(count))
     with prefetcher(gather, itertools.repeat(1, 12), devices=1) as batches:
         assert steps(batches) == list(range(12))
@@ -308,7 +308,7 @@ def test_expensive_batches_are_gathered_in_a_thread_at_once(work: Callable[[int]
     assert set(gather.threads[2:]) == {'prefetch'}
 
 
-def test_a_slow_first_block_proves_nothing() -> None:
+def test_a_slow_first_block_is_ignored() -> None:
     gather = Gather(lambda start, count: None if start else compute(0.2))
     with prefetcher(gather, itertools.repeat(1, 50), devices=1) as batches:
         assert steps(batches) == list(range(50))
@@ -317,7 +317,7 @@ def test_a_slow_first_block_proves_nothing() -> None:
 
 @ON
 def test_blocks_of_slow_batches_are_short(devices: int) -> None:
-    """Or else the loop would wait for 64 of them, and so would the save after a SIGTERM."""
+    """Otherwise the loop, and the save after a SIGTERM, would wait for 64 of them."""
     gather = Gather(lambda start, count: time.sleep(0.03 * count))
     with prefetcher(gather, itertools.repeat(1, 20), devices=devices) as batches:
         assert steps(batches) == list(range(20))

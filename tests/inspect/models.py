@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that go wrong at a known layer, in a known step."""
+"""Models with a non-finite value in a known layer and step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def linen(**arguments: Any) -> dict[str, Any]:
     return {'target': f'{__name__}:Net', **arguments}
 
 
-def of_nnx(**arguments: Any) -> dict[str, Any]:
+def nnx_model(**arguments: Any) -> dict[str, Any]:
     return {'target': f'{__name__}:NNXNet', **arguments}
 
 
@@ -45,11 +45,11 @@ class Layer(nn.Module):
         if not self.is_initializing() and self.is_mutable_collection('count'):
             seen.value += 1
         x = nn.relu(nn.Dense(16, name='dense')(x))
-        return spoiled(x, self.bad, seen.value)
+        return make_bad(x, self.bad, seen.value)
 
 
 class Net(nn.Module):
-    """Four layers, one of which may be bad; or a stack that is scanned over."""
+    """Four layers, one of which may be bad; or a scanned stack."""
 
     bad: int | None = None
     how: str = 'output'
@@ -83,7 +83,7 @@ class Scanned(nn.Module):
 
 
 class Mark(nn.Module):
-    """Makes NaN of its input where it is told to."""
+    """Returns NaN if it is told to."""
 
     @nn.compact
     def __call__(self, x: Any, spoil: Any) -> Any:
@@ -107,7 +107,7 @@ class Lifted(nn.Module):
 
 
 class Bridged(nnx.Module):
-    """Linen within NNX."""
+    """A Linen module inside an NNX module."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         inner = nn.Sequential([nn.Dense(8), nn.relu])
@@ -119,7 +119,7 @@ class Bridged(nnx.Module):
 
 
 class Count(nnx.Variable):
-    """Steps of training so far."""
+    """Number of training steps so far."""
 
 
 class NNXLayer(nnx.Module):
@@ -130,7 +130,7 @@ class NNXLayer(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         self.count[...] += 1
-        return spoiled(nnx.relu(self.dense(x)), self.bad, self.count[...])
+        return make_bad(nnx.relu(self.dense(x)), self.bad, self.count[...])
 
 
 class NNXNet(nnx.Module):
@@ -147,7 +147,7 @@ class NNXNet(nnx.Module):
 
 
 class Branching(nnx.Module):
-    """Calls a layer in a branch, in a loop, or where JAX alone transforms."""
+    """Calls a layer in a branch, in a loop, or inside a plain JAX transformation."""
 
     registered: ClassVar[set[str]] = set()
 
@@ -175,11 +175,11 @@ class Branching(nnx.Module):
 
 
 class BranchingBelow(Branching):
-    """Of a class that its base has been told of."""
+    """A subclass that its base class knows."""
 
 
-def spoiled(x: Any, how: str, count: Any) -> Any:
-    """Returns the array, bad in one step: its values, or only the gradient through it."""
+def make_bad(x: Any, how: str, count: Any) -> Any:
+    """Returns the array, non-finite in one step: its values, or only the gradient through it."""
     if how == 'output':
         return jnp.where(count == STEP, jnp.nan, x)
     if how == 'gradient':

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.capture`: intermediates as metrics, histograms and files, beside an untouched step."""
+"""`config.capture`: intermediate values as metrics, histograms and files; the step is unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from tests.inspect.models import build, linen, of_nnx
+from tests.inspect.models import build, linen, nnx_model
 from tests.inspect.program import computation
 from tests.marks import slow_after
 from tests.parallel import group
@@ -43,8 +43,8 @@ def bound(made: Experiment, state: Any) -> BoundModel:
 
 
 @pytest.mark.slow
-def test_what_is_captured_is_what_the_model_computes(tmp_path: pathlib.Path) -> None:
-    """1.K6: of the parameters after the step, on the batch of that step."""
+def test_captured_values_equal_those_of_the_model(tmp_path: pathlib.Path) -> None:
+    """1.K6: with the parameters after the step, on the batch of that step."""
     made = build(linen(), train_for='20 steps', capture={'a': {'match': 'first|last|.model.'}})
     trainer = Trainer(made, str(tmp_path))
     state = trainer.fit().state
@@ -70,7 +70,7 @@ def test_what_is_captured_is_what_the_model_computes(tmp_path: pathlib.Path) -> 
     ('model', 'names'),
     slow_after(1, [
         (linen(), [n for k in LAYERS for n in (f'{k}/dense', k)]),
-        (of_nnx(), [n for k in range(4) for n in (f'layers/{k}/dense', f'layers/{k}')]),
+        (nnx_model(), [n for k in range(4) for n in (f'layers/{k}/dense', f'layers/{k}')]),
         (linen(scans=True), [
             n for k in range(4)
             for n in (f'layers/layer/dense[{k}]', f'layers/layer[{k}]', f'layers/mark[{k}]')
@@ -78,7 +78,7 @@ def test_what_is_captured_is_what_the_model_computes(tmp_path: pathlib.Path) -> 
     ]),
     ids=['linen', 'nnx', 'scan'],
 )  # fmt: skip
-def test_the_modules_have_names(model: Any, names: list[str], tmp_path: pathlib.Path) -> None:
+def test_captured_modules_have_names(model: Any, names: list[str], tmp_path: pathlib.Path) -> None:
     """1.K6: Linen, NNX, and the layers of a scan one by one."""
     made = build(model, train_for='10 steps', capture={'a': {'match': 'lay.*', 'what': ('file',)}})
     Trainer(made, str(tmp_path)).fit()
@@ -90,8 +90,8 @@ def test_the_modules_have_names(model: Any, names: list[str], tmp_path: pathlib.
 
 
 @pytest.mark.slow
-def test_the_train_step_is_untouched(tmp_path: pathlib.Path) -> None:
-    """1.K6: compiled to the same program, and trained to the same bits."""
+def test_the_train_step_is_unchanged(tmp_path: pathlib.Path) -> None:
+    """1.K6: the compiled program and the trained parameters are the same."""
     texts, states = [], []
     for capture in ({}, EVERYTHING):
         trainer = Trainer(build(linen(), capture=capture), str(tmp_path / str(len(texts))))
@@ -134,7 +134,7 @@ def test_histograms_are_for_tensorboard(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_files_are_bounded(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_files_are_deleted(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     capture = {'a': {'match': 'last', 'what': ('file',), 'rows': 3, 'keep': 2, 'every': '5 steps'}}
     Trainer(build(linen(), capture=capture), str(tmp_path)).fit()
     folder = tmp_path / 'capture' / 'a'
@@ -147,8 +147,8 @@ def test_files_are_bounded(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_what_is_sown(accumulate: int, tmp_path: pathlib.Path) -> None:
-    """1.K4, 1.K6: by its name, whatever module it stands in."""
+def test_sown_values_are_captured(accumulate: int, tmp_path: pathlib.Path) -> None:
+    """1.K4, 1.K6: by name, in any module."""
     made = build(
         {'target': 'tests.modules.test_intermediates:VAE'}, accumulate=accumulate,
         task={'ref': 'tests.modules.test_intermediates:reconstruction'}, train_for='10 steps',
@@ -162,8 +162,8 @@ def test_what_is_sown(accumulate: int, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_times_and_resume(tmp_path: pathlib.Path) -> None:
-    """A run that was stopped writes the rows that an uninterrupted one writes."""
+def test_a_resumed_run_writes_the_same_rows(tmp_path: pathlib.Path) -> None:
+    """A stopped and resumed run writes the rows of an uninterrupted one."""
     options = {
         'steps_per_call': 4, 'checkpoint__every': '20 steps',
         'capture': {
@@ -182,8 +182,8 @@ def test_times_and_resume(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_files_of_a_future_that_was_undone(tmp_path: pathlib.Path) -> None:
-    """A run that goes on from before them removes later files, and keeps its own."""
+def test_files_of_later_steps_are_deleted(tmp_path: pathlib.Path) -> None:
+    """A run that resumes at an earlier step deletes the files of later steps."""
     capture = {'a': {'match': 'last', 'what': ('file',), 'keep': 2, 'every': '5 steps'}}
     folder = tmp_path / 'capture' / 'a'
     folder.mkdir(parents=True)
@@ -193,7 +193,7 @@ def test_files_of_a_future_that_was_undone(tmp_path: pathlib.Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ['10.npz', '5.npz']
 
 
-def test_what_is_not_due_is_not_measured(tmp_path: pathlib.Path) -> None:
+def test_captures_that_are_not_due_are_not_measured(tmp_path: pathlib.Path) -> None:
     made = build(
         linen(),
         capture={
@@ -218,7 +218,7 @@ def test_what_is_not_due_is_not_measured(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_on_a_mesh(tmp_path: pathlib.Path) -> None:
-    """The numbers are those of the whole batch, however it and the parameters are cut."""
+    """The values are those of the whole batch, however batch and parameters are sharded."""
     found = []
     for mesh, sharding in (({'data': 8}, ()), ({'data': 2, 'fsdp': 4}, 'fsdp')):
         workdir = tmp_path / str(len(found))
@@ -234,7 +234,7 @@ def test_on_a_mesh(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_several_processes(tmp_path: pathlib.Path) -> None:
-    """Process 0 writes what one process would write."""
+    """Process 0 writes the same as a single process."""
     args = (
         '--config.train_for=20steps', '--config.log.every=10steps', '--config.evals={}',
         f'--config.model={json.dumps(linen())}', f'--config.capture={json.dumps(EVERYTHING)}',
@@ -257,7 +257,7 @@ def test_several_processes(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_is_counted() -> None:
+def test_non_finite_values_are_counted() -> None:
     x = jnp.array([1.0, jnp.nan, 3.0, jnp.inf, 0.0, 0.0])
     kept = statistics.make_measure(frozenset({'histogram'}), 0)(x)
     numbers = {name: float(value) for name, value in kept['summary'].items()}
@@ -301,8 +301,10 @@ def on_rows(model: Any, batch: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_branches_are_left_alone(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What surrounds them is captured, and a word says what is not."""
+def test_modules_in_branches_are_not_captured(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The modules around them are captured, and a warning names those that are not."""
     made = build(
         {'target': 'tests.modules.test_intermediates:Branching', 'sows': False},
         train_for='10 steps', task={'ref': f'{__name__}:on_rows'}, capture={'a': {'match': '.*'}},

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from tests import command
-from tests.inspect.models import build, linen, of_nnx
+from tests.inspect.models import build, linen, nnx_model
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.inspect.forward import Forward
@@ -45,7 +45,7 @@ class NNXFoo(nnx.Module):
 
 
 class Shared(nn.Module):
-    """Calls one layer twice, and a branch that has more than one output."""
+    """Calls one layer twice, and a module with more than one output."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -87,7 +87,7 @@ def probe(
 
 
 def test_the_gradient_of_a_perturbed_value() -> None:
-    """1.K8: the numbers of the guide, with the random bits of its time."""
+    """1.K8: the numbers of the Flax guide, with the random bits of its version."""
     with jax.threefry_partitionable(False):
         params = Foo().init(jax.random.PRNGKey(0), jnp.ones((2, 9)))['params']
     (found,) = probe(Foo(), params)
@@ -97,8 +97,8 @@ def test_the_gradient_of_a_perturbed_value() -> None:
     assert found.norm == pytest.approx(np.linalg.norm(expected))
 
 
-def test_the_gradient_of_any_output() -> None:
-    """1.K8: without a word in the model: equal to the gradient that the chain rule gives."""
+def test_the_gradient_of_any_module_output() -> None:
+    """1.K8: without a change of the model; equal to the gradient by the chain rule."""
     params = Foo().init(jax.random.key(0), jnp.ones((2, 9)))['params']
     named, hidden, last, whole = sorted(
         probe(Foo(), params, ('.*',)), key=lambda g: ('dense3', 'Dense_0', 'Dense_1').index(g.path)
@@ -130,7 +130,7 @@ def test_an_nnx_model() -> None:
     assert set(found) > {g.path for g in probe(model, params)} == {'hidden'}
 
 
-def test_calls_add_up_and_outputs_are_told_apart() -> None:
+def test_gradients_of_calls_add_up_and_outputs_are_separate() -> None:
     params = Shared().init(jax.random.key(0), jnp.ones((2, 9)))['params']
     found = {g.path: g for g in probe(Shared(), params, ('layer|pair',))}
     assert set(found) == {'layer', 'pair/0', 'pair/1'}
@@ -140,7 +140,7 @@ def test_calls_add_up_and_outputs_are_told_apart() -> None:
     np.testing.assert_allclose(found['layer'].gradient, both, rtol=1e-4)
 
 
-def test_calls_of_other_shapes_are_told_apart() -> None:
+def test_calls_with_other_shapes_are_separate() -> None:
     params = Shapes().init(jax.random.key(0), jnp.ones((2, 9)))['params']
     found = {g.path: g for g in probe(Shapes(), params, ('layer',))}
     assert {path: g.gradient.shape for path, g in found.items()} == {
@@ -153,7 +153,7 @@ def test_calls_of_other_shapes_are_told_apart() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('model', [linen(), of_nnx(), linen(scans=True)])
+@pytest.mark.parametrize('model', [linen(), nnx_model(), linen(scans=True)])
 def test_the_mode(model: Any, tmp_path: pathlib.Path) -> None:
     """1.K8: `--mode=grad_probe` shows a table and writes the gradients."""
     args = (
@@ -190,7 +190,7 @@ def test_a_checkpoint_and_several_processes(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_to_differentiate_by() -> None:
+def test_no_matching_value_is_an_error() -> None:
     params = Shared().init(jax.random.key(0), jnp.ones((2, 9)))['params']
     with pytest.raises(UserError, match=r"names no value.*--match='\.\*' selects all"):
         probe(Shared(), params)

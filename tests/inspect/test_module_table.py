@@ -11,7 +11,7 @@ import pytest
 
 from tests import command
 from tests.command import ROOT
-from tests.inspect.models import build, linen, of_nnx
+from tests.inspect.models import build, linen, nnx_model
 from trainer.experiment import Experiment, load_and_build
 from trainer.inspect import module_table
 from trainer.inspect.forward import Forward
@@ -72,7 +72,7 @@ def test_the_mode_shows_it() -> None:
     assert 'FLOPs per train step' in finished.out
 
 
-def test_of_an_ensemble_it_shows_a_member() -> None:
+def test_an_ensemble_shows_one_member() -> None:
     alone, several = (Trainer(build(linen(), **more)) for more in ({}, {'ensemble': {'size': 3}}))
     text, of_one = (module_table.describe(t.experiment, t.set_up()) for t in (several, alone))
     title, _, shown = text.partition('\n')
@@ -80,9 +80,9 @@ def test_of_an_ensemble_it_shows_a_member() -> None:
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
-@pytest.mark.parametrize('model', [linen(), linen(scans=True), of_nnx()])
+@pytest.mark.parametrize('model', [linen(), linen(scans=True), nnx_model()])
 def test_the_rows_sum_up(model: Any, accumulate: int) -> None:
-    """A2: with layers in a scan, and in slices."""
+    """A2: with scanned layers, and with micro-batches."""
     made = build(model, accumulate=accumulate)
     rows = table(made)
     assert sum(row.parameters for row in rows.values()) == parameters(made)
@@ -94,8 +94,8 @@ def test_the_rows_sum_up(model: Any, accumulate: int) -> None:
 
 
 @pytest.mark.parametrize('how', ['cond', 'fori_loop', 'while_loop', 'checkpoint'])
-def test_branches_and_loops_of_nnx_are_left_alone(how: str) -> None:
-    """They must leave behind what they have found: what is called in them has no output here."""
+def test_modules_in_nnx_branches_and_loops_have_no_output(how: str) -> None:
+    """Recorded values could not leave a branch or loop, so modules called there have no output."""
     model = {'target': 'tests.inspect.models:BranchingBelow', 'how': how}
     rows = table(build(model))
     outputs = {path: row.output for path, row in rows.items()}
@@ -109,13 +109,13 @@ def with_a_product(model: Any, batch: Any) -> Any:
     return (logits @ logits.T).sum(-1)
 
 
-def test_what_the_task_does_has_a_row() -> None:
+def test_operations_of_the_task_have_a_row() -> None:
     rows = table(build(linen(), task={'ref': f'{__name__}:with_a_product'}))
     assert rows[module_table.TASK].flops == 2 * 32 * 10 * 32
 
 
 def test_operations_by_module() -> None:
-    """What a branch of a `cond` costs is that of the dearest, wherever it stands."""
+    """The cost of a `cond` is that of its most expensive branch, in any position."""
 
     def function(x: jax.Array) -> Any:
         with jax.named_scope(f'{SCOPE}a|b'):

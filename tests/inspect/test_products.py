@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run warns if a model does not compute in the half precision of its config."""
+"""A run warns if the model does not compute in the requested half precision."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def warnings(made: Experiment, caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-def test_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_text_of_the_warning(caplog: pytest.LogCaptureFixture) -> None:
     [text] = warnings(experiment(), caplog)
     # Of each row, forward and twice backward, but not into the image.
     first, rest = 2 * 784 * 16, 3 * (3 * 2 * 16 * 256 + 16 * 10)
@@ -135,7 +135,7 @@ class Uncast(Attention):
 
 
 @pytest.mark.slow
-def test_what_a_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('trainer.models.transformer.Attention', Uncast)
     made = load_and_build(str(ROOT / 'configs' / 'lm.py'), precision=HALF)
     programs = Trainer(made).set_up().programs
@@ -145,7 +145,7 @@ def test_what_a_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def own_step(state: Any, batch: Any, ctx: CustomStepContext) -> Any:
-    """Differentiates the model itself, with products of its own in float32."""
+    """A custom step that differentiates the model, with matrix products of its own in float32."""
 
     def loss(params: Any) -> Any:
         model = ctx.bind(params)
@@ -172,7 +172,9 @@ HOWEVER: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     'options', slow_except([{'steps_per_call': 4}], HOWEVER), ids=lambda options: '-'.join(options)
 )
-def test_however_a_run_is_made(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_for_every_kind_of_run(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     [text] = warnings(experiment(**options), caplog)
     assert '75 % of' in text and 'float32, first in pair_0/wide.' in text
     assert warnings(experiment(linen(promotes=False), **options), caplog) == []
@@ -193,14 +195,14 @@ def test_nnx(caplog: pytest.LogCaptureFixture) -> None:
     assert '% of' in text and 'first in layers/0.' in text
 
 
-def test_the_way_back_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_of_the_backward_pass_alone(caplog: pytest.LogCaptureFixture) -> None:
     [text] = warnings(experiment({'target': f'{__name__}:Backwards'}), caplog)
     assert 'first in head.' in text
 
 
 @pytest.mark.slow
-def test_the_whole_step_is_where_it_looks() -> None:
-    """It finds all operations of the gradient, with and without slices."""
+def test_all_products_of_the_step_are_counted() -> None:
+    """It counts all operations of the gradient, with and without micro-batches."""
     for options in ({}, {'accumulate': 2}, {'ensemble': {'size': 2}}):
         made = experiment(linen(scans=True), **options)
         programs = Trainer(made).set_up().programs
@@ -234,13 +236,13 @@ def with_products(model: Any, batch: Any) -> Any:
 
 
 @pytest.mark.parametrize('name', QUIET)
-def test_no_false_alarm(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_false_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(experiment(**QUIET[name]), caplog) == []
 
 
 @pytest.mark.slow
-def test_products_of_the_optimizer_and_of_the_task_are_there() -> None:
-    """So that leaving them out means something."""
+def test_products_of_optimizer_and_task_exist_in_the_step() -> None:
+    """Otherwise excluding them would be untested."""
     for name in ('muon', 'task'):
         made = experiment(**QUIET[name])
         jaxpr = Trainer(made).set_up().programs.jaxpr(made.model)
@@ -248,8 +250,8 @@ def test_products_of_the_optimizer_and_of_the_task_are_there() -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_traced_again(caplog: pytest.LogCaptureFixture) -> None:
-    """Only to name the module, and that once."""
+def test_the_step_is_traced_again_only_for_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, to name the module."""
     for promotes, more in ((False, 0), (True, 1)):
         made = experiment(linen(promotes=promotes))
         programs = Trainer(made).set_up().programs
@@ -260,7 +262,7 @@ def test_nothing_is_traced_again(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_said_once_in_a_run(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_warns_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = Trainer(experiment(train_for='2 steps'), tmp_path)
     with caplog.at_level(logging.WARNING, 'trainer'):
         result = trainer.fit()
@@ -285,7 +287,7 @@ def test_configs(name: str, half: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('half', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('name', ['lm', 'lm_packed', 'addition'])
-def test_the_command_says_nothing(name: str, half: str, tmp_path: pathlib.Path) -> None:
+def test_the_command_does_not_warn(name: str, half: str, tmp_path: pathlib.Path) -> None:
     scans = [] if name == 'addition' else ['--config.model.scan_layers=True']
     small = ['--config.train_for=3 steps', '--config.evals={}', '--config.data.batch_size=2']
     finished = command.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.guard`: a run that meets a NaN says in which step and in which layer it began."""
+"""`config.guard`: a diverged run names the first bad step and layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests import command
 from tests.command import ROOT
-from tests.inspect.models import STEP, build, linen, of_nnx
+from tests.inspect.models import STEP, build, linen, nnx_model
 from tests.marks import slow_after
 from tests.parallel import group
 from trainer.config.errors import UserError
@@ -33,8 +33,8 @@ def message(made: Experiment, workdir: pathlib.Path | None = None) -> str:
 
 
 @pytest.mark.parametrize('k', slow_after(1, [0, 2, 3]))
-def test_the_layer_of_a_planted_nan(k: int) -> None:
-    """1.K6: a NaN in layer k is reported as layer k, in the step that it came in."""
+def test_the_layer_of_an_injected_nan_is_named(k: int) -> None:
+    """1.K6: a NaN in layer k is reported as layer k, with its step."""
     found = message(build(linen(bad=k), guard=STOP))
     assert 'the run has diverged; no checkpoint was saved.' in found
     assert f'Last finite step: {STEP - 1}. First non-finite step: {STEP}.' in found
@@ -46,17 +46,17 @@ def test_the_layer_of_a_planted_nan(k: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('k', [0, 2])
-def test_the_layer_of_a_planted_nan_in_nnx(k: int) -> None:
+def test_the_layer_of_an_injected_nan_in_nnx_is_named(k: int) -> None:
     """1.K6."""
-    found = message(build(of_nnx(bad=k), guard=STOP))
+    found = message(build(nnx_model(bad=k), guard=STOP))
     assert f'First non-finite step: {STEP}.' in found
     assert f'not finite is layers/{k}, number {2 * k + 3} of' in found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('k', [1, 2])
-def test_the_layer_of_a_planted_nan_within_a_scan(k: int) -> None:
-    """1.K6: the layers of a stack are told apart."""
+def test_the_layer_of_an_injected_nan_in_a_scan_is_named(k: int) -> None:
+    """1.K6: scanned layers are distinguished."""
     found = message(build(linen(bad=k, scans=True), guard=STOP))
     assert f'not finite is layers/mark[{k}]' in found
 
@@ -74,7 +74,7 @@ def test_the_layer_of_a_planted_nan_within_a_scan(k: int) -> None:
     ],
     ids=lambda options: '-'.join(options),
 )
-def test_it_is_found_however_a_run_is_made(options: dict[str, Any], tmp_path: Any) -> None:
+def test_divergence_is_found_in_every_kind_of_run(options: dict[str, Any], tmp_path: Any) -> None:
     # With two slices a layer is called twice in a step.
     made = build(linen(bad=1), guard=STOP, **options)
     found = message(made, tmp_path)
@@ -86,8 +86,8 @@ def test_it_is_found_however_a_run_is_made(options: dict[str, Any], tmp_path: An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('model', [linen, of_nnx])
-def test_a_gradient_alone(model: Any) -> None:
+@pytest.mark.parametrize('model', [linen, nnx_model])
+def test_a_non_finite_gradient_alone(model: Any) -> None:
     found = message(build(model(bad=1, how='gradient'), guard=STOP))
     assert f'First non-finite step: {STEP}.' in found
     assert 'the gradients are not: ' in found
@@ -96,7 +96,7 @@ def test_a_gradient_alone(model: Any) -> None:
 
 
 @pytest.mark.slow
-def test_an_update_alone() -> None:
+def test_a_non_finite_update_alone() -> None:
     made = build(
         linen(), guard=STOP,
         optimizer={'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
@@ -108,10 +108,10 @@ def test_an_update_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('secs', 'looks'), [(0.0, list(range(1, 13))), (1e9, [1, 5, 10, 12])])
-def test_when_a_state_is_looked_at(
+def test_when_a_state_is_checked(
     secs: float, looks: list[int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Now and then, and before each save."""
+    """From time to time, and before each save."""
     monkeypatch.setattr('trainer.inspect.stop_guard._MIN_SECS', secs)
     options = {'train_for': '12 steps', 'log__every': '1 steps', 'checkpoint__every': '5 steps'}
     trainer = Trainer(build(linen(), guard=STOP, **options), str(tmp_path))
@@ -149,8 +149,8 @@ class Images:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('target', ['trainer.models.mlp:MLP', 'trainer.models.mlp_nnx:MLP'])
-def test_statistics_that_a_call_spoils(target: str) -> None:
-    """They are blamed if the call has found them so, and not if it has left them so."""
+def test_statistics_that_a_call_makes_non_finite(target: str) -> None:
+    """They are named as the cause if they were non-finite before the call, not after it."""
     model = {'target': target, 'features': (16, 10), 'batch_norm': True}
     found = message(build(model, guard=STOP, optimizer={'learning_rate': 1e30}))
     assert re.search(r'is (BatchNorm_0|norm/0), number 2 of', found)
@@ -158,7 +158,7 @@ def test_statistics_that_a_call_spoils(target: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_batch() -> None:
+def test_a_non_finite_batch_is_named() -> None:
     made = build(
         linen(), guard=STOP, data__source={'target': f'{__name__}:Images'},
         data__device_transforms=(),
@@ -189,7 +189,7 @@ def test_the_command_ends_with_1_and_resumes(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_warning_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     result = Trainer(build(linen(bad=2), guard={'non_finite': 'warn'})).fit()
     assert (result.status, result.step) == ('finished', 40)
     out = capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_a_warning_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_sound_run_is_what_it_was_without() -> None:
+def test_a_finite_run_is_the_same_with_and_without_a_guard() -> None:
     plain, guarded = (Trainer(build(linen(), **more)).fit() for more in ({}, {'guard': STOP}))
     assert jax.tree.all(
         jax.tree.map(np.array_equal, plain.state.variables, guarded.state.variables)
@@ -206,8 +206,8 @@ def test_a_sound_run_is_what_it_was_without() -> None:
 
 
 @pytest.mark.slow
-def test_skipped_steps_are_no_damage() -> None:
-    """Under a loss scale an infinite gradient is how the scale finds its place."""
+def test_steps_skipped_by_a_loss_scale_are_not_divergence() -> None:
+    """A dynamic loss scale adjusts itself by infinite gradients."""
     made = build(linen(), guard=STOP, precision={'compute': 'float16', 'loss_scale': 2.0**40})
     result = Trainer(made).fit()
     assert result.status == 'finished'
@@ -225,7 +225,7 @@ def test_mistakes() -> None:
 
 
 def stream(**overrides: Any) -> Experiment:
-    """A stream of texts and a learning rate that is not finite in one step."""
+    """Returns overrides: a stream of text, and a learning rate that is not finite in one step."""
     return load_and_build(
         str(ROOT / 'configs' / 'lm_packed.py'), train_for='12 steps', log__every='4 steps',
         evals={}, checkpoint__every='never', guard=overrides.pop('guard', STOP),
@@ -238,7 +238,7 @@ def stream(**overrides: Any) -> Experiment:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('resumes', [False, True])
-def test_a_stream_is_read_again(resumes: bool, tmp_path: pathlib.Path) -> None:
+def test_a_stream_is_reread(resumes: bool, tmp_path: pathlib.Path) -> None:
     made = stream()
     if resumes:
         Trainer(made, str(tmp_path)).fit(max_steps=3)
@@ -248,7 +248,7 @@ def test_a_stream_is_read_again(resumes: bool, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_that_goes_on_is_not_read_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stream_in_use_is_not_reread(capsys: pytest.CaptureFixture[str]) -> None:
     assert Trainer(stream(guard={'non_finite': 'warn'})).fit().step == 12
     assert 'Where it began is unknown: the data is a stream' in capsys.readouterr().out
 

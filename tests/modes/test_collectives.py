@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collectives read from a program's text, in each way that XLA writes their groups."""
+"""Collectives parsed from a program's text, in each form that XLA writes groups."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {
 """
 
 
-def test_loops_count_as_often_as_they_run() -> None:
+def test_collectives_in_loops_count_once_per_iteration() -> None:
     text = TEXT.replace('TRIPS', '{"known_trip_count":{"n":"20"}}')
     found, complete = collectives.find(text, MESH)
     assert complete
@@ -49,7 +49,7 @@ def test_loops_count_as_often_as_they_run() -> None:
     assert [c.nbytes for c in found] == sorted((c.nbytes for c in found), reverse=True)
 
 
-def test_a_loop_of_unknown_length_is_told() -> None:
+def test_a_loop_of_unknown_length_is_reported() -> None:
     found, complete = collectives.find(TEXT.replace('TRIPS', '{}'), MESH)
     assert not complete
     assert max(c.count for c in found) == 1
@@ -75,7 +75,7 @@ def test_groups(text: str, group: list[int]) -> None:
     assert collectives.devices_of_group(line, MESH) == group
 
 
-def test_what_a_ring_sends() -> None:
+def test_bytes_sent_by_ring_collectives() -> None:
     def sent(kind: str) -> float:
         return Collective(kind=kind, axes=('data',), group=4, count=1, nbytes=400).sent_bytes
 

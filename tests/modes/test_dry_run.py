@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dry run does one of everything, and leaves nothing."""
+"""The dry run: one step, one evaluation and one save, without leaving files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from tests.evaluate.watched import override
         ),
     ],
 )
-def test_one_of_everything(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> None:
+def test_runs_each_part_once_and_leaves_nothing(
+    tmp_path: pathlib.Path, extra: tuple[str, ...]
+) -> None:
     workdir = tmp_path / 'run'
     finished = command.run(
         command.MLP, *command.SMALL, f'--workdir={workdir}', '--mode=dry_run',
@@ -49,7 +51,7 @@ def test_one_of_everything(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> No
         ('data.device_transforms[0].scale=inf', 'train/loss is not finite after one step.'),
     ],
 )
-def test_a_step_that_would_end_the_run_is_told(override: str, said: str) -> None:
+def test_a_step_that_would_end_the_run_is_reported(override: str, said: str) -> None:
     finished = command.run(command.MLP, *command.SMALL, '--mode=dry_run', f'--config.{override}')
     assert finished.code == 2
     assert said in finished.err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model for programs that know nothing of this one."""
+"""Exporting a trained model for programs without this package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trained(**options: Any) -> tuple[Trainer, TrainState]:
 def written(
     directory: pathlib.Path, trainer: Trainer, state: TrainState, **options: Any
 ) -> tuple[dict[str, Any], Any]:
-    """Returns what export.json says, and the function as another program reads it."""
+    """Returns the content of export.json, and the function as another program reads it."""
     axes = tuple(trainer.set_up().mesh.shape)
     about = export.write(
         trainer.set_up().evaluators['test'], state, epath.Path(directory), axes=axes, **options
@@ -72,7 +72,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize('name', slow_after(1, RUNS))
 def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -> None:
-    """M6: those of the trainer, of the fields that they are made from and no others."""
+    """M6: equal to those of the trainer; the function takes only the fields they depend on."""
     trainer, state = trained(**RUNS[name])
     about, function = written(tmp_path, trainer, state)
     assert about['arguments'] == ['batch']
@@ -91,7 +91,7 @@ def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -
 
 @pytest.mark.slow
 def test_variables_are_written_exactly(tmp_path: pathlib.Path) -> None:
-    """H21: as msgpack and as safetensors, in their own dtypes, and a run can start from both."""
+    """H21: as msgpack and as safetensors, in their own dtypes; a run can start from both."""
     options = {'precision': {'params': 'bfloat16'}, 'model__batch_norm': True}
     trainer, state = trained(**options)
     about, _ = written(tmp_path, trainer, state)
@@ -125,7 +125,7 @@ def test_large_variables_are_an_argument(tmp_path: pathlib.Path) -> None:
 
 
 class Halves(nn.Module):
-    """Does something else with large batches."""
+    """Computes something else for large batches."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -134,10 +134,10 @@ class Halves(nn.Module):
 
 
 @pytest.mark.slow
-def test_a_model_that_computes_with_the_number_of_rows(
+def test_a_model_that_computes_with_the_batch_size(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is exported for batches of one size, and that is said."""
+    """It is exported for a single batch size, with a warning."""
     model = {'target': f'{__name__}:Halves'}
     trainer, state = trained(model=model, evals__test__data__batch_size=32)
     with caplog.at_level('WARNING', 'trainer'):
@@ -149,8 +149,8 @@ def test_a_model_that_computes_with_the_number_of_rows(
     assert np.array_equal(found['class'], expected['class'])
 
 
-class Looks(nn.Module):
-    """Looks up what the input says."""
+class Lookup(nn.Module):
+    """Indexes a table by its input."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -160,8 +160,8 @@ class Looks(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('max_embedded_bytes', [0, export.MAX_EMBEDDED_BYTES])
-def test_a_model_that_looks_up(max_embedded_bytes: int, tmp_path: pathlib.Path) -> None:
-    trainer, state = trained(model={'target': f'{__name__}:Looks'})
+def test_a_model_that_indexes_a_variable(max_embedded_bytes: int, tmp_path: pathlib.Path) -> None:
+    trainer, state = trained(model={'target': f'{__name__}:Lookup'})
     about, function = written(tmp_path, trainer, state, max_embedded_bytes=max_embedded_bytes)
     assert about['batch'] == {'image': 'uint8[rows, 28, 28, 1]'}
     (expected,) = trainer.predict('test', state)
@@ -200,8 +200,10 @@ np.save('classes.npy', function.call({'image': images})['class'])
 """
 
 
-def call_alone(directory: pathlib.Path, names: set[str]) -> subprocess.CompletedProcess[str]:
-    """Runs the caller with these packages and nothing else."""
+def call_without_package(
+    directory: pathlib.Path, names: set[str]
+) -> subprocess.CompletedProcess[str]:
+    """Runs the caller with only these packages installed."""
     return subprocess.run(
         [sys.executable, '-I', '-c', ALONE.format(names=names) + CALLER],
         cwd=directory, capture_output=True, text=True, timeout=120,
@@ -210,7 +212,7 @@ def call_alone(directory: pathlib.Path, names: set[str]) -> subprocess.Completed
 
 @pytest.mark.slow
 def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
-    """A process that has what `requires` names and no more makes the same predictions."""
+    """A process with only the packages in `requires` makes the same predictions."""
     args = (command.MLP, *command.SMALL, f'--workdir={tmp_path}', '--config.train_for=5steps')
     for mode in ('train', 'predict', 'export'):
         finished = command.run(*args, f'--mode={mode}')
@@ -220,11 +222,11 @@ def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
     np.save(directory / 'images.npy', examples(Trainer(load_and_build(CONFIG))))
     requires = json.loads((directory / 'export.json').read_text())['requires']
     assert requires == {name: importlib.metadata.version(name) for name in ('jax', 'flatbuffers')}
-    called = call_alone(directory, set(requires))
+    called = call_without_package(directory, set(requires))
     assert called.returncode == 0, called.stderr
     with np.load(tmp_path / 'predictions_test_5.npz') as predicted:
         assert np.array_equal(np.load(directory / 'classes.npy'), predicted['class'][:64])
-    called = call_alone(directory, {'jax'})  # All of it is needed.
+    called = call_without_package(directory, {'jax'})  # All of it is needed.
     assert called.returncode == 1 and "install 'flatbuffers'" in called.stderr
 
 

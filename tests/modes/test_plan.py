@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: what they say of a small model is what a run of it has."""
+"""Plans of small models, compared with real runs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def planned_for(made: Trainer) -> Plan:
 LM = {'model__layers': 2, 'model__width': 64, 'model__max_length': 32, 'data__source__seq_len': 32}
 
 
-def held(tree: Any) -> int:
-    """Bytes on the first device of arrays that are really there."""
+def bytes_on_first_device(tree: Any) -> int:
+    """Returns the bytes of arrays on the first device."""
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
@@ -46,19 +46,21 @@ def held(tree: Any) -> int:
 @pytest.mark.parametrize(
     'mesh', [{'data': 8, 'fsdp': 1, 'model': 1}, dict(data=2, fsdp=2, model=2)]
 )
-def test_the_state_is_that_of_a_run(mesh: dict[str, int]) -> None:
+def test_the_planned_state_equals_that_of_a_run(mesh: dict[str, int]) -> None:
     made = trainer('lm', mesh, **LM)
     planned, state = planned_for(made), made.init_state()
-    assert planned.state['parameters'] == held(state.params)
-    assert planned.state['optimizer'] == held(state.opt_state)
+    assert planned.state['parameters'] == bytes_on_first_device(state.params)
+    assert planned.state['optimizer'] == bytes_on_first_device(state.opt_state)
     assert planned.state['average'] == planned.state['parameters']
-    assert sum(planned.state.values()) + 4 == held(state)  # The step's number is in no kind.
+    assert sum(planned.state.values()) + 4 == bytes_on_first_device(
+        state
+    )  # The step's number is in no kind.
     assert planned.unsharded_state == sum(x.nbytes for x in jax.tree.leaves(state))
     assert planned.devices == 8
     assert planned.temporaries is not None and planned.temporaries > 0
 
 
-def test_data_parallelism_adds_up_the_gradients_and_no_more() -> None:
+def test_data_parallelism_only_sums_gradients() -> None:
     made = trainer('mnist_mlp', {'data': 8})
     planned = planned_for(made)
     params = planned.state['parameters']
@@ -119,7 +121,7 @@ def test_operations_are_counted_in_loops_and_branches() -> None:
     assert flops.count(jax.make_jaxpr(convolved)(image)) == 2 * (2 * 9 * 9 * 6) * (3 * 3 * 2)
 
 
-def some(**changes: Any) -> Plan:
+def plan_with(**changes: Any) -> Plan:
     base = Plan(
         mesh={'data': 8}, state={'parameters': 10**9, 'optimizer': 2 * 10**9},
         unsharded_state=3 * 10**9, batch_size=64, shards=8, batch=10**6, temporaries=10**9,
@@ -128,25 +130,25 @@ def some(**changes: Any) -> Plan:
     return dataclasses.replace(base, **changes)
 
 
-def test_what_fits_and_what_does_not() -> None:
-    assert 'fits: 4.0 GB of 17.2 GB (v5e)' in plan.describe(some(), 'v5e').splitlines()
-    wide = some(state={'parameters': 10**9, 'collections': 400})
+def test_reports_whether_the_state_fits() -> None:
+    assert 'fits: 4.0 GB of 17.2 GB (v5e)' in plan.describe(plan_with(), 'v5e').splitlines()
+    wide = plan_with(state={'parameters': 10**9, 'collections': 400})
     lines = plan.describe(wide).splitlines()[2:8]
     assert ' collections 400 B' in lines
     assert {len(re.match(r' ?\w+( state)? +', line)[0]) for line in lines} == {13}
-    large = some(state={'parameters': 20 * 10**9}, unsharded_state=20 * 10**9)
+    large = plan_with(state={'parameters': 20 * 10**9}, unsharded_state=20 * 10**9)
     text = plan.describe(large, 'v5e')
     assert text.splitlines()[2] == 'DOES NOT FIT: 21.0 GB needed, 17.2 GB available (v5e)'
     assert '--config.sharding=fsdp --config.mesh=\'{"data": -1, "fsdp": 8}\'' in text
-    sharded = some(state={'parameters': 20 * 10**9}, unsharded_state=160 * 10**9)
+    sharded = plan_with(state={'parameters': 20 * 10**9}, unsharded_state=160 * 10**9)
     assert 'more devices on the axes that shard it' in plan.describe(sharded, 'v5e')
-    busy = plan.describe(some(temporaries=20 * 10**9), 'v5e')
+    busy = plan.describe(plan_with(temporaries=20 * 10**9), 'v5e')
     assert '--config.accumulate=4' in busy and '--config.model.remat=full' in busy
     # 1e15 operations on 8 devices of 197e12 in a second.
-    assert 'at least 635 ms per step: compute 635 ms' in plan.describe(some(), 'v5e')
+    assert 'at least 635 ms per step: compute 635 ms' in plan.describe(plan_with(), 'v5e')
 
 
-def test_every_kind_of_device_has_sound_figures() -> None:
+def test_every_device_kind_has_plausible_numbers() -> None:
     for kind in devices.KINDS.values():
         assert kind.memory > 1e10 and kind.bandwidth > 1e11
         assert 1e13 < kind.flops < 1e16 and kind.links > 1e10

@@ -275,7 +275,8 @@ def test_the_trained_module_is_returned() -> None:
 
 def test_errors_equal_those_for_linen() -> None:
     with pytest.raises(
-        UserError, match=r'model\.featurs: .*Did you mean config\.model\.features\?'
+        UserError,
+        match=r'Unknown key config\.model\.featurs\. Did you mean config\.model\.features\?',
     ):
         experiment('trainer.models.cnn_nnx:CNN', model__featurs=(8, 16))
     with pytest.raises(UserError, match=r'model\.rngs: remove it; .* from config\.seed'):

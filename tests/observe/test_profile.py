@@ -27,7 +27,7 @@ def build(**overrides: Any) -> Experiment:
 
 @pytest.fixture
 def names_matter() -> Iterator[None]:
-    """Or the cache of compiled programs would take one for the other."""
+    """Makes the compile cache distinguish programs by the names in them."""
     jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
     yield
     jax.config.update('jax_compilation_cache_include_metadata_in_key', False)
@@ -53,15 +53,15 @@ def test_a_window_of_a_run(
 
 
 def traced(directory: pathlib.Path) -> bytes:
-    """Returns the trace that holds the compiled programs; their operations have whole paths."""
+    """Returns the trace of the compiled programs, whose operations have whole paths."""
     (file,) = (directory / 'profile').rglob('*.xplane.pb')
     return file.read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('names_matter')
-def test_modules_of_nnx_have_names_while_they_are_traced(tmp_path: pathlib.Path) -> None:
-    """Forward and backward; without a window the program is that of the module as it is."""
+def test_nnx_modules_have_names_in_a_profiled_run(tmp_path: pathlib.Path) -> None:
+    """Forward and backward; without a profile window the program is unchanged."""
     nnx = {'model__target': 'trainer.models.mlp_nnx:MLP', 'model__batch_norm': True}
     losses = {}
     for name, window in (('traced', {'start': '2 steps'}), ('plain', None)):
@@ -79,7 +79,7 @@ def test_modules_of_nnx_have_names_while_they_are_traced(tmp_path: pathlib.Path)
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """What is named in the thread of the loop: nanoseconds, and the number of a step."""
+    """An annotation of the training loop: times in nanoseconds, and the step number."""
 
     name: str
     step: int | None
@@ -105,7 +105,7 @@ def names(directory: pathlib.Path) -> list[Named]:
 def test_steps_and_evaluations_are_named(
     calls: int, steps: list[int], tmp_path: pathlib.Path
 ) -> None:
-    """XProf derives the times of steps from these names; several in one call have the last's."""
+    """XProf derives step times from these names; fused steps have the number of the last one."""
     source = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 64}
     evals = {'test': {'every': '8 steps', 'data': {'source': source, 'batch_size': 64}}}
     window = {'start': '4 steps', 'steps': 5}
@@ -123,7 +123,7 @@ def test_steps_and_evaluations_are_named(
 
 
 @pytest.mark.slow
-def test_outside_of_a_window_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_annotated_outside_of_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError('a step was named')
 
@@ -133,7 +133,7 @@ def test_outside_of_a_window_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_in_the_window_has_its_trace(tmp_path: pathlib.Path) -> None:
+def test_a_run_that_ends_inside_the_window_writes_its_trace(tmp_path: pathlib.Path) -> None:
     Trainer(build(profile={'start': '18 steps', 'steps': 100}), str(tmp_path)).fit()
     assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 

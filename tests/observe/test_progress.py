@@ -32,7 +32,7 @@ ROW = {
 
 
 class Terminal:
-    """A terminal of so many columns: what is written to `stream` comes out of `read`."""
+    """A terminal with a number of columns: `read` returns what is written to `stream`."""
 
     def __init__(self, columns: int) -> None:
         self._leader, follower = os.openpty()
@@ -115,7 +115,7 @@ def test_at_most_five_refreshes_a_second(terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize('columns', [20, 50, 80, 100])
-def test_a_narrow_terminal_keeps_what_matters_most(
+def test_a_narrow_terminal_shows_the_most_important_parts(
     columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('TERM', 'xterm')
@@ -132,7 +132,7 @@ def test_a_narrow_terminal_keeps_what_matters_most(
     assert 'accuracy' not in line
 
 
-def test_the_usual_terminal_has_room_for_all_but_the_accuracy(
+def test_80_columns_fit_all_parts_but_the_accuracy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv('TERM', 'xterm')
@@ -146,7 +146,7 @@ def test_the_usual_terminal_has_room_for_all_but_the_accuracy(
     assert all(part in line for part in expected), line
 
 
-def test_a_terminal_that_knows_no_control_characters_gets_none(
+def test_a_dumb_terminal_gets_no_control_characters(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('TERM', 'dumb')
@@ -192,8 +192,8 @@ def test_a_real_run_on_a_terminal(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_costs_the_output_and_not_the_run(tmp_path: pathlib.Path) -> None:
-    """As under `| head -1`, with the messages of both kinds in the pipe or one of them."""
+def test_a_run_continues_when_its_output_is_closed(tmp_path: pathlib.Path) -> None:
+    """As with `| head -1`, with standard output alone or both streams in the pipe."""
     for name, stderr in (('both', subprocess.STDOUT), ('one', subprocess.PIPE)):
         workdir = tmp_path / name
         arguments = [command.MLP, *command.SMALL, f'--workdir={workdir}']

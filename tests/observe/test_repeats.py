@@ -8,7 +8,7 @@ import pytest
 from trainer.observe import repeats
 
 
-def folded(*entries: str) -> list[str]:
+def fold_entries(*entries: str) -> list[str]:
     """Returns the lines of entries such as 'block_0/kernel=8x8'."""
     paths, contents = zip(*(entry.split('=') for entry in entries), strict=True)
     lines = repeats.fold(paths, contents)
@@ -16,9 +16,9 @@ def folded(*entries: str) -> list[str]:
     return [f'{line.path}={repeats.text(line.count, 7)}' for line in lines]
 
 
-def test_equal_blocks_are_one() -> None:
+def test_equal_blocks_share_a_line() -> None:
     blocks = [f'block_{i}/{x}' for i in range(24) for x in ('bias=8', 'kernel=8x8')]
-    assert folded('embed=a', *sorted(blocks), 'head=b') == [
+    assert fold_entries('embed=a', *sorted(blocks), 'head=b') == [
         'embed=7',
         'block_0..23/bias=24 x 7',
         'block_0..23/kernel=24 x 7',
@@ -31,7 +31,7 @@ def test_a_block_that_differs_ends_a_range() -> None:
     blocks[0] = 'block_0=first'
     blocks[5] = 'block_5=y'
     # In the order of the entries, in which block_10 comes before block_2.
-    assert folded(*sorted(blocks)) == [
+    assert fold_entries(*sorted(blocks)) == [
         'block_0=7',
         'block_6..13=8 x 7',
         'block_1..4=4 x 7',
@@ -39,14 +39,14 @@ def test_a_block_that_differs_ends_a_range() -> None:
     ]
 
 
-def test_blocks_within_blocks() -> None:
+def test_nested_blocks() -> None:
     entries = [f'stage_{i}/conv_{j}/kernel=k' for i in range(3) for j in range(4)]
-    assert folded(*entries) == ['stage_0..2/conv_0..3/kernel=12 x 7']
+    assert fold_entries(*entries) == ['stage_0..2/conv_0..3/kernel=12 x 7']
 
 
 def test_a_block_and_its_parts() -> None:
     entries = [f'layers/{i}{x}' for i in range(3) for x in ('=Block', '/mlp=MLP')]
-    assert folded('layers=List', *entries) == [
+    assert fold_entries('layers=List', *entries) == [
         'layers=7',
         'layers/0..2=3 x 7',
         'layers/0..2/mlp=3 x 7',
@@ -63,5 +63,5 @@ def test_a_block_and_its_parts() -> None:
         ('x0/a=1', 'x1/b=1', 'x2/c=1'),
     ],
 )
-def test_what_is_no_repeat_stays(entries: tuple[str, ...]) -> None:
-    assert folded(*entries) == [f'{entry.split("=")[0]}=7' for entry in entries]
+def test_other_entries_keep_their_lines(entries: tuple[str, ...]) -> None:
+    assert fold_entries(*entries) == [f'{entry.split("=")[0]}=7' for entry in entries]

@@ -12,7 +12,7 @@ from trainer.models.cnn import CNN
 from trainer.observe.table import count, human_bytes, nbytes, parameter_table
 
 
-def test_the_cnn_s_table_from_shapes_alone() -> None:
+def test_the_table_of_a_cnn_from_shapes_alone() -> None:
     images = jnp.zeros((1, 28, 28, 1))
     variables = jax.eval_shape(CNN(num_classes=10).init, jax.random.key(0), images)
     lines = parameter_table(variables['params'], {}).splitlines()
@@ -36,7 +36,7 @@ def test_other_collections_show_their_totals() -> None:
     ]
 
 
-def test_split_parameters_show_their_mesh_axes() -> None:
+def test_sharded_parameters_show_their_mesh_axes() -> None:
     mesh = jax.make_mesh((4, 2), ('data', 'model'))
 
     def split(*spec: str | tuple[str, ...] | None) -> jax.ShapeDtypeStruct:
@@ -83,7 +83,7 @@ def test_human_bytes(size: float, text: str) -> None:
     assert human_bytes(size) == text
 
 
-def test_blocks_are_in_the_order_of_their_numbers_and_repeated_ones_are_one() -> None:
+def test_blocks_are_sorted_by_number_and_repeats_share_a_line() -> None:
     layers = {f'layer_{i}': {'bias': jnp.zeros(i // 11 + 1)} for i in range(12)}
     lines = parameter_table(layers, {}).splitlines()
     assert [line.split() for line in lines[1:]] == [

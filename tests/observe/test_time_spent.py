@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time went."""
+"""The time spent in each part of a run."""
 
 from __future__ import annotations
 

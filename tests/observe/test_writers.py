@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows on disk: valid JSON, cut back on resume, and a full disk that stops no run."""
+"""Rows on disk: valid JSON, truncated on resume; a full disk for TensorBoard does not end a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def events(directory: pathlib.Path) -> list[event_pb2.Event]:
-    """All events of all files, in the order in which TensorBoard reads them."""
+    """Returns the events of all files, in the order in which TensorBoard reads them."""
     found = []
     for path in sorted(directory.glob('events.out.tfevents.*')):
         data = path.read_bytes()
@@ -54,7 +54,9 @@ def test_values_that_are_not_finite_are_null(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('torn', ['{"step": 20, "tra', '{"step": 5, "train/loss": 1.0}', '\0\0\0'])
-def test_resume_cuts_later_rows_and_a_torn_line(tmp_path: pathlib.Path, torn: str) -> None:
+def test_resume_removes_later_rows_and_an_incomplete_line(
+    tmp_path: pathlib.Path, torn: str
+) -> None:
     path = tmp_path / 'metrics.jsonl'
     file = MetricsFile(path)
     for step in (10, 20, 30):
@@ -68,7 +70,7 @@ def test_resume_cuts_later_rows_and_a_torn_line(tmp_path: pathlib.Path, torn: st
     assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
 
 
-def test_a_blank_line_is_no_damage(
+def test_a_blank_line_is_not_damage(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / 'metrics.jsonl'
@@ -79,7 +81,7 @@ def test_a_blank_line_is_no_damage(
     assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
 
 
-def test_a_file_that_needs_no_cut_is_not_rewritten(tmp_path: pathlib.Path) -> None:
+def test_a_file_without_later_rows_is_not_rewritten(tmp_path: pathlib.Path) -> None:
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 3}\n')
     inode = path.stat().st_ino
@@ -89,7 +91,7 @@ def test_a_file_that_needs_no_cut_is_not_rewritten(tmp_path: pathlib.Path) -> No
     assert path.read_text() == ''
 
 
-def test_resume_writes_no_kind_twice_at_its_step(tmp_path: pathlib.Path) -> None:
+def test_resume_repeats_no_row_at_its_step(tmp_path: pathlib.Path) -> None:
     path = tmp_path / 'metrics.jsonl'
     file = MetricsFile(path)
     file.write(20, {'train/loss': 1.0})
@@ -118,7 +120,7 @@ def test_a_run_killed_before_its_result_repeats_no_row(tmp_path: pathlib.Path) -
         (tmp_path / 'result.json').unlink()
 
 
-def test_tensorboard_holds_the_rows(tmp_path: pathlib.Path) -> None:
+def test_tensorboard_has_the_rows(tmp_path: pathlib.Path) -> None:
     writer = TensorBoard(tmp_path)
     writer.write(10, {'train/loss': 0.5, 'train/accuracy': 0.25})
     writer.sync()
@@ -131,7 +133,7 @@ def test_tensorboard_holds_the_rows(tmp_path: pathlib.Path) -> None:
     writer.close()
 
 
-def test_tensorboard_hides_what_lay_beyond_the_resumed_step(tmp_path: pathlib.Path) -> None:
+def test_tensorboard_hides_events_after_the_resumed_step(tmp_path: pathlib.Path) -> None:
     # Three starts within one second: none may overwrite the file of another.
     for resume_step in (0, 7, 7):
         writer = TensorBoard(tmp_path, resume_step=resume_step)
@@ -163,7 +165,7 @@ writers.close()
 """
 
 
-def test_a_full_disk_for_tensorboard_stops_no_run(tmp_path: pathlib.Path) -> None:
+def test_a_full_disk_for_tensorboard_does_not_end_the_run(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
         [sys.executable, '-c', FULL_DISK, str(tmp_path)],
         cwd=command.ROOT,
@@ -177,7 +179,7 @@ def test_a_full_disk_for_tensorboard_stops_no_run(tmp_path: pathlib.Path) -> Non
     assert [row['step'] for row in read(tmp_path / 'metrics.jsonl')] == list(range(300))
 
 
-def test_tensorboard_that_cannot_start_stops_no_run(
+def test_tensorboard_that_cannot_start_does_not_end_the_run(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     writers = Writers((), [lambda: TensorBoard(tmp_path / 'missing')])
@@ -187,7 +189,7 @@ def test_tensorboard_that_cannot_start_stops_no_run(
     assert 'missing' in caplog.text and 'training and metrics.jsonl continue' in caplog.text
 
 
-def test_an_error_of_a_required_writer_is_the_run_s(tmp_path: pathlib.Path) -> None:
+def test_an_error_of_a_required_writer_ends_the_run(tmp_path: pathlib.Path) -> None:
     file = MetricsFile(tmp_path / 'metrics.jsonl')
     writers = Writers([file])
     file.close()

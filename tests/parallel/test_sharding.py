@@ -85,7 +85,10 @@ def test_names_without_a_rule_and_parameters_without_names(mesh):
     ('rule', 'expected'),
     [
         (ByPath(rules=(('.*', ('modle',)),)), "'modle', but the axes of config.mesh are data, fsd"),
-        (ByPath(rules=(('.*', (None, None, 'model')),)), 'gives 3 dimensions to a/kernel, which'),
+        (
+            ByPath(rules=(('.*', (None, None, 'model')),)),
+            'has axes for 3 dimensions, but a/kernel has',
+        ),
         (ByPath(rules=(('.*', ('model', 'model')),)), 'uses a mesh axis twice in a/kernel'),
         (ByPath(rules=(('.*', (None, 'model')),)), 'dimension 1 of a/kernel (4, 3) over'),
         (ByName(rules=(('b', ('data', 'model')),)), '3 is not divisible by 4'),

@@ -100,8 +100,8 @@ def _bytes_advice(value: bytes) -> str:
 
 
 def _number_advice(value: Any) -> str:
-    whole = isinstance(value, numbers.Integral)
-    return f'write a plain number: {int(value) if whole else float(value)!r}'
+    is_integer = isinstance(value, numbers.Integral)
+    return f'write a plain number: {int(value) if is_integer else float(value)!r}'
 
 
 def _time_advice(value: Any) -> str:

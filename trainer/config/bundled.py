@@ -23,7 +23,7 @@ import sys
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 # The folder that contains models/, data/ and configs/ with their files. Only in a wheel that is
-# trainer/: in a checkout, its folders of these names contain an `__init__.py` alone.
+# trainer/: in a checkout, its folders of these names contain only an `__init__.py`.
 FOLDER = _PACKAGE if (_PACKAGE / 'configs' / 'mnist.py').is_file() else _PACKAGE.parent
 
 # Bundled packages, which are imported as `trainer.<name>`.

@@ -92,7 +92,7 @@ class _Scope:
         return isinstance(node, ast.Name) and node.id in self._names
 
     def _value(self, node: ast.AST) -> Any:
-        """Returns the value of a node, of a dict its keys; None if only running it would tell."""
+        """Returns the value of a node, of a dict its keys; None if the source does not show it."""
         if isinstance(node, ast.Name):
             return self._values.get(node.id)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.keywords:

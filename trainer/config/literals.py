@@ -129,7 +129,7 @@ def _floats(node: Any, path: str) -> Iterator[tuple[str, float]]:
 def check_names(node: Mapping[Any, Any], path: str, keys: Sequence[str | int]) -> None:
     """Checks the keys of a dict: they must be names.
 
-    An argument of a target may also be a dict with numbers alone as keys, such as the boundaries
+    An argument of a target may also be a dict with only numbers as keys, such as the boundaries
     of a schedule.
 
     Args:
@@ -148,7 +148,7 @@ def check_names(node: Mapping[Any, Any], path: str, keys: Sequence[str | int]) -
     wrong = others or ([] if is_argument and len(numbers) == len(node) else numbers)
     if wrong:
         # ConfigDict sorts its keys, and a number cannot be compared with a name.
-        mixed = ' beside names' if is_argument and not others else ''
+        mixed = ' among names' if is_argument and not others else ''
         raise UserError(
             f'{path}: expected names as the keys of a dict, as in {{"name": 1}}, got '
             f'{short_repr(wrong[0])}{mixed}'

@@ -71,7 +71,7 @@ def _advice(path: pathlib.Path, folder: pathlib.Path, module_name: str) -> str:
     if folder in searched:
         return _hidden_module_text(path, folder, module_name.partition('.')[0])
     full_name = _full_name(folder, module_name, searched)
-    if full_name and '.' not in module_name and path.suffix:  # A file beside the importing one.
+    if full_name and '.' not in module_name and path.suffix:  # A file next to the importing one.
         return f'The full name of {path} is {full_name}.'
     ways = ['start in that directory', f'add it to the path (PYTHONPATH={folder})']
     ways += [f'name the module {full_name}'] if full_name else []
@@ -102,7 +102,7 @@ def _hidden_module_text(path: pathlib.Path, folder: pathlib.Path, top: str) -> s
         return ''
     if spec is None or spec.origin is None:
         return ''
-    if spec.submodule_search_locations is None:  # A file `data.py` beside a folder `data`.
+    if spec.submodule_search_locations is None:  # A file `data.py` next to a folder `data`.
         return f'{spec.origin} hides {path}: rename one of the two.'
     # Python prefers any package with an `__init__.py` to a folder without one.
     return f'{spec.origin} hides {path}: add an empty file {folder / top / "__init__.py"}.'

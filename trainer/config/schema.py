@@ -232,8 +232,8 @@ def check(value: Any, hint: Any, path: str, config: Mapping[str, Any]) -> Any:
         return _read_section(hint, value, path, config)
     if origin is Literal:
         if value not in args:
-            meant = synonyms.VALUES.get(value) if isinstance(value, str) else None
-            hint = f'. Did you mean {meant!r}?' if meant in args else ''
+            suggestion = synonyms.VALUES.get(value) if isinstance(value, str) else None
+            hint = f'. Did you mean {suggestion!r}?' if suggestion in args else ''
             raise UserError(
                 f'{path}: {short_repr(value)} is none of {", ".join(map(repr, args))}{hint}'
             )
@@ -307,16 +307,16 @@ def _check_union(value: Any, allowed: Sequence[Any], path: str, config: Mapping[
 
 def _section_hint(section: type, value: Any, path: str) -> str:
     """Returns a hint for a value in place of a section, such as `precision='bf16'`, or ''."""
-    key, meant = None, value
+    key, suggestion = None, value
     if section is PrecisionSection and isinstance(value, str) and value in synonyms.VALUES:
-        key, meant = 'compute', synonyms.VALUES[value]
+        key, suggestion = 'compute', synonyms.VALUES[value]
     elif section is OptimizerSection and isinstance(value, str) and _NAME.fullmatch(value):
         key = 'target'
     elif section is InitFromSection and isinstance(value, str) and value:
         key = 'path'
     elif section is EmaSection and isinstance(value, float):
         key = 'decay'
-    return f'. Did you mean {path}.{key}={shorten(str(meant), 100)}?' if key else ''
+    return f'. Did you mean {path}.{key}={shorten(str(suggestion), 100)}?' if key else ''
 
 
 def _check_node(value: Any, path: str) -> Node:

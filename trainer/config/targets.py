@@ -130,12 +130,12 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     args = instantiate(tuple(node.get('args', ())), f'{path}.args', supplied)
     given = {k: v for k, v in node.items() if k not in RESERVED}
     kwargs = {k: instantiate(v, f'{path}.{k}', supplied) for k, v in given.items()}
-    known, _ = arguments(target)
-    for key in set(given) & set(known):
-        kwargs[key] = words.resolve_word(kwargs[key], known[key], f'{path}.{key}')
+    parameters, _ = arguments(target)
+    for key in set(given) & set(parameters):
+        kwargs[key] = words.resolve_word(kwargs[key], parameters[key], f'{path}.{key}')
     # The arguments of the config take precedence.
     if supplied:
-        kwargs = {**{k: v for k, v in supplied.items() if k in known}, **kwargs}
+        kwargs = {**{k: v for k, v in supplied.items() if k in parameters}, **kwargs}
     try:
         return target(*args, **kwargs)
     except UserError:
@@ -143,11 +143,11 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     except _ARGUMENT_ERRORS as error:
         raise UserError(
             f'{path}: {node["target"]} refused its arguments: {_error_text(error)}'
-            f'{_hint(given, known, path)}'
+            f'{_hint(given, parameters, path)}'
         ) from error
 
 
-def _hint(given: Mapping[str, Any], known: Mapping[str, inspect.Parameter], path: str) -> str:
+def _hint(given: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], path: str) -> str:
     """Returns a hint about a number that is given as text, or a dict without a target, or ''."""
     for key, value in given.items():
         if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?', value):
@@ -158,7 +158,7 @@ def _hint(given: Mapping[str, Any], known: Mapping[str, inspect.Parameter], path
                 f'\n{path}.{key} is the text {short_repr(value)}: write a number without quotation '
                 f'marks{unit}'
             )
-        takes_dict = key in known and 'Mapping' in str(known[key].annotation)
+        takes_dict = key in parameters and 'Mapping' in str(parameters[key].annotation)
         if isinstance(value, Mapping) and not takes_dict and not {'target', 'ref'} & set(value):
             return f"\n{path}.{key} is a dict without a 'target', and so does not become an object"
     return ''

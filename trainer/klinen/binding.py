@@ -139,7 +139,7 @@ class Binding:
         )
 
 
-def _with_shared_variables(part: nn.Module, alone: nn.Module, variables: Any) -> dict[str, Any]:
+def _with_shared_variables(part: nn.Module, unbound: nn.Module, variables: Any) -> dict[str, Any]:
     """Adds the variables of modules that a submodule shares with the rest of the model.
 
     Linen keeps the variables of a shared module under the path of the module that owns it, so those
@@ -147,7 +147,7 @@ def _with_shared_variables(part: nn.Module, alone: nn.Module, variables: Any) ->
 
     Args:
         part: the submodule, as Linen binds it within the model.
-        alone: the same submodule, unbound.
+        unbound: the same submodule, without a scope.
         variables: the variables below the path of the submodule.
     """
     assert part.scope is not None
@@ -162,11 +162,11 @@ def _with_shared_variables(part: nn.Module, alone: nn.Module, variables: Any) ->
                 strict=True,
             )
             for a, b in pairs:
-                # Outside of the submodule's path: copied to where `alone` will look for it.
+                # Outside of the submodule's path: copied to where `unbound` will look for it.
                 if a.scope.path[: len(path)] != path:
                     for key, value in traverse_util.flatten_dict(a.variables).items():
                         flat.setdefault((key[0], *b.scope.path, *key[1:]), value)
                 visit(a, b)
 
-    visit(part, nn.Module.bind(alone, {}))
+    visit(part, nn.Module.bind(unbound, {}))
     return traverse_util.unflatten_dict(flat)

@@ -125,4 +125,4 @@ def _find_part(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
     if module.scope.path == path:
         return module
     parts = (part for value in module_attributes(module).values() for part in modules_in(value))
-    return next((found for part in parts if (found := _find_part(part, path))), None)
+    return next((match for part in parts if (match := _find_part(part, path))), None)

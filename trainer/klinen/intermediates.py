@@ -79,8 +79,8 @@ def fields(module: Any) -> tuple[str, ...]:
 @functools.cache
 def _fields(cls: Any) -> tuple[str, ...]:
     # Cached by class, because every assignment of a module's attribute asks for this.
-    every = dataclasses.fields(cls)
-    return tuple(f.name for f in every if not f.init and is_marked(f, cls))
+    all_fields = dataclasses.fields(cls)
+    return tuple(f.name for f in all_fields if not f.init and is_marked(f, cls))
 
 
 def unset_error(module: nn.Module, name: str) -> AttributeError:
@@ -133,17 +133,17 @@ def mirror(module: nn.Module, collection: Mapping[str, Any]) -> Intermediates:
         collection: the whole intermediates collection of the call.
     """
     assert module.scope is not None
-    here: Any = collection
+    subtree: Any = collection
     for name in module.scope.path:
-        here = here.get(name, {})
-    values = _field_values(here)
+        subtree = subtree.get(name, {})
+    values = _field_values(subtree)
     parts = {
         name: value for name, value in module_attributes(module).items() if any(modules_in(value))
     }
     named = {part.scope.path[-1] for value in parts.values() for part in modules_in(value)}
     # Submodules in attributes go under the attribute's name, not under that of their parameters,
     # which differ for lists ('layers_0') and for modules that are shared or named.
-    values.update({k: v for k, v in _compact_parts(here).items() if k not in named})
+    values.update({k: v for k, v in _compact_parts(subtree).items() if k not in named})
     for name, value in parts.items():
         values[name] = map_modules(value, lambda part: mirror(part, collection))
     return Intermediates(values)

@@ -112,9 +112,9 @@ def convert(cls: type[M]) -> type[M]:
     Raises:
         TypeError: if it is not a Linen module class.
     """
-    given: object = cls
-    if not isinstance(given, type) or not issubclass(given, nn.Module):
-        got = given.__name__ if isinstance(given, type) else f'a {type(given).__name__} object'
+    obj: object = cls
+    if not isinstance(obj, type) or not issubclass(obj, nn.Module):
+        got = obj.__name__ if isinstance(obj, type) else f'a {type(obj).__name__} object'
         raise TypeError(
             f'knn.convert: expected a flax.linen module class, got {got}; to bind a module to '
             'variables, use knn.bind(module, variables)'

@@ -36,5 +36,5 @@ def as_spec(value: Any) -> Any:
             'expected integer sizes and a single dtype, as in jax.ShapeDtypeStruct((3, 2), '
             "'float32')"
         ) from error
-    # Without 64-bit mode, a float64 spec stands for a float32 array, as an actual input would.
+    # Without 64-bit mode, a float64 spec becomes float32, like an actual array.
     return jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(dtype))

@@ -41,18 +41,18 @@ def intercept(
     module = context.module
     if not isinstance(module, nn.DenseGeneral):
         return next_fun(*args, **kwargs)
-    before = {
+    initializers = {
         name: value
         for name in train_flags.fields(module)
         if name.endswith('_init') and _is_function(value := getattr(module, name))
     }
     # For this call alone: whatever else reads the fields finds the user's initializers.
     try:
-        for name, value in before.items():
+        for name, value in initializers.items():
             compat.set_attribute(module, name, _Flat(value))
         return next_fun(*args, **kwargs)
     finally:
-        for name, value in before.items():
+        for name, value in initializers.items():
             compat.set_attribute(module, name, value)
 
 

@@ -61,7 +61,7 @@ def refusal(value: Any) -> str | None:
 def refusal_of_class(target: Any) -> str | None:
     """Returns the error message for a target that is another library's class, else None.
 
-    Checked before the class is called, which may be slow or fail with an error of its own.
+    Checked before the class is called, which may be slow or fail with another error.
 
     Args:
         target: the object that `config.model.target` names.

@@ -80,7 +80,7 @@ def as_functional(
             raise UserError(f'config.model: {reason}')
     if isinstance(module, nn.Module):
         return Linen(module, precision)
-    # Importing NNX is slow, and whoever created an NNX module has imported it.
+    # Not imported, which is slow: an NNX module exists only if NNX was imported.
     nnx = sys.modules.get('flax.nnx')
     if nnx is not None and isinstance(module, nnx.Module):
         if jax.tree.leaves(nnx.state(module, nnx.Param)):

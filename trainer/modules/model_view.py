@@ -123,7 +123,7 @@ class BoundModel(abc.ABC):
         """The same model with the moving average of the parameters.
 
         Raises:
-            ValueError: if the config keeps no average (`config.ema`).
+            ValueError: if the run has no moving average (`config.ema`).
         """
         if self._ema is None:
             raise ValueError('model.ema: this run has no moving average; set config.ema.decay')

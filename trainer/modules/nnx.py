@@ -224,11 +224,11 @@ class NNXModel(BoundModel):
         target = functools.reduce(lambda target, getter: getter(target), getters, module)
         try:
             signature = inspect.signature(target)
-            given = signature.bind_partial(*args, **kwargs).arguments
+            arguments = signature.bind_partial(*args, **kwargs).arguments
         except TypeError:
             return kwargs  # The call itself raises the better error.
         rngs = signature.parameters.get('rngs')
-        if rngs is None or 'rngs' in given:
+        if rngs is None or 'rngs' in arguments:
             return kwargs
         if rngs.default is not rngs.empty and (not self.training or _has_rngs(module)):
             return kwargs

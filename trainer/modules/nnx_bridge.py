@@ -58,8 +58,8 @@ def run_with_linen(run: Callable[[], Any], parts: list[Any], training: bool) -> 
         training: the training flag.
     """
     # Restored afterwards: the module is a part of the graph, which must not change in a call.
-    before = [compat.linen_module(part) for part in parts]
-    for part, module in zip(parts, before, strict=True):
+    modules = [compat.linen_module(part) for part in parts]
+    for part, module in zip(parts, modules, strict=True):
         compat.set_linen_module(part, train_flags.set_fields(module, training))
     mutable: Any = _IN_TRAINING if training else _IN_EVALUATION
     try:
@@ -68,7 +68,7 @@ def run_with_linen(run: Callable[[], Any], parts: list[Any], training: bool) -> 
             # call it from one.
             return _Caller().apply({}, run, mutable=mutable)[0]
     finally:
-        for part, module in zip(parts, before, strict=True):
+        for part, module in zip(parts, modules, strict=True):
             compat.set_linen_module(part, module)
 
 

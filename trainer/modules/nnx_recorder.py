@@ -108,8 +108,8 @@ def _recorded_class(kind: Any, path: str) -> Any:
             record = recorder.record(output, (args, kwargs), variables)
             if record is not None:
                 # A module may be called several times in a call of the model.
-                before = getattr(self, NAME).get_value() if hasattr(self, NAME) else ()
-                setattr(self, NAME, nnx.Intermediate((*before, record)))
+                records = getattr(self, NAME).get_value() if hasattr(self, NAME) else ()
+                setattr(self, NAME, nnx.Intermediate((*records, record)))
         return output
 
     return compat.make_subclass(kind, call)

@@ -201,19 +201,19 @@ def order_records(calls: list[dict[str, Any]]) -> list[CallRecord]:
     for path, records in ((p, r) for call in calls for p, each in call.items() for r in each):
         order = np.asarray(records['order'])
         stacks.append((int(order.min()), order.shape, path, records['value']))
-    timed, region, before = [], 0, ()
+    keyed, region, last_shape = [], 0, ()
     names: dict[str, int] = {}
     for first, shape, path, values in sorted(stacks, key=lambda stack: stack[0]):
         # A scan traces its body once, so all of its layers have the same order. Consecutive calls
         # with the same shape are in the same scan, a region, which is ordered by layer first.
-        region, before = region + (shape != before), shape
+        region, last_shape = region + (shape != last_shape), shape
         number = names[path] = names.get(path, -1) + 1
         name = (path or ROOT) + (f'#{number}' if number else '')
         for index in np.ndindex(shape):
             label = name + (f'[{", ".join(map(str, index))}]' if index else '')
             one = jax.tree.map(lambda x, at=index: np.asarray(x)[at], values)
-            timed.append(((region, index, first), CallRecord(path, label, one)))
-    return [record for _, record in sorted(timed, key=lambda item: item[0])]
+            keyed.append(((region, index, first), CallRecord(path, label, one)))
+    return [record for _, record in sorted(keyed, key=lambda item: item[0])]
 
 
 def output_name(number: int, x: jax.Array) -> str:

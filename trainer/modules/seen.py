@@ -66,8 +66,8 @@ class TaskRecord:
         """Records the start of a call and returns it; the caller sets its `output`."""
         for value in jax.tree.leaves((args, dict(kwargs))):
             self._passed.add(self._values.get(id(value), ('', None))[0])
-        given = [*map(describe, args), *(f'{key}={describe(x)}' for key, x in kwargs.items())]
-        self.calls.append(Call(name, ', '.join(given)))
+        arguments = [*map(describe, args), *(f'{key}={describe(x)}' for key, x in kwargs.items())]
+        self.calls.append(Call(name, ', '.join(arguments)))
         return self.calls[-1]
 
     def sentences(self) -> list[str]:

@@ -11,10 +11,10 @@ from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 
 
-def changes(expected: Any, given: Any) -> str:
+def changes(expected: Any, actual: Any) -> str:
     """Returns 'step: int32[] -> int64[]; ...' for the leaves that differ, or ''."""
     old = dict(jax.tree_util.tree_leaves_with_path(expected))
-    new = dict(jax.tree_util.tree_leaves_with_path(given))
+    new = dict(jax.tree_util.tree_leaves_with_path(actual))
     lines = []
     # A merged dict and not a set, to keep the order of the tree.
     for path in {**old, **new}:

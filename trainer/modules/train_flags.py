@@ -166,7 +166,7 @@ def with_flags(
     """
     signature = inspect.signature(target.__call__ if isinstance(target, nn.Module) else target)
     try:
-        given = signature.bind_partial(*args, **kwargs)
+        bound = signature.bind_partial(*args, **kwargs)
     except TypeError:
         return args, kwargs  # The call itself raises the better error.
     parameters = signature.parameters
@@ -174,20 +174,20 @@ def with_flags(
         name: TRAIN_FLAGS[name] == training
         for name, parameter in parameters.items()
         if name in TRAIN_FLAGS
-        and name not in given.arguments
+        and name not in bound.arguments
         # Default None: the layer falls back on its field (`nn.merge_param`), which the user set.
         and not (parameter.default is None and _is_set_in_constructor(target, name))
     }
     if not flags:
         return args, kwargs
-    given.arguments.update(flags)
+    bound.arguments.update(flags)
     # By position where possible: lifted modules identify static and unmapped arguments only by
     # position.
-    before = list(parameters)[: max(list(parameters).index(name) for name in flags)]
-    for name in before:
+    leading = list(parameters)[: max(list(parameters).index(name) for name in flags)]
+    for name in leading:
         if parameters[name].default is not inspect.Parameter.empty:
-            given.arguments.setdefault(name, parameters[name].default)
-    return given.args, given.kwargs
+            bound.arguments.setdefault(name, parameters[name].default)
+    return bound.args, bound.kwargs
 
 
 def _is_set_in_constructor(target: Any, name: str) -> bool:
@@ -203,8 +203,8 @@ def _is_unset(module: nn.Module, name: str) -> bool:
 def fields(module: nn.Module) -> Mapping[str, Any]:
     """Returns the defaults of the module's own fields, by name."""
     # `parent` and `name` are Flax's.
-    every = dataclasses.fields(module)
-    return {f.name: f.default for f in every if f.init and f.name not in ('parent', 'name')}
+    all_fields = dataclasses.fields(module)
+    return {f.name: f.default for f in all_fields if f.init and f.name not in ('parent', 'name')}
 
 
 def _flags_in(names: Iterable[str], training: bool) -> dict[str, bool]:

@@ -63,7 +63,7 @@ def check_spec(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh,
     """Raises a UserError unless a parameter of this shape can be sharded with this spec."""
     if len(spec) > len(shape):
         raise UserError(
-            f'config.sharding: {who} gives {len(spec)} dimensions to {path}, which has '
+            f'config.sharding: {who} has axes for {len(spec)} dimensions, but {path} has '
             f'shape {shape}'
         )
     # Checked here, because JAX's error for it names neither the parameter nor the rule.

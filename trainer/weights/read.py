@@ -88,8 +88,8 @@ def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
     '1'. Arrays are numpy arrays. Strings and empty containers are included.
 
     Args:
-        path: as `open_tree` takes it.
-        step: as `open_tree` takes it.
+        path: as for `open_tree`.
+        step: as for `open_tree`.
     """
     source = locate(epath.Path(path), str(step))
     if not source.is_dir():
@@ -116,8 +116,8 @@ def open_texts(path: epath.PathLike, step: str | int = 'latest') -> dict[tuple[s
     """Returns the strings of a checkpoint by key path.
 
     Args:
-        path: as `open_tree` takes it.
-        step: as `open_tree` takes it.
+        path: as for `open_tree`.
+        step: as for `open_tree`.
     """
     source = locate(epath.Path(path), str(step))
     if not source.is_dir():
@@ -164,7 +164,7 @@ def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
     """Returns the file with the arrays, or the directory with Orbax's tree or trees.
 
     Raises:
-        UserError: if there is none, or none of that step.
+        UserError: if there is no checkpoint, or none of that step.
     """
     path = epath.Path(places.expand(path, 'config.init_from.path'))
     if not path.exists():
@@ -236,10 +236,10 @@ def _read_array(directory: epath.Path) -> np.ndarray:
 
 
 def _orbax_steps(path: epath.Path) -> dict[int, epath.Path]:
-    """Returns the directories of steps, ours or those of a manager, which may pad with zeros."""
+    """Returns the directories of steps; a manager of Orbax may pad their names with zeros."""
     names = (entry.name for entry in path.iterdir())
     padded = {int(name): path / name for name in names if name.isascii() and name.isdigit()}
-    # Of '5' and '005' the name without zeros counts, as in a directory of ours.
+    # Of '5' and '005' the former counts, as in the directories of this trainer.
     return {**padded, **dict(step_directories(path))}
 
 
@@ -296,7 +296,7 @@ def _orbax_leaves(directory: epath.Path) -> Leaves:
 
 
 def _empty_leaves(directory: epath.Path) -> Leaves:
-    """Returns the arrays without elements, which Orbax does not store, of a checkpoint of ours."""
+    """Returns the empty arrays of a checkpoint of this trainer, which Orbax does not store."""
     step = directory.parent
     if directory.name != 'state' or not step.name.isdigit():
         return {}
