@@ -21,7 +21,7 @@ LAYERS = (
     ('main',),
     ('modes',),
     # The public doors; nothing imports them.
-    ('__init__', 'sharding', 'schedules', 'metrics', 'models', 'data', 'configs'),
+    ('__init__', 'sharding', 'schedules', 'metrics', 'summaries', 'models', 'data', 'configs'),
     ('trainer',),
     ('inspect',),
     ('run',),

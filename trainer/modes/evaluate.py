@@ -7,12 +7,13 @@ from trainer.config.errors import UserError
 from trainer.modes.command import Command, restore, workdir_of, write_arrays
 from trainer.modules.shapes import describe
 from trainer.observe import logfile
+from trainer.observe.summaries import write_files
 from trainer.parallel.signals import StopRequest
 from trainer.trainer import Trainer
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Prints the metrics of a checkpoint, and writes array-valued ones to files."""
+    """Prints the metrics of a checkpoint, and writes arrays and summaries to files."""
     logfile.route(None)
     if not trainer.experiment.evals:
         raise UserError('--mode=eval needs at least one evaluation in config.evals')
@@ -26,4 +27,8 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
             write_arrays(path, metrics.arrays)
             kinds = [f'{key} {describe(array)}' for key, array in metrics.arrays.items()]
             print(f'{path}: {", ".join(kinds)}')
+        # Only the main process has summaries.
+        named = {f'eval/{name}/{key}': summary for key, summary in metrics.summaries.items()}
+        for file in write_files(workdir_of(trainer).path, int(state.step), named):
+            print(file)
     return 0

@@ -151,12 +151,12 @@ def as_summary(value: Any) -> Summary | None:
     return None
 
 
-def figure(figure: Any) -> Images:
-    """Returns the image of a matplotlib figure."""
-    content = io.BytesIO()
-    figure.savefig(content, format='png')
+def image_of_figure(figure: Any) -> Images:
+    """Returns a matplotlib figure as an image, at the figure's own resolution."""
     from PIL import Image
 
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi='figure')
     return Images(np.asarray(Image.open(content).convert('RGB'))[None])
 
 
