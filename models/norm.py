@@ -57,7 +57,7 @@ class GroupedBatchNorm(nn.BatchNorm):
         running = nn.merge_param(
             'use_running_average', self.use_running_average, use_running_average
         )
-        # While initializing, the batch may be of any size: there is nothing to normalize yet.
+        # Initialization only creates the variables, with a batch of any size.
         if running or self.groups == 1 or self.is_initializing():
             return _call(self, x, use_running_average, mask=mask)
         if self.groups < 1 or x.shape[0] % self.groups:

@@ -155,8 +155,8 @@ def _object_message(value: Any) -> str:
     inner = getattr(value, 'module', None)
     if isinstance(inner, nn.Module) or _is_nnx_class(type(inner)):
         return (
-            f'{text}. Its attribute `module` is a Flax module ({type(inner).__name__}): let '
-            'config.model.target name a function that returns that attribute, and load the weights '
+            f'{text}. Its attribute `module` is a Flax module ({type(inner).__name__}): set '
+            'config.model.target to a function that returns that attribute, and load the weights '
             'with config.init_from'
         )
     return f'{text}. {_advice(library)}'
@@ -170,12 +170,13 @@ def _class_message(kind: type) -> str:
         )
     library = _foreign_library(kind)
     of = f' of {_LIBRARIES[library][0]}' if library else ''
+    # Model classes of `transformers` name their Flax module.
     inner = getattr(kind, 'module_class', None)
     if isinstance(inner, type) and issubclass(inner, nn.Module):
         return (
             f'{_EXPECTED}, got the class {kind.__name__}{of}. Its `module_class` is a Flax module: '
-            f'let config.model.target name {inner.__module__}:{inner.__name__}, or a function that '
-            'returns one, and load the weights with config.init_from'
+            f'set config.model.target to {inner.__module__}:{inner.__name__}, or to a function '
+            'that returns one, and load the weights with config.init_from'
         )
     return f'{_EXPECTED}, got the class {kind.__name__}{of}. {_advice(library)}'
 
@@ -204,7 +205,7 @@ def _function_message(value: Any) -> str:
         name += '(...)'
     return (
         f'{_EXPECTED}, got the function {name}. A model has parameters: write it as a module, or '
-        'let config.model.target name a function that returns one (for NNX, a function of `rngs`)'
+        'set config.model.target to a function that returns one (for NNX, a function of `rngs`)'
     )
 
 

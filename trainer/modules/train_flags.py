@@ -64,7 +64,6 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
             },
         }
         changes = {name: value for name, value in after.items() if value is not before[name]}
-        # A module without flags is not copied: it may be shared with modules outside of this one.
         return dataclasses.replace(module, **changes) if changes else module
 
     return visit(module)
