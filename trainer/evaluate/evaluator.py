@@ -211,7 +211,7 @@ class Evaluator:
             UserError: if there is no such metric, naming the available ones.
         """
         metrics = self._trial_metrics
-        if metrics is None or name in metrics or self._is_of_host(name):
+        if metrics is None or name in metrics or self._is_host_metric(name):
             return
         if name in metrics.arrays:
             kind = describe(metrics.arrays[name])
@@ -221,7 +221,7 @@ class Evaluator:
         have = ', '.join([*metrics, *(name for name, _ in self.step.task.collecting)])
         raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
 
-    def _is_of_host(self, name: str) -> bool:
+    def _is_host_metric(self, name: str) -> bool:
         """Whether the host may compute a value of this name, which only its first run can tell."""
         collecting = (metric for metric, _ in self.step.task.collecting)
         return self._score is not None or name.split('/')[0] in collecting
@@ -255,7 +255,7 @@ class Evaluator:
         unchanged = {} if prediction is None else prediction.unchanged
         pending: tuple[Any, LoadedBatch] | None = None
         # A context: leaving it by `Stopped` or an error ends the thread of the prefetcher.
-        with self._batches(max_batches, **self._sent(prediction)) as batches:
+        with self._batches(max_batches, **self._prefetch_options(prediction)) as batches:
             for batch in self._read_to_end(batches):
                 if should_stop():
                     raise Stopped
@@ -289,7 +289,7 @@ class Evaluator:
         by_id = self.data.num_batches is not None
         return HostScores(self.name, collecting, self._score, by_id=by_id)
 
-    def _sent(self, prediction: Prediction | None) -> dict[str, Any]:
+    def _prefetch_options(self, prediction: Prediction | None) -> dict[str, Any]:
         """Returns which fields of a batch are sent to the devices, and which stay on the host."""
         if prediction is None or self._score is None or self._fields is None:
             return {'fields': self._fields}

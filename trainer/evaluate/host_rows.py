@@ -43,6 +43,7 @@ def gather_rows(
     order, owned = np.arange(len(ids)), np.ones(len(ids), bool)
     if batch.rows is not None:
         order, owned = batch.rows.indices, batch.rows.is_owned
+    # Padding is left out before anything is sent.
     mine = owned & (ids >= 0)
     parts = messages.gather((order[mine], ids[mine], {name: x[mine] for name, x in arrays.items()}))
     if parts is None:
@@ -60,6 +61,7 @@ def _local_rows(outputs: Mapping[str, jax.Array], rows: LocalExamples | None) ->
     if rows is None:
         arrays = fetch(dict(outputs))
     else:
+        # All outputs at once, before the shards are copied one by one.
         jax.block_until_ready(dict(outputs))
         arrays = {name: _addressable_rows(x) for name, x in outputs.items()}
     # Functions of numpy and of other libraries do not know bfloat16.

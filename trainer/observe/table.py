@@ -29,9 +29,10 @@ def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
         collections: the other variables, of which only the totals are shown.
     """
     named = [(param_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
-    named.sort(key=lambda item: _numeric(item[0]))  # JAX has block_10 before block_2.
+    named.sort(key=lambda item: _numeric_key(item[0]))  # JAX has block_10 before block_2.
     paths, leaves = [path for path, _ in named], [leaf for _, leaf in named]
     sharded = any(map(_axes, leaves))
+    # Without a sharded parameter both columns would only repeat the others.
     more = ('per device', 'axes') if sharded else ()
     rows = [('parameter', 'shape', 'dtype', 'size', 'bytes', *more)]
     kinds = [(leaf.shape, leaf.dtype, _axes(leaf)) for leaf in leaves]
@@ -82,7 +83,7 @@ def human_bytes(size: float) -> str:
     return f'{size:.1f} TB'
 
 
-def _numeric(path: str) -> list[str | int]:
+def _numeric_key(path: str) -> list[str | int]:
     """Returns a key by which 'block_2' sorts before 'block_10'."""
     return [int(part) if part.isdigit() else part for part in re.split(r'([0-9]+)', path)]
 
