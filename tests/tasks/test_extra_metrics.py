@@ -168,7 +168,7 @@ def test_rows_of_training_have_them_too() -> None:
     ('extra', 'message'),
     [
         ({'accuracy': made('F1')}, "the task has a metric 'accuracy'; choose another name"),
-        ({'f-1': made('F1')}, "extra_metrics: a name is a Python identifier, got 'f-1'"),
+        ({'f-1': made('F1')}, "extra_metrics: expected Python identifiers as names, got 'f-1'"),
         ({'f1': 'f1'}, r"extra_metrics\.f1: expected a metric, such as dict\(target=.* got str"),
         ({'f1': {'ref': 'trainer.metrics:F1'}},
          "got the function trainer.metrics:F1: name it by 'target', not by 'ref'$"),

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
 from trainer.evaluate.host_scores import HostScores, StepWithRows
+from trainer.evaluate.model_form import find_fresh_collections
 from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.score import Score, check_fields
 from trainer.evaluate.step import EMA, EvalStep
@@ -72,6 +73,7 @@ class Evaluator:
         use_ema: bool = False,
         params: Callable[[TrainState], Any] = operator.attrgetter('params'),
         score: Score | None = None,
+        own_model: bool = False,
     ):
         """Creates an evaluator, which compiles at its first batch.
 
@@ -84,6 +86,7 @@ class Evaluator:
             use_ema: whether to evaluate the moving average of the parameters.
             params: returns the parameters of a state to evaluate, unless `use_ema`.
             score: computed on the host from the predictions for all examples, or None.
+            own_model: whether the step has another form of the model than training.
 
         Raises:
             UserError: if the split is empty, or has not the fields that the score asks for.
@@ -109,6 +112,7 @@ class Evaluator:
         self._use_ema = use_ema
         self._params = params
         self._score = score
+        self._own_model = own_model
         if score is not None:
             check_fields(score, data.spec)
 
@@ -168,6 +172,8 @@ class Evaluator:
             with self._tracing(), record_reads() as reads, seen.explain_errors():
                 # The evaluated parameters, averaged or not, have the shapes of `params`.
                 variables = {**state.variables, EMA: state.average}
+                if self._own_model:
+                    step = self._with_fresh_collections(step, variables, shapes)
                 output = step.output_shapes(variables, shapes)
             self._fields = fields.with_sent(reads.names)
             task = task.with_host_fields(self._fields.host_fields(), reads.weighted)
@@ -183,6 +189,12 @@ class Evaluator:
                 name = name_of(self.step.task.task)
                 error.add_note(f'Its task {name} was called with the batch {batch}')
             raise
+
+    def _with_fresh_collections(self, step: EvalStep, variables: Any, shapes: Any) -> EvalStep:
+        with record_reads():  # In a record of its own: initialization is no step.
+            fresh = find_fresh_collections(step, variables, shapes)
+        self.step = self.step.with_fresh(fresh)
+        return step.with_fresh(fresh)
 
     @functools.cached_property
     def _all_fields(self) -> Fields:
