@@ -133,6 +133,7 @@ class GrainLoader:
         Raises:
             WorkerError: if a worker failed or died; the message names the example.
         """
+        # As indices, so that two requests for the same rows compare equal.
         wanted = np.arange(self.batch_size)[rows]
         stream = self._stream
         # A jump happens once, when a run starts or resumes; afterwards blocks follow each other.
@@ -210,6 +211,7 @@ class _Tasks:
     def locate(self, task: int) -> tuple[int, np.ndarray]:
         """Returns the position of a task's batch, and the rows in it."""
         step, part = divmod(task, self.per_step)
+        # The last task of a batch may have fewer rows.
         first = part * self.task_rows
         return self.first_step + step, self.rows[first : first + self.task_rows]
 

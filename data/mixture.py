@@ -68,6 +68,7 @@ class Mixture:
             rows = np.flatnonzero(which == number)
             for name, x in self._sources[number].gather(inner[rows]).items():
                 if name not in arrays:
+                    # The sources have equal fields, so the first one determines shapes and dtypes.
                     arrays[name] = np.empty((len(indices), *x.shape[1:]), x.dtype)
                 arrays[name][rows] = x
         return arrays

@@ -23,5 +23,6 @@ class Npz(ArraySource):
         Raises:
             ValueError: if the arrays differ in length, or there are none.
         """
+        # Pickles could run any code, and arrays of objects are no batches.
         with np.load(os.path.expanduser(path), allow_pickle=False) as arrays:
             super().__init__(dict(arrays), limit=limit)

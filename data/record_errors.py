@@ -41,6 +41,7 @@ def _find_first_failing(read: Callable[[slice], Any], rows: int) -> int | None:
             return True
         return False
 
+    # The invariant: the first failing row is in [low, high).
     low, high = 0, rows
     while high - low > 1:
         middle = (low + high) // 2

@@ -163,6 +163,7 @@ class RandomAccessSource:
         if not len(items):
             raise ValueError('the source is empty')
         self._items = items
+        # Items may have Python numbers, which get numpy's default dtype.
         first = {name: np.asarray(x) for name, x in items[0].items()}
         self.spec = {name: ArraySpec(x.shape, x.dtype) for name, x in first.items()}
 

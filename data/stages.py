@@ -35,6 +35,8 @@ class LongerThan:
 
     def __call__(self, example: Arrays) -> bool:
         """Returns whether the field is longer than `length`."""
+        # A class and not a lambda, which a config cannot contain and worker processes cannot
+        # unpickle.
         return len(example[self.field]) > self.length
 
 
@@ -111,6 +113,7 @@ class Pack:
         """Returns the `grain.IterDataset` of the rows."""
         import grain.python as grain
 
+        # Split first: Grain refuses a sequence that is longer than a row.
         packed = grain.experimental.FirstFitPackIterDataset(
             Split(length=self.length, field=self.field)(dataset),
             length_struct={self.field: self.length},

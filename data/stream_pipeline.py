@@ -83,6 +83,7 @@ class Pipeline:
         import grain.python as grain
 
         source = self.source
+        # It has neither a length nor an index, so several readers cannot share it.
         if isinstance(source, grain.IterDataset):
             if count > 1:
                 raise ValueError(
@@ -137,6 +138,7 @@ class _Ordered:
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         index = int(self.order[position])
         try:
+            # Preferred to `gather`, which requires that all examples have one shape.
             if hasattr(self.source, '__getitem__'):
                 return {name: np.asarray(x) for name, x in self.source[index].items()}
             return {name: x[0] for name, x in self.source.gather(np.array([index])).items()}

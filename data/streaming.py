@@ -63,6 +63,7 @@ class _Loader:
 
     def _go_to(self, start: int, local_rows: np.ndarray) -> Reader:
         """Returns the reader at batch `start`, which is the next one, or 0 for a restart."""
+        # The mesh decides which rows a process reads, so the part is known only at the first block.
         part = reader_part(local_rows, self._rows)
         other_rows = self._reader is not None and self._reader.part != part
         # 0 begins again, as every evaluation does. Anything else must be the next batch.
@@ -194,6 +195,7 @@ class StreamLoader(_Loader):
         if self._repeated is None:
             self._repeated = self._next(self._go_to(0, local_rows), self._repeat, local_rows)
             self.close()
+        # No states: repeated batches do not depend on the position of the stream.
         again = np.arange(start, start + count) % self._repeat
         return Block(
             {k: x[again] for k, x in self._repeated.arrays.items()}, self._repeated.ids[again]
@@ -302,6 +304,7 @@ class StreamEvalLoader(_Loader):
         return Block(arrays, np.stack([ids for _, ids in batches]))
 
     def _next(self, reader: Reader, local_rows: np.ndarray) -> tuple[Arrays, np.ndarray]:
+        # Not `next_repeating`: an evaluation ends after one pass.
         examples = [x for x in (reader.next() for _ in local_rows) if x is not None]
         num_real = len(examples)
         ids = np.full(len(local_rows), PADDING)

@@ -46,6 +46,7 @@ def apply(
                 batch = transform(batch)
             _check(batch, len(ids))
         except Exception as error:
+            # A note, so that the error keeps its type and its traceback.
             error.add_note(f'in transforms[{position}] = {transform!r}')
             raise
     return batch
@@ -171,6 +172,7 @@ class RandomFlip:
     def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
         """Returns the batch with the field mirrored."""
         images = batch[self.key]
+        # One draw per image, broadcast over its pixels.
         flip = (rng.uniform() < 0.5)[:, None, None, None]
         return {**batch, self.key: np.where(flip, images[:, :, ::-1], images)}
 
@@ -187,6 +189,7 @@ class PerExample:
     def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
         """Returns the stacked results."""
         rows = len(next(iter(batch.values())))
+        # Once per batch: inspecting a signature takes longer than most transforms.
         random = wants_rng(self.fn)
         results = []
         for row in range(rows):

@@ -50,6 +50,7 @@ def _exit_with_parent() -> None:
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
+        # Returns when the parent has ended, in whatever way.
         parent.join()
         os._exit(1)
 

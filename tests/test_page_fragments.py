@@ -220,6 +220,11 @@ def watched(text: str) -> None:
     assert trainer.experiment.training.early_stopping.patience == 2
 
 
+def measured(text: str) -> None:
+    _, result = fitted(built('mnist_mlp.py', text, MNIST))
+    assert {'eval/test/f1', 'eval/test/auc', 'train/f1'} <= set(result.metrics)
+
+
 def profiled(text: str) -> None:
     fitted(built('mnist_mlp.py', text, {**MNIST, 'train_for': '11 steps'}), 'profiled')
     assert any(path.is_file() for path in pathlib.Path('profiled/profile').rglob('*'))
@@ -238,6 +243,8 @@ CASES: dict[str, Callable[..., None]] = {
     'StreamLoader': packed,
     "compute='bfloat16'": halves,
     "compute='float16'": scaled,
+    'trainer.metrics:F1': measured,
+    'mine.even:Even': measured,
     'early_stopping': watched,
     'config.profile': profiled,
     'eval_params': averaged,

@@ -240,6 +240,7 @@ class Experiment:
         # single size has to undo them.
         if len(batch_sizes) == 1 and not self.data.marks:
             return self
+        # The data first: the clock reads the marks of the new loader.
         data = self.data.with_batch_sizes(batch_sizes)
         parts = self.build_clock_parts(data)
         logging = dataclasses.replace(self.logging, profile=parts.profile, captures=parts.captures)
@@ -281,6 +282,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         'early_stopping': build_early_stopping(sections),
     }
     prefetch = check_positive(sections.data.prefetch, 'config.data.prefetch')
+    # The user's code runs from here on.
     model, evals = build_model(sections), build_evaluations(sections, task)
     step, sharding = build_step(sections.step), build_sharding(sections)
     start = StartFrom(weights=build_init_from(sections), surgery=build_surgery(sections))
@@ -325,6 +327,7 @@ def load_and_build(spec: str, **values: Any) -> Experiment:
         UserError: for a config that cannot be loaded, and as `build`.
     """
     loaded = loading.load(spec)
+    # Keyword arguments cannot contain dots.
     paths = {path: path.replace('__', '.') for path in values}
     assignments = [
         (paths[name], overrides.from_python(value, paths[name])) for name, value in values.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of parameters as a config names them: a run, its rows, and what is refused."""
+"""Groups of parameters from a config: a run, its rows, and invalid configs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_run_with_groups_resumes_bit_equal(tmp_path: pathlib.Path) -> None:
+def test_resume_with_groups_is_bit_equal(tmp_path: pathlib.Path) -> None:
     whole = Trainer(load_and_build(CONFIG), str(tmp_path / 'whole')).fit()
     Trainer(load_and_build(CONFIG), str(tmp_path / 'cut')).fit(max_steps=33)
     cut = Trainer(load_and_build(CONFIG), str(tmp_path / 'cut')).fit()
@@ -45,7 +45,7 @@ def test_a_run_with_groups_resumes_bit_equal(tmp_path: pathlib.Path) -> None:
     logged = next(row for row in rows(tmp_path / 'cut') if row['step'] == 30)
     assert {'train/gen_loss', 'train/disc_loss', 'train/distance', 'train/grad_norm'} <= set(logged)
     assert 'train/loss' not in logged
-    # The rate of the 30th update of 60, which saw 29 before it.
+    # The rate of the 30th update of 60: schedules count the 29 before it.
     assert logged['train/learning_rate/gen'] == pytest.approx(0.01 * 31 / 60)
     assert logged['train/learning_rate/disc'] == pytest.approx(0.1)
     assert {'eval/test/gen_loss', 'eval/test/disc_loss'} <= set(cut.metrics)
@@ -104,12 +104,12 @@ SGD = {'target': 'optax:sgd', 'learning_rate': 0.1, 'params': '.*'}
         ({'groups': {'a': {**SGD, 'loss': 3}}}, 'groups.a.loss: expected'),
     ],
 )
-def test_the_config_of_groups_is_checked(optimizer: Any, message: str) -> None:
+def test_invalid_configs_of_groups_are_rejected(optimizer: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_with(**optimizer)
 
 
-def test_a_group_is_overridden_from_the_command_line() -> None:
+def test_command_line_overrides_a_group() -> None:
     experiment = load_and_build(
         CONFIG,
         optimizer__groups__disc__learning_rate=0.5,
@@ -160,7 +160,7 @@ def no_loss(model: Any, batch: Any) -> jax.Array:
         ),
     ],
 )  # fmt: skip
-def test_groups_are_checked(optimizer: Optimizer, task: Any, message: str) -> None:
+def test_invalid_groups_are_rejected(optimizer: Optimizer, task: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         programs(optimizer, task=task)
 
@@ -175,25 +175,25 @@ def test_groups_are_checked(optimizer: Optimizer, task: Any, message: str) -> No
         (TaskOutput(loss=jnp.ones(2), weights={'b': jnp.ones(2)}), 'no losses'),
     ],
 )
-def test_names_of_losses_are_checked(output: TaskOutput, message: str) -> None:
+def test_invalid_names_of_losses_are_rejected(output: TaskOutput, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TaskRunner.from_task(lambda model, batch: output)(None, {})
 
 
-def test_help_lists_the_keys_that_a_group_leaves_out() -> None:
+def test_help_lists_the_unset_keys_of_a_group() -> None:
     text = show.format_helpconfig(loading.to_plain(loading.load(CONFIG).config))
     for key in ('gen.clip_norm', 'disc.decay_mask', 'disc.lr_multipliers'):
         assert f'--config.optimizer.groups.{key}' in text
 
 
 def one_named_loss(model: Any, batch: Any) -> dict[str, Any]:
-    """Losses by name, of which there is one, with the name that a single loss has anyway."""
+    """A task with one named loss, whose name is that of an unnamed loss."""
     return {'loss': -jax.nn.log_softmax(model(batch['image']))[:, 0]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_one_loss_by_name_is_a_number_for_its_optimizer(accumulate: int) -> None:
+def test_single_named_loss_is_a_scalar_for_its_optimizer(accumulate: int) -> None:
     target = 'optax.contrib:reduce_on_plateau'
     chain = {'target': 'optax:chain', 'args': ({'target': 'optax:sgd', 'learning_rate': 0.1},
              {'target': target})}  # fmt: skip

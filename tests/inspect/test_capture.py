@@ -157,7 +157,7 @@ def test_sown_values_are_captured(accumulate: int, tmp_path: pathlib.Path) -> No
     Trainer(made, str(tmp_path)).fit()
     (row,) = rows(tmp_path)
     array = np.load(tmp_path / 'capture' / 'a' / '10.npz')['kl']
-    assert array.shape == (32 // accumulate,)  # The first slice.
+    assert array.shape == (32 // accumulate,)  # The first micro-batch.
     assert row['capture/a/kl/mean'] == pytest.approx(array.mean(), rel=1e-4)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gcloud for tests: it runs the commands of two workers here, each in a home of its own."""
+"""A gcloud for tests, which runs the commands of two workers locally, each with its own home."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with open(root / 'calls', 'a') as calls:
 assert words[:2] == ['compute', 'tpus']
 kind, verb, name = words[2:5]
 flags = dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
-# A line for each call to come: its exit code and the state then, or '-' for what comes naturally.
+# One line per future call: its exit code and the state after it, or '-' for the real result.
 failures = root / f'fail_{verb}'
 if failures.exists() and failures.read_text():
     first, *rest = failures.read_text().splitlines(keepends=True)
@@ -93,7 +93,7 @@ sys.exit(int(codes[number]))
 
 
 class Cloud:
-    """What gcloud was asked, and what the workers did."""
+    """The calls of gcloud, and the files of the workers."""
 
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
@@ -116,19 +116,21 @@ class Cloud:
         self.will_exit(0)
 
     def will_exit(self, *codes: int | str) -> None:
-        """Sets the exit codes of the trainer, start by start."""
+        """Sets the exit code of each start of the trainer."""
         (self.root / 'codes').write_text(' '.join(map(str, codes)))
 
     def will_fail(self, verb: str, *failures: str) -> None:
         (self.root / f'fail_{verb}').write_text(''.join(f'{failure}\n' for failure in failures))
 
     def run(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        # With the tests' PYTHONPATH, the workers would import the real trainer.
+        inherited = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
         return subprocess.run(
             [sys.executable, LAUNCHER, verb, 'pod', '--zone=z', *arguments],
             capture_output=True,
             text=True,
             timeout=120,
-            env={**os.environ, 'PATH': f'{self.root}/bin:{os.environ["PATH"]}'},
+            env={**inherited, 'PATH': f'{self.root}/bin:{os.environ["PATH"]}'},
         )
 
     def train(self, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A SLURM of the test's own: real daemons of one node, in a directory, on free ports."""
+"""A private Slurm cluster: real daemons for one node, in a directory, on free ports."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def free_port() -> int:
 
 
 class Slurm:
-    """A SLURM of one node and two priorities; none of the machine's own is touched."""
+    """A Slurm cluster with one node and two priorities, apart from any other on the machine."""
 
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
@@ -119,7 +119,7 @@ class Slurm:
         return done.stdout.strip()
 
     def submit(self, place: pathlib.Path, *arguments: str) -> str:
-        """Returns the number of a job of two tasks that runs in this directory."""
+        """Submits a job of two tasks in this directory, and returns its number."""
         done = launch(
             '--tasks_per_node=2', f'--chdir={place}', '--output=log', '--submit', *arguments,
             env=self.env,
@@ -141,7 +141,7 @@ class Slurm:
             time.sleep(0.2)
 
     def go_on(self, job: str) -> None:
-        """SLURM keeps what was requeued for two minutes; this one need not wait."""
+        """Starts a requeued job now; Slurm would wait for two minutes."""
         self.wait_for(job, 'PENDING', restarts=1)
 
         def started() -> bool:
@@ -149,7 +149,7 @@ class Slurm:
             if shown['JobState'] != 'PENDING':
                 return True
             start = datetime.datetime.fromisoformat(shown['EligibleTime'])
-            # SLURM may set it anew when the last task has gone. And in the second of its end, a
+            # Slurm may set it again when the last task has ended. And in the second of its end, a
             # job cannot be started.
             if start > datetime.datetime.now() + datetime.timedelta(seconds=30):
                 self.ask('scontrol', 'update', f'JobId={job}', 'StartTime=now+3', check=False)

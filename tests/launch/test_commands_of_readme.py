@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands in each --help are ones that the launchers take."""
+"""The commands in each --help are valid."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def examples(script: str) -> list[str]:
     ).stdout
     joined = re.sub(r' *\\\n *', ' ', text)
     lines = re.findall(rf'^  launch/{script} .*', joined, flags=re.MULTILINE)
-    # What stands in brackets may be left out; here all of it is given.
+    # Brackets mark optional flags; here all of them are passed.
     return [re.sub(r'\[(.*?)\]', r'\1', line.split(' #')[0]).strip() for line in lines]
 
 
 def check(line: str, cwd: pathlib.Path) -> None:
-    """Runs the command without letting it do anything, in a directory that may be shared."""
+    """Checks a command by a dry run, in a directory that counts as shared."""
     script, *arguments = shlex.split(line.removesuffix(' | kubectl apply -f -'))
     dry = [] if script.endswith('gke.py') else ['--dry_run']
     if script.endswith('slurm.py'):
@@ -48,15 +48,15 @@ def check(line: str, cwd: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_help_shows_commands_that_are_right(script: str, tmp_path: pathlib.Path) -> None:
+def test_commands_in_help_are_valid(script: str, tmp_path: pathlib.Path) -> None:
     lines = examples(script)
     assert len(lines) >= 2
     for line in lines:
         check(line, tmp_path)
 
 
-def test_all_launchers_are_in_the_readme() -> None:
-    """`tests/test_page_commands.py` checks the commands there, with `check`."""
+def test_readme_lists_all_launchers() -> None:
+    """`tests/test_page_commands.py` checks its commands, with `check`."""
     text = (LAUNCH / 'README.md').read_text()
     assert all(f'launch/{script}' in text for script in SCRIPTS)
     assert all(os.access(LAUNCH / script, os.X_OK) for script in SCRIPTS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/gke.py: what the manifest says, read back by a YAML parser."""
+"""launch/gke.py: the manifest, read by a YAML parser."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pod(manifest: dict[str, Any]) -> dict[str, Any]:
     return job(manifest)['template']['spec']
 
 
-def test_a_tpu_slice_gets_a_pod_for_each_host() -> None:
+def test_tpu_slice_has_one_pod_per_host() -> None:
     manifest = jobset(*TPU, '--slices=2', *TRAINER)
     assert manifest['spec']['replicatedJobs'][0]['replicas'] == 2
     assert (job(manifest)['parallelism'], job(manifest)['completions']) == (4, 4)
@@ -52,7 +52,7 @@ def test_a_tpu_slice_gets_a_pod_for_each_host() -> None:
     (container,) = pod(manifest)['containers']
     assert container['resources'] == {'limits': {'google.com/tpu': 4}}
     assert container['command'] == ['python', '-m', 'trainer.main']
-    # The pods of TPUs are told who the others are.
+    # GKE gives TPU pods the addresses of the others.
     assert container['args'] == list(TRAINER[1:])
 
 
@@ -74,7 +74,7 @@ def test_hosts_and_chips(topology: str, flags: tuple[str, ...], hosts: int, chip
     assert limits == {'google.com/tpu': chips}
 
 
-def test_gpu_pods_meet_at_the_first_one_s_name() -> None:
+def test_gpu_pods_use_the_first_pod_as_coordinator() -> None:
     manifest = jobset(*GPU, '--gpus_per_node=4', *TRAINER)
     assert (job(manifest)['parallelism'], job(manifest)['completionMode']) == (2, 'Indexed')
     assert pod(manifest)['nodeSelector'] == {'cloud.google.com/gke-accelerator': 'nvidia-h100-80gb'}
@@ -88,7 +88,7 @@ def test_gpu_pods_meet_at_the_first_one_s_name() -> None:
     assert 'annotations' not in manifest['metadata']
 
 
-def test_who_is_started_again_after_what() -> None:
+def test_restart_rules_by_exit_code() -> None:
     manifest = jobset(*GPU, '--restarts=7', *TRAINER)
     assert manifest['spec']['failurePolicy'] == {
         'maxRestarts': 7,
@@ -100,17 +100,17 @@ def test_who_is_started_again_after_what() -> None:
         {'action': 'Ignore', 'onExitCodes': {'operator': 'In', 'values': [42]}},
         {'action': 'Ignore', 'onPodConditions': [{'type': 'DisruptionTarget'}]},
     ]
-    # Without it, Kubernetes refuses a podFailurePolicy.
+    # Kubernetes requires it for a podFailurePolicy.
     assert pod(manifest)['restartPolicy'] == 'Never'
 
 
-def test_a_pod_has_longer_to_end_than_a_save_takes() -> None:
+def test_grace_period_is_longer_than_a_save() -> None:
     assert pod(jobset(*TPU, *TRAINER))['terminationGracePeriodSeconds'] == 150
     slow = jobset(*TPU, '--save_secs=600', *TRAINER)
     assert pod(slow)['terminationGracePeriodSeconds'] == 630
 
 
-def test_a_shared_volume_a_service_account_and_spot_nodes() -> None:
+def test_shared_volume_service_account_and_spot_nodes() -> None:
     flags = ('--volume=claim:/shared', '--service_account=a', '--spot')
     spec = pod(jobset(*GPU, *flags, '--', '--config=a.py', '--workdir=/shared/run'))
     claim = {'name': 'shared', 'persistentVolumeClaim': {'claimName': 'claim'}}
@@ -123,10 +123,10 @@ def test_a_shared_volume_a_service_account_and_spot_nodes() -> None:
     assert spec['tolerations'][0]['key'] == 'cloud.google.com/gke-spot'
 
 
-def test_the_trainer_s_arguments_arrive_as_they_are() -> None:
+def test_trainer_arguments_are_unchanged() -> None:
     odd = ['--config=a: b.py', '--workdir=gs://b/a', '--config.x={"y": [1, "#"]}', 'ä\n', '', 'no']
     args = pod(jobset(*TPU, '--', *odd, '--config.z=$(HOME)'))['containers'][0]['args']
-    # Kubernetes makes one dollar of two.
+    # Kubernetes replaces two dollar signs by one.
     assert args == [*odd, '--config.z=$$(HOME)']
 
 
@@ -138,7 +138,7 @@ def test_the_trainer_s_arguments_arrive_as_they_are() -> None:
         {'on': True, 'empty': {}, 'none': None, 'list': []},
     ],
 )
-def test_what_is_written_reads_the_same(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_yaml_round_trip(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(LAUNCHER.parent))
     spec = importlib.util.spec_from_file_location('launch_gke', LAUNCHER)
     assert spec is not None and spec.loader is not None
@@ -162,7 +162,7 @@ def test_what_is_written_reads_the_same(value: Any, monkeypatch: pytest.MonkeyPa
         ([*GPU, '--volume=c:/a', '--', '--config=a', '--workdir=/ab'], '--workdir=/ab: a pod'),
     ],
 )
-def test_mistakes_are_said(arguments: list[str], expected: str) -> None:
+def test_invalid_flags_are_rejected(arguments: list[str], expected: str) -> None:
     done = launch(*arguments)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith('Error: ') and expected in done.stderr

@@ -16,7 +16,7 @@ from tests import command
 
 LAUNCHER = command.ROOT / 'launch' / 'processes.py'
 
-# Takes a lock for as long as it lives, and counts the signals that it gets.
+# Holds a lock until it ends, and counts the signals that it gets.
 PROGRAM = """
 import fcntl, os, pathlib, signal, subprocess, sys, time
 
@@ -79,7 +79,7 @@ def both_ready(tmp_path: pathlib.Path) -> None:
 
 
 def gone(tmp_path: pathlib.Path, name: str) -> bool:
-    """Whether the process that holds the lock is no more."""
+    """Whether the process that held the lock has ended."""
     with open(tmp_path / name) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,7 +88,7 @@ def gone(tmp_path: pathlib.Path, name: str) -> bool:
     return True
 
 
-def test_each_line_says_whose_it_is(tmp_path: pathlib.Path) -> None:
+def test_output_lines_begin_with_the_process_number(tmp_path: pathlib.Path) -> None:
     code, out, err = run(
         tmp_path, "print('a\\nb'); print('e', file=sys.stderr); print('c', end='')"
     )
@@ -99,7 +99,7 @@ def test_each_line_says_whose_it_is(tmp_path: pathlib.Path) -> None:
     assert sorted(err.splitlines()) == ['[0] e', '[1] e']
 
 
-def test_they_are_told_where_to_meet_and_what_they_compute_on(tmp_path: pathlib.Path) -> None:
+def test_processes_get_coordinator_and_platform(tmp_path: pathlib.Path) -> None:
     flags = '--xla_cpu_x=1 --xla_force_host_platform_device_count=8'
     code, out, _ = run(
         tmp_path,
@@ -118,7 +118,9 @@ def test_they_are_told_where_to_meet_and_what_they_compute_on(tmp_path: pathlib.
 
 
 @pytest.mark.parametrize(('visible', 'expected'), [(None, '0,1 2,3'), ('4,5,6,7', '4,5 6,7')])
-def test_gpus_are_dealt_out(visible: str | None, expected: str, tmp_path: pathlib.Path) -> None:
+def test_each_process_gets_its_own_gpus(
+    visible: str | None, expected: str, tmp_path: pathlib.Path
+) -> None:
     env = {'CUDA_VISIBLE_DEVICES': visible or ''}
     program = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS'])"
     flags = ('--platform=cuda', '--devices_per_process=2')
@@ -128,7 +130,7 @@ def test_gpus_are_dealt_out(visible: str | None, expected: str, tmp_path: pathli
     assert sorted(out.splitlines()) == [f'[0] {first} cuda', f'[1] {second} cuda']
 
 
-def test_the_first_failure_ends_the_others_and_is_the_exit_code(tmp_path: pathlib.Path) -> None:
+def test_first_failure_terminates_the_others_and_sets_the_exit_code(tmp_path: pathlib.Path) -> None:
     program = """
 wait_for(all_ready)
 if number == '1':
@@ -142,7 +144,7 @@ sys.exit(5)
     assert 'process 1: exit code 7; terminating the others' in err
 
 
-def test_one_that_does_not_end_is_killed(tmp_path: pathlib.Path) -> None:
+def test_process_that_ignores_sigterm_is_killed(tmp_path: pathlib.Path) -> None:
     program = """
 wait_for(all_ready)
 if number == '0':
@@ -156,7 +158,7 @@ wait_for(lambda: False)
     assert 'killing 1 still running after 1 s' in err
 
 
-def test_sigterm_is_passed_on_once_and_is_no_failure(tmp_path: pathlib.Path) -> None:
+def test_sigterm_is_forwarded_once_and_is_not_a_failure(tmp_path: pathlib.Path) -> None:
     program = """
 wait_for(lambda: got)
 wait_for((here / 'leave').exists)
@@ -171,11 +173,11 @@ sys.exit(42)
     (tmp_path / 'leave').touch()
     code, out, err = finish(process)
     assert sorted(lines) == ['[0] got SIGTERM\n', '[1] got SIGTERM\n']
-    # Whoever asked the launcher to end does not want it to start again.
+    # A launcher that was asked to end must not restart the processes.
     assert (code, out, err) == (42, '', '')
 
 
-def test_ctrl_c_is_passed_on_and_a_second_one_kills(tmp_path: pathlib.Path) -> None:
+def test_ctrl_c_is_forwarded_and_a_second_one_kills(tmp_path: pathlib.Path) -> None:
     process = start(tmp_path, 'wait_for(lambda: False)')
     both_ready(tmp_path)
     process.send_signal(signal.SIGINT)
@@ -188,7 +190,7 @@ def test_ctrl_c_is_passed_on_and_a_second_one_kills(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.slow
-def test_each_says_where_it_is_and_goes_on(tmp_path: pathlib.Path) -> None:
+def test_sigusr1_prints_stacks_and_processes_continue(tmp_path: pathlib.Path) -> None:
     program = """
 import faulthandler
 
@@ -218,7 +220,7 @@ wait_for((here / f'child_ready{number}').exists)
 """
 
 
-def test_none_outlives_a_launcher_that_was_killed(tmp_path: pathlib.Path) -> None:
+def test_killed_launcher_leaves_no_processes(tmp_path: pathlib.Path) -> None:
     process = start(tmp_path, f'{CHILD}\nwait_for(lambda: False)')
     command.wait_for(lambda: len(list(tmp_path.glob('child_ready*'))) == 2)
     locks = ('lock0', 'lock1', 'child0', 'child1')
@@ -228,7 +230,7 @@ def test_none_outlives_a_launcher_that_was_killed(tmp_path: pathlib.Path) -> Non
     command.wait_for(lambda: all(gone(tmp_path, name) for name in locks))
 
 
-def test_what_an_ended_process_left_is_killed_and_does_not_hold_the_launcher(
+def test_children_of_ended_processes_are_killed(
     tmp_path: pathlib.Path,
 ) -> None:
     code, _, _ = run(tmp_path, CHILD)
@@ -236,7 +238,7 @@ def test_what_an_ended_process_left_is_killed_and_does_not_hold_the_launcher(
     assert gone(tmp_path, 'child0') and gone(tmp_path, 'child1')
 
 
-def test_preempted_processes_are_started_again(tmp_path: pathlib.Path) -> None:
+def test_preempted_processes_are_restarted(tmp_path: pathlib.Path) -> None:
     program = """
 def runs(number):
     path = here / f'runs{number}'
@@ -255,7 +257,7 @@ sys.exit(42 if len(mine) < 3 else 0)
     assert (tmp_path / 'runs0').read_text() == (tmp_path / 'runs1').read_text() == 'xxx'
 
 
-def test_it_ends_although_nobody_reads_its_output(tmp_path: pathlib.Path) -> None:
+def test_launcher_ends_if_its_output_is_not_read(tmp_path: pathlib.Path) -> None:
     program = """
 wait_for((here / 'closed').exists)
 print('x' * 1000000)
@@ -280,7 +282,7 @@ print('y' * 1000000)
         (['-n', '2', '--platform=cuda', '--command=true'], 'need 2, but CUDA_VISIBLE_DEVICES=3'),
     ],
 )
-def test_mistakes_are_said(arguments: list[str], expected: str) -> None:
+def test_invalid_flags_are_rejected(arguments: list[str], expected: str) -> None:
     done = subprocess.run(
         [sys.executable, LAUNCHER, *arguments],
         capture_output=True,
@@ -292,7 +294,7 @@ def test_mistakes_are_said(arguments: list[str], expected: str) -> None:
     assert 'Traceback' not in done.stderr
 
 
-def test_dry_run_prints_commands_that_run() -> None:
+def test_dry_run_prints_valid_commands() -> None:
     arguments = [LAUNCHER, '-n', '2', '--dry_run', '--', '--config=configs/mnist.py']
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
@@ -304,7 +306,7 @@ def test_dry_run_prints_commands_that_run() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_of_the_trainer_train_as_one(tmp_path: pathlib.Path) -> None:
+def test_two_trainer_processes_train_one_run(tmp_path: pathlib.Path) -> None:
     trainer = (command.MLP, *command.SMALL, '--config.train_for=3steps', f'--workdir={tmp_path}')
     process = subprocess.Popen(
         [sys.executable, LAUNCHER, '-n', '2', '--', *trainer],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/: the environment is made once, repaired, and renewed with the lock."""
+"""launch/: the environment is created once, repaired, and updated with the lock file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print('ran', sys.argv[1:], 'in', os.getcwd(), 'from', __file__)
 
 
 class Checkout:
-    """A checkout with the real scripts, a lock of nothing, and a program that says how it ran."""
+    """A checkout with the real scripts, an empty lock file, and a program that reports its run."""
 
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
@@ -62,7 +62,7 @@ def ran(out: str, cwd: pathlib.Path, checkout: Checkout) -> bool:
 
 
 @pytest.mark.slow
-def test_made_once_and_run_from_the_user_s_directory(
+def test_environment_is_created_once_and_runs_in_the_current_directory(
     checkout: Checkout, tmp_path: pathlib.Path
 ) -> None:
     code, out, err = checkout.run(tmp_path)
@@ -89,13 +89,13 @@ def test_a_file_that_hides_the_package(
 
 
 @pytest.mark.slow
-def test_a_changed_lock_an_interrupted_install_and_a_moved_checkout_start_again(
+def test_environment_is_recreated_when_it_is_stale(
     checkout: Checkout, tmp_path: pathlib.Path
 ) -> None:
     assert checkout.run(tmp_path)[0] == 0
     checkout.lock.write_text('# still nothing\n')
     assert 'Creating ' in checkout.run(tmp_path)[2]
-    # The stamp comes last, so this is how an interrupted install looks.
+    # The stamp is written last, so this looks like an interrupted installation.
     (checkout.root / '.venv' / 'stamp').unlink()
     assert 'Creating ' in checkout.run(tmp_path)[2]
     (checkout.root / '.venv' / 'bin' / 'python').unlink()
@@ -107,7 +107,9 @@ def test_a_changed_lock_an_interrupted_install_and_a_moved_checkout_start_again(
 
 
 @pytest.mark.slow
-def test_of_two_starts_at_once_one_makes_it(checkout: Checkout, tmp_path: pathlib.Path) -> None:
+def test_concurrent_starts_create_one_environment(
+    checkout: Checkout, tmp_path: pathlib.Path
+) -> None:
     if not shutil.which('flock'):
         pytest.skip('needs flock')
     processes = [checkout.start(tmp_path) for _ in range(3)]
@@ -118,7 +120,7 @@ def test_of_two_starts_at_once_one_makes_it(checkout: Checkout, tmp_path: pathli
 
 
 def tools(directory: pathlib.Path, *names: str) -> str:
-    """Returns a PATH of these tools alone."""
+    """Returns a PATH with these tools only."""
     directory.mkdir()
     for name in names:
         found = shutil.which(name)
@@ -127,7 +129,7 @@ def tools(directory: pathlib.Path, *names: str) -> str:
     return str(directory)
 
 
-def test_without_a_python_the_user_is_told(checkout: Checkout, tmp_path: pathlib.Path) -> None:
+def test_missing_python_is_reported(checkout: Checkout, tmp_path: pathlib.Path) -> None:
     path = tools(tmp_path / 'bin', 'bash', 'dirname', 'cat', 'cmp')
     code, out, err = checkout.run(tmp_path, path)
     assert (code, out) == (2, '')
@@ -136,7 +138,7 @@ def test_without_a_python_the_user_is_told(checkout: Checkout, tmp_path: pathlib
 
 
 @pytest.mark.slow
-def test_without_uv_and_flock_pip_does_it(checkout: Checkout, tmp_path: pathlib.Path) -> None:
+def test_pip_is_used_without_uv_and_flock(checkout: Checkout, tmp_path: pathlib.Path) -> None:
     path = tools(tmp_path / 'bin', 'bash', 'dirname', 'cat', 'cmp')
     base = pathlib.Path(sys.base_prefix) / 'bin' / f'python{sysconfig.get_python_version()}'
     (tmp_path / 'bin' / 'python3').symlink_to(base)
@@ -146,10 +148,10 @@ def test_without_uv_and_flock_pip_does_it(checkout: Checkout, tmp_path: pathlib.
 
 
 @pytest.mark.slow
-def test_a_failed_install_is_said_and_tried_again(
+def test_failed_installation_is_reported_and_repeated(
     checkout: Checkout, tmp_path: pathlib.Path
 ) -> None:
-    # Without a hash, which both installers refuse before they look anywhere.
+    # Without a hash: both installers reject it before they access the network.
     checkout.lock.write_text('absl-py==2.5.1\n')
     for _ in range(2):
         code, out, err = checkout.run(tmp_path)
@@ -157,7 +159,7 @@ def test_a_failed_install_is_said_and_tried_again(
         assert 'Error: installing requirements.lock into' in err
 
 
-def test_the_lock_is_complete_and_names_no_index() -> None:
+def test_lock_is_complete_and_names_no_index() -> None:
     text = (command.ROOT / 'requirements.lock').read_text()
     logical = text.replace('\\\n', ' ').splitlines()
     pins = [line for line in logical if line.strip() and not line.lstrip().startswith('#')]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/slurm.py: the script's text, and jobs in a SLURM of the test's own where there is one."""
+"""launch/slurm.py: the text of the script, and jobs in a private Slurm cluster if available."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def directives(text: str) -> list[str]:
     return re.findall(r'^#SBATCH (.*)$', text, flags=re.MULTILINE)
 
 
-def test_the_script_asks_for_what_was_said(tmp_path: pathlib.Path) -> None:
+def test_script_has_the_requested_directives(tmp_path: pathlib.Path) -> None:
     done = launch(
         '--nodes=4', '--gpus_per_node=8', '--cpus_per_task=6', '--time=2-00:00:00',
         '--partition=gpu', '--account=lab', '--name=a', '--save_secs=300', '--chdir=/a b',
@@ -46,7 +46,7 @@ def test_the_script_asks_for_what_was_said(tmp_path: pathlib.Path) -> None:
     subprocess.run(['bash', '-n', tmp_path / 'script'], check=True)
 
 
-# Stand where SLURM's commands would, and note how they were called.
+# Replace Slurm's commands, and record their calls.
 TOOLS = {
     'srun': 'exit $CODE',
     'squeue': 'echo $STATE',
@@ -97,19 +97,21 @@ def test_only_a_saved_run_of_a_running_job_is_requeued(
         (['--submit', '--', CONFIG], 'no sbatch on the PATH'),
     ],
 )
-def test_mistakes_are_said(arguments: list[str], expected: str, tmp_path: pathlib.Path) -> None:
+def test_invalid_flags_are_rejected(
+    arguments: list[str], expected: str, tmp_path: pathlib.Path
+) -> None:
     done = launch(*arguments, env={'PATH': str(tmp_path)})
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith('Error: ') and expected in done.stderr
 
 
 @pytest.mark.parametrize('time', ['4', '3:30', '1:00:00', '1-0', '1-0:30', '0-01:00:00'])
-def test_times_of_every_form_are_taken(time: str) -> None:
+def test_all_forms_of_time_limits_are_accepted(time: str) -> None:
     assert f'--time={time}' in directives(launch(f'--time={time}', '--', CONFIG).stdout)
 
 
-def test_the_home_directory_in_paths(tmp_path: pathlib.Path) -> None:
-    """The script quotes its paths; only the trainer's own arguments are left to the trainer."""
+def test_home_directory_is_expanded_in_paths(tmp_path: pathlib.Path) -> None:
+    """The script quotes its paths; arguments of the trainer are not expanded."""
     done = launch(
         '--chdir=~/a b', '--output=~/x.log', '--python=~/venv/bin/python', '--', CONFIG,
         '--workdir=~/run', env={'HOME': str(tmp_path)},
@@ -152,7 +154,7 @@ signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
 pathlib.Path(f'ready{os.environ["SLURM_PROCID"]}').touch()
 while not got:
     time.sleep(0.01)
-# One is slower to save than the other.
+# One task takes longer to save than the other.
 time.sleep(2 * int(os.environ['SLURM_PROCID']))
 print('saved', os.environ['SLURM_PROCID'], flush=True)
 sys.exit(42)
@@ -161,7 +163,7 @@ sys.exit(42)
 
 @pytest.fixture
 def place(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A directory with a trainer that only waits for its end."""
+    """A directory with a trainer that only waits for a signal."""
     (tmp_path / 'trainer').mkdir()
     (tmp_path / 'trainer' / '__init__.py').write_text('')
     (tmp_path / 'trainer' / 'main.py').write_text(FAKE)
@@ -174,7 +176,7 @@ def both_ready(place: pathlib.Path) -> None:
 
 @needs_slurm
 @pytest.mark.slow
-def test_a_job_that_is_asked_to_save_goes_on_later(slurm: Slurm, place: pathlib.Path) -> None:
+def test_job_that_gets_sigterm_saves_and_resumes(slurm: Slurm, place: pathlib.Path) -> None:
     job = slurm.submit(place, '--', CONFIG)
     both_ready(place)
     slurm.ask('scancel', '--signal=TERM', job)
@@ -187,7 +189,7 @@ def test_a_job_that_is_asked_to_save_goes_on_later(slurm: Slurm, place: pathlib.
 
 @needs_slurm
 @pytest.mark.slow
-def test_a_cancelled_job_saves_and_stays_so(slurm: Slurm, place: pathlib.Path) -> None:
+def test_cancelled_job_saves_and_is_not_requeued(slurm: Slurm, place: pathlib.Path) -> None:
     job = slurm.submit(place, '--', CONFIG)
     both_ready(place)
     slurm.ask('scancel', job)
@@ -198,7 +200,7 @@ def test_a_cancelled_job_saves_and_stays_so(slurm: Slurm, place: pathlib.Path) -
 
 @needs_slurm
 @pytest.mark.slow
-def test_a_preempted_job_goes_on_later(slurm: Slurm, place: pathlib.Path) -> None:
+def test_preempted_job_resumes(slurm: Slurm, place: pathlib.Path) -> None:
     job = slurm.submit(place, '--', CONFIG)
     both_ready(place)
     first = '#!/bin/bash\n#SBATCH --partition=high --ntasks=2 --output=/dev/null\ntrue\n'
@@ -211,7 +213,7 @@ def test_a_preempted_job_goes_on_later(slurm: Slurm, place: pathlib.Path) -> Non
 
 @needs_slurm
 @pytest.mark.slow
-def test_before_the_limit_the_tasks_are_told(slurm: Slurm, place: pathlib.Path) -> None:
+def test_tasks_get_a_signal_before_the_time_limit(slurm: Slurm, place: pathlib.Path) -> None:
     job = slurm.submit(place, '--time=2', '--save_secs=30', '--', CONFIG)
     both_ready(place)
     command.wait_for(lambda: 'saved 1' in (place / 'log').read_text(), secs=120)
@@ -221,7 +223,7 @@ def test_before_the_limit_the_tasks_are_told(slurm: Slurm, place: pathlib.Path) 
 
 @needs_slurm
 @pytest.mark.slow
-def test_a_failed_job_is_not_requeued(slurm: Slurm, place: pathlib.Path) -> None:
+def test_failed_job_is_not_requeued(slurm: Slurm, place: pathlib.Path) -> None:
     job = slurm.submit(place, '--', CONFIG, 'fail')
     slurm.wait_for(job, 'FAILED', restarts=0)
     assert slurm.shown(job)['ExitCode'] == '3:0'
@@ -229,7 +231,7 @@ def test_a_failed_job_is_not_requeued(slurm: Slurm, place: pathlib.Path) -> None
 
 @needs_slurm
 @pytest.mark.slow
-def test_the_trainer_trains_is_requeued_and_ends(slurm: Slurm, tmp_path: pathlib.Path) -> None:
+def test_trainer_is_requeued_and_finishes(slurm: Slurm, tmp_path: pathlib.Path) -> None:
     trainer = (*command.SMALL, '--config.train_for=3000steps', '--config.log.every=20steps')
     place = ('--setup=export JAX_PLATFORMS=cpu', '--', command.MLP, f'--workdir={tmp_path}/run')
     job = slurm.submit(command.ROOT, f'--output={tmp_path}/log', *place, *trainer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/tpu_pod.py with real shells for the workers and a gcloud that is not Google's."""
+"""launch/tpu_pod.py with real shells for the workers and a fake gcloud."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def cloud(tmp_path: pathlib.Path) -> Cloud:
         ),
     ],
 )
-def test_what_is_asked_of_gcloud(arguments: list[str], expected: str, cloud: Cloud) -> None:
+def test_gcloud_commands(arguments: list[str], expected: str, cloud: Cloud) -> None:
     done = cloud.run(*arguments, '--dry_run')
     assert done.stdout == f'gcloud compute tpus {expected}\n'
     assert cloud.calls() == []
 
 
-def test_dry_run_of_all_prints_each_step_and_does_none(cloud: Cloud) -> None:
+def test_dry_run_of_train_prints_all_stages(cloud: Cloud) -> None:
     done = cloud.train('--dry_run')
     assert done.returncode == 0
     starts = ('gcloud compute tpus tpu-vm ', 'git ')
@@ -64,7 +64,7 @@ def test_dry_run_of_all_prints_each_step_and_does_none(cloud: Cloud) -> None:
     assert cloud.calls() == []
 
 
-def test_all_workers_run_the_last_commit_as_one(cloud: Cloud) -> None:
+def test_all_workers_run_the_last_commit(cloud: Cloud) -> None:
     (cloud.source / 'trainer' / 'main.py').write_text('not committed')
     done = cloud.train()
     assert done.returncode == 0, done.stderr
@@ -83,7 +83,7 @@ def test_all_workers_run_the_last_commit_as_one(cloud: Cloud) -> None:
     assert cloud.run('logs').stdout == cloud.log(0)
 
 
-def test_the_workers_start_again_after_42_as_often_as_they_may(cloud: Cloud) -> None:
+def test_workers_restart_after_42_up_to_the_maximum(cloud: Cloud) -> None:
     cloud.will_exit(42, 42, 5)
     done = cloud.train('--restarts=2')
     assert done.returncode == 5
@@ -93,9 +93,9 @@ def test_the_workers_start_again_after_42_as_often_as_they_may(cloud: Cloud) -> 
     assert cloud.verbs().count('create') == 1
 
 
-def test_a_run_that_ended_with_42_is_started_again(cloud: Cloud) -> None:
+def test_run_that_ended_with_42_is_restarted(cloud: Cloud) -> None:
     cloud.will_exit(0, 0)
-    # Unpacking, installing and starting go well; who waits is told 42 once.
+    # Unpacking, installing and starting succeed; the first wait returns 42.
     cloud.will_fail('ssh', '-', '-', '-', '42')
     done = cloud.train('--restarts=1')
     assert done.returncode == 0, done.stderr
@@ -106,10 +106,10 @@ def test_a_run_that_ended_with_42_is_started_again(cloud: Cloud) -> None:
     assert cloud.run('wait').returncode == 42
 
 
-def test_a_preempted_tpu_is_made_anew(cloud: Cloud) -> None:
+def test_preempted_tpu_is_recreated(cloud: Cloud) -> None:
     cloud.will_exit(0, 0)
     assert cloud.train().returncode == 0
-    # The connection to a TPU that is there breaks once; then the TPU itself goes.
+    # The connection to a READY TPU breaks once; then the TPU is preempted.
     cloud.will_fail('ssh', '1', '255 PREEMPTED')
     (cloud.root / 'calls').unlink()
     done = cloud.train()
@@ -120,33 +120,33 @@ def test_a_preempted_tpu_is_made_anew(cloud: Cloud) -> None:
     ]  # fmt: skip
 
 
-def test_a_broken_connection_is_made_again(cloud: Cloud) -> None:
+def test_broken_connection_is_restored(cloud: Cloud) -> None:
     done = cloud.train()
     assert done.returncode == 0
-    for broken in (['255'], ['-', '255']):  # To worker 0, and to all of them behind its end.
+    for broken in (['255'], ['-', '255']):  # To worker 0, and to all of them after its end.
         cloud.will_fail('ssh', *broken)
         (cloud.root / 'calls').unlink()
         assert cloud.run('wait', '--poll_secs=0.01').returncode == 0
         assert cloud.verbs() == ['ssh', 'ssh', 'ssh']
 
 
-def test_a_queued_request_is_waited_for(cloud: Cloud) -> None:
+def test_queued_request_is_awaited(cloud: Cloud) -> None:
     done = cloud.train('--queued')
     assert done.returncode == 0, done.stderr
     assert cloud.calls()[1][2:4] == ['queued-resources', 'create']
 
 
-def test_a_failed_step_is_said_and_ends_it(cloud: Cloud) -> None:
+def test_failed_stage_is_reported_and_ends_the_command(cloud: Cloud) -> None:
     cloud.will_fail('scp', '3')
     done = cloud.train()
     assert done.returncode == 3
     assert 'Error: exit code 3 of: gcloud compute tpus tpu-vm scp ' in done.stderr
     assert cloud.verbs() == ['create', 'scp']
-    # What was left half done is completed.
+    # The next call completes the failed stage.
     assert cloud.train().returncode == 0
 
 
-def test_one_run_at_a_time_which_stop_ends(cloud: Cloud) -> None:
+def test_second_run_is_rejected_and_stop_ends_the_first(cloud: Cloud) -> None:
     cloud.will_exit('late', 'wait')
     assert cloud.train().returncode == 0
     assert cloud.run('run', *TRAINER).returncode == 0
@@ -170,14 +170,14 @@ def test_one_run_at_a_time_which_stop_ends(cloud: Cloud) -> None:
         (['copy', '--', '--config=a'], 'copy does not start the trainer'),
     ],
 )
-def test_mistakes_are_said(arguments: list[str], expected: str, cloud: Cloud) -> None:
+def test_invalid_flags_are_rejected(arguments: list[str], expected: str, cloud: Cloud) -> None:
     done = cloud.run(*arguments)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith('Error: ') and expected in done.stderr
     assert cloud.calls() == []
 
 
-def test_without_gcloud_the_user_is_told(tmp_path: pathlib.Path) -> None:
+def test_missing_gcloud_is_reported(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
         [sys.executable, LAUNCHER, 'delete', 'pod', '--zone=z'],
         capture_output=True,

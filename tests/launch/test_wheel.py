@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""To a user the wheel is what the checkout is: the same names, beside packages of their own."""
+"""The wheel offers the same names as the checkout, next to packages of the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.test_page_commands import SCRIPTS
 pytestmark = pytest.mark.slow
 
 
-# Resolves names as a config does, and runs imports as a script does, in a checkout or with a wheel.
+# Resolves names like a config, and runs imports like a script, in a checkout or with a wheel.
 CHECK = """
 import json, sys
 from trainer.config import bundled, loading, objects
@@ -65,7 +65,7 @@ def python(wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pat
     return installed.environment(wheel, tmp_path_factory.mktemp('environment'))
 
 
-def test_what_the_wheel_holds(wheel: pathlib.Path) -> None:
+def test_contents_of_the_wheel(wheel: pathlib.Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split('/')[0] for name in names}
     assert {top for top in tops if not top.endswith('.dist-info')} == {'trainer'}
@@ -83,7 +83,7 @@ def test_what_the_wheel_holds(wheel: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('config', ['configs/mnist.py', 'configs/mnist_mlp.py'])
-def test_it_trains_beside_packages_of_the_same_names(
+def test_wheel_trains_next_to_packages_of_the_same_names(
     config: str, python: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     for package in ('models', 'data', 'configs'):
@@ -98,13 +98,13 @@ def test_it_trains_beside_packages_of_the_same_names(
 
 
 def shown_names() -> list[str]:
-    """Returns each 'trainer.tasks:Classification' that a page shows."""
+    """Returns each name such as 'trainer.tasks:Classification' on the pages."""
     text = '\n'.join(page.text for page in PAGES.values())
     return sorted(set(re.findall(r'\btrainer(?:\.\w+)*:[A-Za-z_]\w*', text)))
 
 
 def shown_imports() -> list[str]:
-    """Returns each import statement of the pages' files and scripts."""
+    """Returns each import statement in files and scripts of the pages."""
     trees = [ast.parse(block.text) for block in BLOCKS if block.kind == 'python']
     found = {
         ast.unparse(node)
@@ -116,9 +116,7 @@ def shown_imports() -> list[str]:
 
 
 @pytest.mark.parametrize('place', ['checkout', 'wheel'])
-def test_every_name_that_is_shown_is_there(
-    place: str, python: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_documented_names_exist(place: str, python: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """In an empty directory, but for the files of the pages; no module is loaded twice."""
     Project(tmp_path)
     names, imports = shown_names(), shown_imports()
@@ -144,11 +142,11 @@ def project(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_a_script_of_the_pages_runs(name: str, project: Project) -> None:
+def test_script_of_the_pages_runs(name: str, project: Project) -> None:
     assert re.fullmatch(SCRIPTS[name], project.script(name).splitlines()[-1])
 
 
-def test_the_package_is_a_program_with_short_names(
+def test_package_runs_as_a_program_with_short_names(
     python: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     out = must_run(python, '-m', 'trainer', '--config=mnist', '--mode=config', cwd=tmp_path)

@@ -262,7 +262,7 @@ def test_every_model_file_is_covered() -> None:
 
 
 # Of seven options with two values, each pair of values in one of eight rows.
-OPTIONS = ('scan_layers', 'remat', 'dropout', 'packed', 'float16', 'own', 'slices')
+OPTIONS = ('scan_layers', 'remat', 'dropout', 'packed', 'float16', 'own', 'micro-batches')
 PAIRWISE = [
     [a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c] for a, b, c in itertools.product((0, 1), repeat=3)
 ]
@@ -323,7 +323,9 @@ def test_a_step_of_a_transformer(row: list[int]) -> None:
         return loss(model(batch['tokens'], **rest).astype(jnp.float32), batch['tokens'])
 
     scale = 2.0**10 if given['float16'] else None
-    check_step(model, precision, task, batch, accumulate=1 + given['slices'], loss_scale=scale)
+    check_step(
+        model, precision, task, batch, accumulate=1 + given['micro-batches'], loss_scale=scale
+    )
 
 
 OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {

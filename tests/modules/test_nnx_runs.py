@@ -35,8 +35,8 @@ def assert_close(found: Any, expected: Any) -> None:
 @pytest.mark.slow
 def test_accumulation_equals_the_whole_batch() -> None:
     whole, expected, _ = final()
-    slices, state, _ = final(accumulate=4)
-    assert slices == pytest.approx(whole, rel=1e-4)
+    micro_batches, state, _ = final(accumulate=4)
+    assert micro_batches == pytest.approx(whole, rel=1e-4)
     assert_close(state.params, expected.params)
 
 
@@ -44,8 +44,8 @@ def test_accumulation_equals_the_whole_batch() -> None:
 def test_batch_statistics_follow_each_micro_batch() -> None:
     """Four micro-batches move the running means by 1 - 0.9^4 of the way, not by 0.1."""
     moved = []
-    for slices in (1, 4):
-        options = {'accumulate': slices, 'data__batch_size': 512, 'model__batch_norm': True}
+    for micro_batches in (1, 4):
+        options = {'accumulate': micro_batches, 'data__batch_size': 512, 'model__batch_norm': True}
         trainer = Trainer(experiment(MLP, **options))
         with trainer.batches(0, [1]) as batches:
             batch = next(iter(batches)).arrays

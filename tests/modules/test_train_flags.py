@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -186,3 +188,46 @@ def test_lifted_models_get_the_flag_by_position(module: type[nn.Module]) -> None
     task = lambda model, batch: model(x)  # noqa: E731
     assert set(bind(module(), task=task)(x).flatten().tolist()) == {0.0, 2.0}
     assert same(bind(module(), 'eval', task=task)(x), x)
+
+
+@flax.struct.dataclass
+class Settings:
+    """As the examples of Flax have them."""
+
+    width: int = 3
+    deterministic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    encoder: Settings = dataclasses.field(default_factory=Settings)
+    depth: int = 1
+
+
+class Part(nn.Module):
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return not self.settings.deterministic
+
+
+class WithSettings(nn.Module):
+    settings: Settings | Nested
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return Part(getattr(self.settings, 'encoder', self.settings))(x)
+
+
+@pytest.mark.parametrize('settings', [Settings(), Nested(), Nested(encoder=Settings(width=5))])
+def test_settings_of_the_model_get_the_flag(settings: Settings | Nested) -> None:
+    module = WithSettings(settings)
+    assert bind(module, 'train')(X) is True
+    assert bind(module, 'eval')(X) is False
+    assert module.settings is settings
+
+
+def test_settings_that_the_user_has_changed_are_kept() -> None:
+    module = WithSettings(Settings(deterministic=True))
+    assert bind(module, 'train')(X) is False

@@ -17,7 +17,7 @@ from trainer.trainer import Trainer
 
 
 class Perceptron(nn.Module):
-    """784-50-10, whatever is asked for: the guide's class does not look at its units either."""
+    """784-50-10, whatever `units` is: the class of the guide ignores it, too."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def trainer(optimizer: dict[str, Any], **options: Any) -> Trainer:
     data = {'source': {**source, 'split': 'test'}, 'device_transforms': (to_float,)}
     config.evals = {'test': {'data': {**data, 'batch_size': 2000}, 'every': 'never'}}
     config.log = {'every': '100 steps'}
-    # Forms that are compared to the bit: XLA joins products and sums otherwise around a stop.
+    # Bit-equal comparisons: XLA fuses products and sums differently in steps that can stop.
     config.guard = {'non_finite': 'warn'}
     for name, value in options.items():
         config[name] = value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of a user's own, for the tests."""
+"""Custom steps for the tests."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import optax
 
 
 def same(state: Any, batch: Any, ctx: Any) -> Any:
-    """The default step, put together from its two halves."""
+    """The default step, from its two parts."""
     grads, collections, metrics = ctx.gradients(state, batch)
     state, more = ctx.update(state, grads, collections)
     return state, {**metrics, **more}
 
 
 def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
-    """The default step, written out."""
+    """The default step, written by hand."""
 
     def loss_fn(params: Any) -> Any:
         model = ctx.bind(params, state.collections)
@@ -34,12 +34,12 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
 
 
 def make_by_hand() -> Any:
-    """A target that makes a step."""
+    """A target that returns a step."""
     return by_hand
 
 
 def sam(state: Any, batch: Any, ctx: Any, *, rho: float, kind: str = 'l2') -> Any:
-    """Two gradients a step, an argument of its own, and metrics of every kind."""
+    """Two gradients per step, an argument from the config, and metrics of every kind."""
     del kind
     ascent, _, _ = ctx.gradients(state, batch)
     norm = optax.tree.norm(ascent)
@@ -56,13 +56,13 @@ def sam(state: Any, batch: Any, ctx: Any, *, rho: float, kind: str = 'l2') -> An
 
 
 def names_norms(state: Any, batch: Any, ctx: Any) -> Any:
-    """A metric by a name that the row has for several."""
+    """Returns a metric with the name of a group of metrics."""
     grads, _, metrics = ctx.gradients(state, batch)
     return ctx.update(state, grads)[0], {**metrics, 'norms': optax.tree.norm(grads)}
 
 
 def names_speed(state: Any, batch: Any, ctx: Any) -> Any:
-    """A metric by a name that the row has."""
+    """Returns a metric with a reserved name."""
     grads, _, _ = ctx.gradients(state, batch)
     return ctx.update(state, grads)[0], {'steps_per_sec': 1.0}
 

@@ -29,7 +29,7 @@ SGD = {'target': 'optax:sgd', 'learning_rate': 0.1}
 
 
 class Complex(nn.Module):
-    """Distance of parameters from their targets; one of them is real."""
+    """Distances of a complex and a real parameter from their targets."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -49,7 +49,7 @@ def distances(model: Any, batch: Any) -> TaskOutput:
 
 
 def by_jax(state: Any, batch: Any, ctx: Any) -> Any:
-    """A custom step made of the parts of the default one."""
+    """A custom step from the parts of the default step."""
     grads, collections, metrics = ctx.gradients(state, batch)
     updates, opt_state = ctx.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -58,7 +58,7 @@ def by_jax(state: Any, batch: Any, ctx: Any) -> Any:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     'sgd': {},
-    'slices': {'accumulate': 4},
+    'micro-batches': {'accumulate': 4},
     'loss scale': {'precision': {'loss_scale': 1024.0}},
     'bfloat16': {'precision': {'compute': 'bfloat16'}},
     'groups': {'optimizer': {'groups': {'a': {**SGD, 'params': 'z'}, 'b': {**SGD, 'params': 'w'}}}},
@@ -71,7 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             }
         },
     },
-    'named losses in slices': {
+    'named losses in micro-batches': {
         'task': {'ref': f'{__name__}:distances'},
         'accumulate': 2,
         'optimizer': {
@@ -81,7 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             }
         },
     },
-    'a step of ones own': {'step': {'ref': f'{__name__}:by_jax'}},
+    'custom step': {'step': {'ref': f'{__name__}:by_jax'}},
     'average': {'ema': {'decay': 0.5}},
     'ensemble': {'ensemble': {'size': 2}},
 }
@@ -94,8 +94,8 @@ def trainer(workdir: pathlib.Path | None = None, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize('name', slow_after(2, OPTIONS))
-def test_a_complex_parameter_goes_downhill(name: str) -> None:
-    """A step of 0.1 along the gradient of the square leaves 0.8 of the way, in all directions."""
+def test_complex_parameters_converge(name: str) -> None:
+    """A step of 0.1 along the gradient of the squared distance leaves 0.8 of the distance."""
     state = jax.device_get(trainer(**OPTIONS[name]).fit().state)
     left = 0.8**20
     z, w = state.params['z'], state.params['w']
@@ -124,8 +124,8 @@ def test_a_complex_parameter_goes_downhill(name: str) -> None:
     ]),
     ids=lambda node: node['target'],
 )  # fmt: skip
-def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
-    """Same result as with real and imaginary parts as separate parameters."""
+def test_optimizers_treat_a_complex_parameter_as_two_real_ones(node: dict[str, Any]) -> None:
+    """The result equals that of real and imaginary parts as separate parameters."""
     clip = None if node['target'].endswith('MultiSteps') else 1.0
     made = trainer(optimizer={**node, 'clip_norm': clip}, train_for='40 steps')
     state = made.fit().state
@@ -147,7 +147,7 @@ def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
     for _ in range(40):
         pairs, opt_state = step(pairs, opt_state)
     assert float(loss(pairs)) < 0.5 * start
-    # One goes through 0.
+    # `atol`, because one of them crosses 0.
     np.testing.assert_allclose(state.params['z'].real, pairs['real'], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(state.params['z'].imag, pairs['imag'], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(state.params['w'], pairs['w'], rtol=1e-4)
@@ -160,8 +160,8 @@ def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_slots_are_complex_and_where_the_parameter_is(tmp_path: pathlib.Path) -> None:
-    """Slots have the parameter's path, shape and sharding, and are loaded with it."""
+def test_slots_are_complex_and_sharded_like_the_parameter(tmp_path: pathlib.Path) -> None:
+    """Slots have the parameter's path, shape and sharding, and `init_from` loads them."""
     adam = {'target': 'optax:adam', 'learning_rate': 0.05}
     cut = {'target': 'trainer.sharding:ByPath', 'rules': (('kernel', (None, 'fsdp')),)}
     options: dict[str, Any] = {
@@ -185,8 +185,8 @@ def test_slots_are_complex_and_where_the_parameter_is(tmp_path: pathlib.Path) ->
     )
 
 
-def test_complex_weights_do_not_become_real_ones(tmp_path: pathlib.Path) -> None:
-    """A weights file keeps them complex; loading one into a real parameter is an error."""
+def test_complex_weights_are_not_loaded_into_real_parameters(tmp_path: pathlib.Path) -> None:
+    """A weights file stores complex numbers; loading one into a real parameter is an error."""
     held = {'params/z': GOAL, 'params/w': np.float32(2)}
     safetensors.write(tmp_path / 'complex.safetensors', held)
     read = safetensors.read(tmp_path / 'complex.safetensors')
@@ -211,8 +211,8 @@ def outputs(model: Any, batch: Any) -> jax.Array:
     return (model(batch['x']) ** 2).mean(-1)  # type: ignore[no-any-return]
 
 
-def test_norms_are_of_absolute_values(tmp_path: pathlib.Path) -> None:
-    """Of parameters, gradients and updates, also where these are clipped."""
+def test_norms_use_absolute_values(tmp_path: pathlib.Path) -> None:
+    """Norms of parameters, gradients and clipped updates."""
     made = trainer(
         tmp_path, optimizer={**SGD, 'clip_norm': 0.5}, train_for='1 steps', log={'every': '1 steps'}
     )
@@ -226,7 +226,7 @@ def test_norms_are_of_absolute_values(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('size', [5, norms._LARGE + 1])
-def test_norms_by_every_way_of_measuring(size: int) -> None:
+def test_all_norm_computations_support_complex_numbers(size: int) -> None:
     x = {'z': jnp.full(size, 3 - 4j, jnp.complex64), 'x': jnp.full(2, 2.0)}
     step = dict(grads=x, updates=x, old=x, new=x, frozen={'z': False, 'x': False})
     expected = np.sqrt(25 * size + 8)
@@ -240,7 +240,7 @@ def test_norms_by_every_way_of_measuring(size: int) -> None:
             assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
-def test_precision_leaves_complex_numbers_alone() -> None:
+def test_precision_does_not_cast_complex_numbers() -> None:
     tree = {'z': jnp.asarray(GOAL), 'x': jnp.ones(2)}
     halves = Precision(params='bfloat16', compute='float16', output='float16')
     for cast in (halves.cast_params, halves.cast_for_compute, halves.cast_output):
@@ -249,8 +249,8 @@ def test_precision_leaves_complex_numbers_alone() -> None:
         assert made['x'].dtype.itemsize == 2
 
 
-def test_a_mask_is_of_whole_parameters() -> None:
-    """Its patterns see the path of a complex parameter, and not those of its parts."""
+def test_decay_mask_matches_complex_parameters_by_path() -> None:
+    """Patterns are matched against the path of the parameter, not of its two parts."""
     params = {'z': jnp.asarray(GOAL), 'x': jnp.ones(2)}
     base = optax.adamw(0.1, weight_decay=0.5, mask=RegexMask(('z',)))
     tx = Optimizer(base=base).transformation(params)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.step`: a step of the user's own in the place of ours."""
+"""Custom steps (`config.step`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trainer(workdir: pathlib.Path | None = None, **overrides: Any) -> Trainer:
         'model__batch_norm': True,
         'checkpoint__every': '10 steps',
         'log__every': '5 steps',
-        # Where a step may stop, XLA fuses the two otherwise: the last bits would differ.
+        # Steps that can stop are fused differently by XLA: the last bits would differ.
         'guard': {'non_finite': 'warn'},
     }
     experiment = load_and_build(MNIST, **{**options, **overrides})
@@ -57,8 +57,8 @@ def assert_same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize(
     'options', [{}, pytest.param({'accumulate': 2, 'ema__decay': 0.9}, marks=pytest.mark.slow)]
 )
-def test_the_same_step_gives_the_same_run(tmp_path: pathlib.Path, options: Any) -> None:
-    """State and rows, bit for bit."""
+def test_default_step_as_custom_step_is_bit_equal(tmp_path: pathlib.Path, options: Any) -> None:
+    """State and rows are bit-equal."""
     ours = trainer(tmp_path / 'ours', **options).fit()
     step = {'ref': 'tests.step.steps:same'}
     theirs = trainer(tmp_path / 'theirs', step=step, **options).fit()
@@ -71,10 +71,10 @@ def test_the_same_step_gives_the_same_run(tmp_path: pathlib.Path, options: Any) 
     'step',
     [{'ref': 'tests.step.steps:by_hand'}, {'target': 'tests.step.steps:make_by_hand'}],
 )
-def test_a_step_written_by_hand_gives_the_same_parameters(
+def test_handwritten_step_gives_the_same_parameters(
     tmp_path: pathlib.Path, step: dict[str, str]
 ) -> None:
-    """Dropout, batch statistics and the optimizer are those of the default step."""
+    """Dropout, batch statistics and optimizer state, too."""
     ours, theirs = trainer().fit().state, trainer(tmp_path, step=step).fit().state
     for name in ('step', 'params', 'opt_state', 'collections'):
         assert_same(getattr(ours, name), getattr(theirs, name))
@@ -86,8 +86,8 @@ SAM = {'target': 'tests.step.steps:sam', 'rho': 0.05}
 
 
 @pytest.mark.slow
-def test_arguments_metrics_and_resume(tmp_path: pathlib.Path) -> None:
-    """A target that is the step itself takes the other arguments; fused steps and resume work."""
+def test_arguments_metrics_fused_steps_and_resume(tmp_path: pathlib.Path) -> None:
+    """A target that is the step itself gets its other arguments from the config."""
     whole = trainer(tmp_path / 'whole', step=SAM).fit()
     trainer(tmp_path / 'cut', step=SAM).fit(max_steps=17)
     cut = trainer(tmp_path / 'cut', step=SAM).fit()
@@ -107,7 +107,7 @@ def test_arguments_metrics_and_resume(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_scalars_are_means_over_the_steps_since_the_last_row(tmp_path: pathlib.Path) -> None:
+def test_scalar_metrics_are_averaged_between_rows(tmp_path: pathlib.Path) -> None:
     each = trainer(tmp_path / 'each', step=SAM, log__every='1 step', train_for='10 steps')
     each.fit()
     norms = [row['train/ascent/norm'] for row in logged(tmp_path / 'each')]
@@ -117,15 +117,15 @@ def test_scalars_are_means_over_the_steps_since_the_last_row(tmp_path: pathlib.P
 
 
 @pytest.mark.slow
-def test_step_counts_batches_however_many_updates_are_made() -> None:
+def test_several_updates_count_as_one_step() -> None:
     state = trainer(step={'ref': 'tests.step.steps:twice'}, optimizer__target='optax:adam').fit()
     assert int(state.state.step) == 30
     assert int(state.state.opt_state[0].count) == 60
 
 
 @pytest.mark.slow
-def test_a_step_runs_sharded_and_donates_its_state() -> None:
-    """On eight devices, where the batch is spread over them."""
+def test_custom_step_is_sharded_and_donates_its_state() -> None:
+    """On eight devices, over which the batch is sharded."""
     run = trainer(step=SAM)
     state = run.init_state()
     batch = {name: x[0] for name, x in run.experiment.data.block(0, 1).arrays.items()}
@@ -161,20 +161,20 @@ def test_a_step_runs_sharded_and_donates_its_state() -> None:
         ({'ref': 'tests.step.steps:sma'}, 'Did you mean tests.step.steps:sam?'),
     ],
 )
-def test_mistakes_are_reported(step: dict[str, Any], message: str) -> None:
+def test_invalid_steps_are_rejected(step: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         trainer(step=step).init_state()
 
 
-def test_a_step_that_splits_no_batches_is_an_error() -> None:
+def test_accumulate_requires_ctx_gradients() -> None:
     with pytest.raises(UserError, match=r'only ctx\.gradients splits a batch'):
         trainer(step={'ref': 'tests.step.steps:by_hand'}, accumulate=2).init_state()
     trainer(step={'ref': 'tests.step.steps:same'}, accumulate=2).init_state()
 
 
-def test_loss_is_that_of_the_default_step() -> None:
-    """A batch of padding alone gives 0, not NaN; penalties come on top."""
-    # It needs nothing of the run.
+def test_ctx_loss_equals_the_loss_of_the_default_step() -> None:
+    """A batch of padding alone gives 0, not NaN; penalties are added."""
+    # `loss` uses no part of the context.
     nothing: Any = None
     ctx = CustomStepContext(nothing, nothing)
     loss, weights = jnp.array([1.0, 3.0]), jnp.array([3.0, 1.0])

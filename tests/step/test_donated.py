@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state that was donated to a later step says so, wherever it is used."""
+"""Errors about states that were donated to a later step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nothing_kept() -> None:
 
 
 def keep_state(event: Event) -> None:
-    """Reads what it has kept at an earlier event."""
+    """Reads the state that it has kept at an earlier event."""
     KEPT.append(event.state)
     if event.step == 20:
         print(KEPT[0].params['Dense_0']['kernel'].sum())
@@ -56,7 +56,7 @@ def hooked(hook: Callable[[Event], None]) -> Any:
 
 
 @pytest.mark.parametrize('hook', slow_after(1, [keep_state, keep_until_the_end]))
-def test_a_hook_that_keeps_a_state(hook: Callable[[Event], None]) -> None:
+def test_hook_that_keeps_a_state_gets_an_explained_error(hook: Callable[[Event], None]) -> None:
     with pytest.raises(RuntimeError, match='deleted') as raised:
         hooked(hook).fit()
     [note] = error_notes(raised.value)
@@ -67,19 +67,19 @@ def test_a_hook_that_keeps_a_state(hook: Callable[[Event], None]) -> None:
     assert any(line.endswith(f'in {hook.__name__}') for line in shown)
 
 
-def test_a_hook_that_keeps_an_event() -> None:
+def test_hook_that_keeps_an_event_gets_an_explained_error() -> None:
     with pytest.raises(DonatedError, match=f'event.state: the arrays .*were deleted.*{COPY}'):
         hooked(keep_event).fit()
 
 
 @pytest.mark.slow
-def test_a_hook_that_keeps_copies() -> None:
+def test_hook_may_keep_copies() -> None:
     assert hooked(keep_copies).fit().status == 'finished'
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(KEPT[0].params))
 
 
 @pytest.mark.slow
-def test_the_state_of_a_result_after_another_fit() -> None:
+def test_state_of_a_result_is_donated_by_the_next_fit() -> None:
     trainer = small.trainer_in(None)
     result = trainer.fit(max_steps=10)
     state, copy = result.state, jax.tree.map(jnp.copy, result.state)
@@ -96,11 +96,11 @@ def test_the_state_of_a_result_after_another_fit() -> None:
         with pytest.raises(DonatedError, match=rf'{name}\(state\): .*{COPY}'):
             use()
     assert trainer.evaluate(copy)['test']['examples'] == 100
-    # What is shown of a result has no need of its state.
+    # The repr of a result does not need its state.
     assert repr(result).startswith("Result(status='paused', step=10, metrics=")
 
 
-def test_an_error_of_another_kind_is_left_alone() -> None:
+def test_other_errors_get_no_note() -> None:
     for error in (
         RuntimeError('the file has vanished'),
         DonatedError('has been deleted'),

@@ -57,7 +57,7 @@ def loss_at(params: Any) -> float:
 COMBINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     'alone': (FREE, {}),
     'clipped': ({**FREE, 'clip_norm': 0.1}, {}),
-    'slices': (FREE, {'accumulate': 2}),
+    'micro-batches': (FREE, {'accumulate': 2}),
     'fused': (FREE, {'steps_per_call': 5}),
     'average': (FREE, {'ema': {'decay': 0.9}}),
     'decay': ({**ADAM, 'weight_decay': 0.1}, {}),
@@ -73,7 +73,7 @@ COMBINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', COMBINED)
-def test_the_average_is_evaluated(name: str) -> None:
+def test_eval_params_are_evaluated(name: str) -> None:
     optimizer, options = COMBINED[name]
     trainer = tiny.trainer(optimizer=optimizer, **options)
     result = trainer.fit()
@@ -90,7 +90,7 @@ def test_the_average_is_evaluated(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_predictions_and_exports_too(tmp_path: pathlib.Path) -> None:
+def test_predictions_and_exports_use_eval_params(tmp_path: pathlib.Path) -> None:
     trainer = tiny.trainer(tmp_path, optimizer=FREE)
     state = trainer.fit().state
     best = jax.nn.softmax(logits(averaged(state))).max(-1)
@@ -105,7 +105,7 @@ def test_predictions_and_exports_too(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_that_of_the_average(tmp_path: pathlib.Path) -> None:
+def test_best_checkpoint_is_selected_by_eval_params(tmp_path: pathlib.Path) -> None:
     trainer = tiny.trainer(
         tmp_path,
         optimizer=FREE,
@@ -123,7 +123,7 @@ def test_the_best_checkpoint_is_that_of_the_average(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.slow
-def test_frozen_parameters_and_groups() -> None:
+def test_groups_with_eval_params_and_frozen_parameters() -> None:
     """Each group has its own optimizer and evaluation parameters; frozen ones do not change."""
     groups = {
         'kernels': {**FREE, 'params': '.*/kernel', 'clip_norm': 1.0},
@@ -151,8 +151,8 @@ def test_frozen_parameters_and_groups() -> None:
 
 
 @pytest.mark.slow
-def test_the_moving_average_has_its_own_evaluation() -> None:
-    """`evals.<name>.ema` is of the average of the parameters, whatever `eval_params` says."""
+def test_ema_evaluation_ignores_eval_params() -> None:
+    """`evals.<name>.ema` evaluates the moving average, whatever `eval_params` is."""
     evals = {'test': tiny.EVAL, 'mean': {**tiny.EVAL, 'ema': True}}
     result = tiny.trainer(optimizer=FREE, ema={'decay': 0.5}, evals=evals).fit()
     assert result.metrics['eval/mean/loss'] == pytest.approx(loss_at(result.state.ema), rel=1e-4)
@@ -163,8 +163,8 @@ def test_the_moving_average_has_its_own_evaluation() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('vary', [{}, {'optimizer': {'learning_rate': (1.0, 0.3)}}])
-def test_members_of_an_ensemble(vary: dict[str, Any]) -> None:
-    """Also if hyperparameters are in the state, which wraps that of the optimizer."""
+def test_eval_params_of_ensemble_members(vary: dict[str, Any]) -> None:
+    """Also if hyperparameters are in the state, which wraps the optimizer's state."""
     trainer = tiny.trainer(optimizer=FREE, ensemble={'size': 2, 'vary': vary})
     result = trainer.fit()
     points = [averaged(member_state(result.state, index)) for index in range(2)]
@@ -172,7 +172,7 @@ def test_members_of_an_ensemble(vary: dict[str, Any]) -> None:
         loss = result.metrics[f'eval/test/member_{index}/loss']
         assert loss == pytest.approx(loss_at(point), rel=1e-4)
         np.testing.assert_allclose(
-            # Logits of a thousand: float32 has seven digits.
+            # Logits are about a thousand, and float32 has seven digits.
             trainer.model(result.state, member=index)(POINTS['x']),
             logits(point),
             rtol=1e-5,
@@ -184,7 +184,7 @@ def test_members_of_an_ensemble(vary: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_nnx() -> None:
+def test_eval_params_of_an_nnx_model() -> None:
     trainer = tiny.trainer(optimizer=FREE, model={'target': f'{tiny.__name__}:NNXNet'})
     state = trainer.fit().state
     model = trainer.model(state)
@@ -193,7 +193,7 @@ def test_nnx() -> None:
 
 
 @pytest.mark.slow
-def test_halves_are_averaged_in_float32() -> None:
+def test_eval_params_of_half_precision_are_computed_in_float32() -> None:
     trainer = tiny.trainer(optimizer=FREE, precision={'params': 'bfloat16'})
     state = trainer.fit().state
     (free,) = found(state)
@@ -203,7 +203,7 @@ def test_halves_are_averaged_in_float32() -> None:
     jax.tree.map(np.testing.assert_array_equal, evaluated, point)
 
 
-def test_without_a_name_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_eval_params_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     unnamed = {name: value for name, value in FREE.items() if name != 'eval_params'}
     groups = {'all': {**unnamed, 'params': '.*'}}
     for optimizer, place in ((unnamed, ''), ({'groups': groups}, '.groups.all')):
@@ -282,14 +282,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize('name', WRONG)
-def test_what_does_not_fit_is_refused_before_anything_compiles(name: str) -> None:
+def test_invalid_eval_params_are_rejected_before_compilation(name: str) -> None:
     optimizer, message = WRONG[name]
     with pytest.raises(UserError, match=message):
         tiny.trainer(optimizer=optimizer).compile()
 
 
 @pytest.mark.slow
-def test_another_point_makes_no_other_run(tmp_path: pathlib.Path) -> None:
+def test_eval_params_are_not_part_of_the_identity_of_a_run(tmp_path: pathlib.Path) -> None:
     unnamed = {name: value for name, value in FREE.items() if name != 'eval_params'}
     tiny.trainer(tmp_path, optimizer=unnamed).fit(max_steps=10)
     trainer = tiny.trainer(tmp_path, optimizer=FREE)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many of our functions a reader meets in a default step: those that are entered to trace it.
+"""Counts the functions of this project that are entered while a default step is traced.
 
-A process of its own traces the step of `configs/mnist_mlp.py`: another test may have imported
-modules that add something to every call.
+The number bounds what a reader of the step has to know. The step of `configs/mnist_mlp.py` is
+traced in a separate process: other tests may have imported modules that add functions to each call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.tasks import Classification
 from trainer.trainer import Trainer
 
 ROOT = str(pathlib.Path(trainer.__file__).parent) + '/'
-# Before Python 3.12 these are functions of their own.
+# Before Python 3.12, comprehensions are functions.
 COMPREHENSIONS = ('<listcomp>', '<dictcomp>', '<setcomp>', '<genexpr>')
 setup = Trainer(load_and_build('configs/mnist_mlp.py')).set_up()
 programs = setup.programs
@@ -85,7 +85,7 @@ def trace() -> Any:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_the_functions_and_files_of_a_default_step(trace: Any) -> None:
+def test_default_step_enters_few_functions_and_files(trace: Any) -> None:
     entered = trace['entered']
     assert 'step/train_step.py:default_step' in entered
     files = {name.partition(':')[0] for name in entered}
@@ -93,18 +93,18 @@ def test_the_functions_and_files_of_a_default_step(trace: Any) -> None:
     assert len(files) <= MOST_FILES, files
 
 
-def test_the_way_from_the_step_to_the_values_of_the_loss(trace: Any) -> None:
+def test_call_stack_from_step_to_loss_is_short(trace: Any) -> None:
     assert trace['frames']
     for way in trace['frames']:
         assert way.index('default_step') <= MOST_FRAMES, way
 
 
-def test_no_function_on_the_way_is_long(trace: Any) -> None:
+def test_entered_functions_are_short(trace: Any) -> None:
     assert [name for name, lines in trace['lines'] if lines > MOST_LINES] == []
 
 
-def test_it_is_the_whole_step(trace: Any) -> None:
-    """The finite flag, the check of labels and the norms are in it."""
+def test_traced_step_is_complete(trace: Any) -> None:
+    """The trace includes the health flag, the check of labels and the norms."""
     assert trace['checks']['health']
     entered = trace['entered']
     for name in ('skip_if_not_finite', 'apply_update'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of parameters with optimizers and losses of their own."""
+"""Groups of parameters, each with its own optimizer and loss."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def assert_trees_close(a: Any, b: Any, **tolerance: float) -> None:
 
 
 def by_hand(params: Any, steps: int) -> Any:
-    """The textbook's alternating gradients, both at the parameters before the step."""
+    """Returns the parameters after steps by hand; both gradients are taken before the step."""
     net, tx = gan.Net, {'generator': GEN, 'discriminator': DISC}
     slots = {name: tx[name].init(params[name]) for name in tx}
 
@@ -111,8 +111,8 @@ def by_hand(params: Any, steps: int) -> Any:
 
 
 @pytest.mark.slow
-def test_two_losses_equal_the_hand_written_step() -> None:
-    """Each loss moves its own parameters, by its own optimizer, and no others."""
+def test_two_losses_equal_the_handwritten_step() -> None:
+    """Each loss changes its own parameters, with its own optimizer, and no others."""
     program = programs(two_players())
     start = jax.device_get(program.init().params)
     after = train(program, 5)
@@ -121,8 +121,8 @@ def test_two_losses_equal_the_hand_written_step() -> None:
 
 
 @pytest.mark.slow
-def test_a_player_that_does_not_move_feels_nothing() -> None:
-    """With the generator's rate 0 its parameters are bit-identical, and the other's learn."""
+def test_zero_learning_rate_of_one_group_leaves_its_parameters_unchanged() -> None:
+    """The parameters of the other group learn."""
     still = Optimizer(
         groups={**two_players().groups, 'gen': group('generator/.*', optax.sgd(0.0), 'gen')}
     )
@@ -134,7 +134,7 @@ def test_a_player_that_does_not_move_feels_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_the_gan_learns_where_the_points_are() -> None:
+def test_gan_learns_the_distribution() -> None:
     disc = group('discriminator/.*', GEN, 'disc')
     program = programs(Optimizer(groups={**two_players().groups, 'disc': disc}))
     state, sharding = program.init(), batch_sharding(mesh_of(1))
@@ -149,9 +149,9 @@ def test_the_gan_learns_where_the_points_are() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 2])
-def test_accumulation_is_exact_for_losses_that_weigh_differently(devices: int) -> None:
+def test_accumulation_is_exact_for_losses_with_different_weights(devices: int) -> None:
     def task(model: Any, batch: Any) -> TaskOutput:
-        # No random numbers: they are drawn anew for each slice.
+        # Without random numbers, which differ between micro-batches.
         fake = model.generator(jnp.tile(batch['x'], 2))
         real_logits = model.discriminator(batch['x'])[:, 0]
         gen, disc = gan.losses(real_logits, model.discriminator(fake)[:, 0])
@@ -164,20 +164,20 @@ def test_accumulation_is_exact_for_losses_that_weigh_differently(devices: int) -
             penalties={'l2': 0.01 * jnp.sum(kernel**2)},
         )
 
-    def run(slices: int) -> Any:
-        program = programs(two_players(), task=task, devices=devices, accumulate=slices)
+    def run(accumulate: int) -> Any:
+        program = programs(two_players(), task=task, devices=devices, accumulate=accumulate)
         state = train(program, 3, devices)
         return state.params, compute_metrics(state.metrics)
 
-    (whole, metrics), (sliced, sliced_metrics) = run(1), run(4)
-    assert_trees_close(whole, sliced, rtol=1e-5, atol=1e-6)
-    del metrics['norms'], sliced_metrics['norms']
-    assert_trees_close(metrics, sliced_metrics, rtol=1e-5)
+    (whole, metrics), (accumulated, accumulated_metrics) = run(1), run(4)
+    assert_trees_close(whole, accumulated, rtol=1e-5, atol=1e-6)
+    del metrics['norms'], accumulated_metrics['norms']
+    assert_trees_close(metrics, accumulated_metrics, rtol=1e-5)
     assert set(metrics['task']) == {'gen_loss', 'disc_loss', 'distance'}
 
 
 def test_named_losses_are_averaged_by_their_own_weights() -> None:
-    """A shared weight counts for the metrics too; padding counts for nothing."""
+    """Shared weights also apply to the metrics; padding does not count."""
     batch = {'x': np.arange(4.0, dtype=np.float32), '_mask': np.array([1, 1, 1, 0], bool)}
 
     def measured(weights: Any) -> Any:
@@ -196,13 +196,13 @@ def test_named_losses_are_averaged_by_their_own_weights() -> None:
 
 
 @pytest.mark.slow
-def test_same_game_on_one_and_on_eight_devices() -> None:
+def test_groups_are_equal_on_one_and_eight_devices() -> None:
     one, eight = (train(programs(two_players(), devices=n), 3, n) for n in (1, 8))
     assert_trees_close(one.params, eight.params, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_fused_steps_are_bit_equal() -> None:
+def test_fused_steps_with_groups_are_bit_equal() -> None:
     program = programs(two_players(clip_norm=0.5), fused=4, ema_decay=0.9)
     stacked = {'x': np.stack([points(seed)['x'] for seed in range(4)])}
     sharding = batch_sharding(mesh_of(1), leading_dims=1)
@@ -212,8 +212,8 @@ def test_fused_steps_are_bit_equal() -> None:
 
 
 @pytest.mark.slow
-def test_groups_of_one_loss() -> None:
-    """Two optimizers, clipping and multipliers in one of them; equal to optax's own parts."""
+def test_groups_with_one_loss_equal_optax() -> None:
+    """Two optimizers, one of them with clipping and multipliers."""
     adamw = optax.adamw(0.01, weight_decay=0.1)
     optimizer = Optimizer(
         groups={
@@ -274,11 +274,11 @@ def test_frozen_parameters_need_no_group() -> None:
             np.testing.assert_array_equal, after.params['generator']['Dense_0'], start['Dense_0']
         )
         assert (after.params['generator']['Dense_1']['bias'] != start['Dense_1']['bias']).all()
-        # Adam's two moments of the last layer and its count, momentum of the other player.
+        # Two moments and a count of Adam for the last layer, the momentum of the other group.
         sizes = sum(x.size for x in jax.tree.leaves(after.opt_state))
         assert sizes == 2 * (16 * 2 + 2) + 1 + (2 * 16 + 16 + 16 + 1)
 
 
-def test_a_dict_of_losses_alone_is_a_result() -> None:
+def test_task_may_return_only_a_dict_of_losses() -> None:
     output = TaskRunner.from_task(lambda model, batch: {'a': jnp.ones(2)})(None, {})
     assert set(output.loss) == {'a'}

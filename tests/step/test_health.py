@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Non-finite steps: detected on the devices, and not trained on."""
+"""Non-finite values are detected inside the step, and updates stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.trainer import Trainer
 
 
 class Plain(nn.Module):
-    """A small model, with a parameter that is partly -inf from the start if it is masked."""
+    """A small model; if masked, it has a parameter that is partly -inf from the start."""
 
     masked: bool = False
 
@@ -46,7 +46,7 @@ def same(one: Any, other: Any, *, slots: bool = True) -> bool:
 
 
 def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
-    """Returns copies of the states before the first step and after each."""
+    """Returns the states before the first step and after each step."""
     trainer = Trainer(made)
     function = trainer.set_up().programs._train_step
     if sweeps:  # As on an accelerator.
@@ -65,7 +65,7 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('sweeps', [False, True])
-def test_a_loss_stops_updates(sweeps: bool) -> None:
+def test_non_finite_loss_stops_updates(sweeps: bool) -> None:
     states = run(build(linen(bad=1)), STEP + 3, sweeps=sweeps)
     for number, state in enumerate(states):
         health = state.health
@@ -78,7 +78,7 @@ def test_a_loss_stops_updates(sweeps: bool) -> None:
 
 
 @pytest.mark.slow
-def test_gradients_stop_updates_where_each_step_looks_at_them() -> None:
+def test_non_finite_gradients_stop_updates_with_sweeps() -> None:
     states = run(build(linen(bad=1, how='gradient')), STEP + 2, sweeps=True)
     assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (STEP, GRADIENT)
     assert all(same(state, states[STEP - 1]) for state in states[STEP:])
@@ -90,7 +90,7 @@ def broken_rate(step: Any) -> Any:
 
 
 def overflowing() -> optax.GradientTransformation:
-    """Keeps a sum that overflows in its sixth update, and changes nothing."""
+    """An optimizer whose state overflows in the sixth update, and whose updates are 0."""
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         return jax.tree.map(jnp.zeros_like, updates), {'sum': state['sum'] + 6e37}
@@ -110,7 +110,9 @@ def overflowing() -> optax.GradientTransformation:
         ({'target': f'{__name__}:overflowing'}, SLOT, "the optimizer's state is not: sum."),
     ],
 )
-def test_updates_and_slots(optimizer: dict[str, Any], kind: int, said: str) -> None:
+def test_non_finite_parameters_and_slots_are_detected(
+    optimizer: dict[str, Any], kind: int, said: str
+) -> None:
     made = build(PLAIN, optimizer=optimizer)
     states = run(made, 8, sweeps=True)
     assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (6, kind)
@@ -136,10 +138,10 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int, said: str) -> N
         (PLAIN, {'target': f'{__name__}:overflowing'}, 'became non-finite by step 10: sum.'),
     ],
 )  # fmt: skip
-def test_without_a_copy_to_run_again(
+def test_step_is_named_without_a_copy_of_the_state(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for a large state: the step is named by what the flag and the state show."""
+    """As for a large state: only the flag and the state are available."""
     monkeypatch.setattr('trainer.inspect.stop_guard._MAX_COPY_BYTES', 0)
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     if 'target' in optimizer:
@@ -164,10 +166,10 @@ def test_without_a_copy_to_run_again(
         ),
     ],
 )  # fmt: skip
-def test_where_each_step_looks_at_all(
+def test_finding_is_named_with_sweeps(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run of an accelerator, which keeps no copies."""
+    """As on an accelerator: each step checks all values, and no copy is kept."""
     monkeypatch.setattr('trainer.inspect.stop_guard._MAX_COPY_BYTES', 0)
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     trainer = Trainer(build(model, optimizer={**default, **optimizer}))
@@ -180,7 +182,7 @@ def test_where_each_step_looks_at_all(
 
 @pytest.mark.slow
 @pytest.mark.parametrize('sweeps', [False, True])
-def test_what_was_not_finite_at_the_start_does_not_count(sweeps: bool) -> None:
+def test_values_that_are_non_finite_at_the_start_are_ignored(sweeps: bool) -> None:
     made = build({**PLAIN, 'masked': True}, train_for='12 steps')
     state = run(made, 3, sweeps=sweeps)[-1]
     assert np.isneginf(state.params['mask']).sum() == 1
@@ -189,13 +191,15 @@ def test_what_was_not_finite_at_the_start_does_not_count(sweeps: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_knows_it_too(tmp_path: pathlib.Path) -> None:
+def test_values_that_are_non_finite_at_the_start_are_ignored_after_resume(
+    tmp_path: pathlib.Path,
+) -> None:
     made = build({**PLAIN, 'masked': True}, train_for='6 steps')
     Trainer(made, str(tmp_path)).fit(max_steps=3)
     assert Trainer(made, str(tmp_path)).fit().status == 'finished'
 
 
-def test_no_checkpoint_of_a_diverged_run(tmp_path: pathlib.Path) -> None:
+def test_diverged_state_is_not_saved(tmp_path: pathlib.Path) -> None:
     made = build(
         PLAIN, checkpoint__every='1 steps', log__every='40 steps',
         optimizer={'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
@@ -207,7 +211,7 @@ def test_no_checkpoint_of_a_diverged_run(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_optimizer_that_copes_may_do_so() -> None:
+def test_optimizer_that_handles_non_finite_gradients_continues() -> None:
     inner = {'target': 'optax:sgd', 'learning_rate': 0.01}
     made = build(
         linen(bad=1), train_for='20 steps',
@@ -219,7 +223,7 @@ def test_an_optimizer_that_copes_may_do_so() -> None:
 
 
 class Huge(nn.Module):
-    """Its gradients overflow in float16 whatever the scale."""
+    """A model whose gradients overflow in float16 for any scale."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -237,8 +241,8 @@ _steep.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp.inf),))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('scale', 'skips', 'step'), [(2.0**60, 50, 50), (4.0, 3, 3)])
-def test_a_loss_scale_that_finds_no_place(scale: float, skips: int, step: int) -> None:
-    """After 50 skips in a row, or when the scale cannot get smaller."""
+def test_too_many_skipped_updates_stop_the_run(scale: float, skips: int, step: int) -> None:
+    """After 50 skips in a row, or when the scale cannot shrink further."""
     made = build(
         {'target': f'{__name__}:Huge'}, train_for='80 steps',
         precision={'compute': 'float16', 'loss_scale': scale},
@@ -250,7 +254,7 @@ def test_a_loss_scale_that_finds_no_place(scale: float, skips: int, step: int) -
 
 
 def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
-    """A step that uses nothing from the trainer."""
+    """A custom step that uses neither `ctx.gradients` nor `ctx.update`."""
 
     def loss_fn(params: Any) -> Any:
         return ctx.loss(ctx.task(ctx.bind(params), batch))
@@ -262,7 +266,7 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_a_step_of_ones_own() -> None:
+def test_non_finite_loss_of_a_custom_step_stops_updates() -> None:
     made = build(PLAIN, step={'ref': f'{__name__}:by_hand'})
     states = run(made, 8)
     assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (5, LOSS)
@@ -277,8 +281,10 @@ def ensemble(rates: tuple[float, ...], **overrides: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
-    """It keeps its state and is reported; the others train as if it were not there."""
+def test_diverged_member_is_stopped_and_reported(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    """It keeps its state and is reported; the other members train as without it."""
     made = ensemble((0.01, 3e38, 0.02))
     trainer = Trainer(made, str(tmp_path))
     result = trainer.fit()
@@ -287,21 +293,21 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
     assert out.count('member 1 (seed 1, optimizer.learning_rate 3e+38) has diverged') == 1
     bad = int(result.state.health.bad_step[1])
     assert result.state.health.bad_step.tolist() == [0, bad, 0] and bad > 0
-    # Its values count no more in the means over the members.
+    # It is left out of the means over the members.
     row = result.metrics
     each = [row[f'train/member_{member}/loss'] for member in (0, 2)]
     assert row['train/loss'] == pytest.approx(np.mean(each)) and np.isfinite(each).all()
     sound = Trainer(ensemble((0.01, 0.015, 0.02))).fit().state
     for member in (0, 2):
         assert same(member_state(result.state, member), member_state(sound, member))
-    # A resumed run leaves it alone, too.
+    # It stays stopped after a resume.
     longer = Trainer(ensemble((0.01, 3e38, 0.02), train_for='50 steps'), str(tmp_path)).fit().state
     assert longer.health.bad_step.tolist() == [0, bad, 0]
     assert same(member_state(longer, 1), member_state(result.state, 1))
 
 
 @pytest.mark.slow
-def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib.Path) -> None:
+def test_diverged_member_is_left_out_of_evaluations(tmp_path: pathlib.Path) -> None:
     source = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 100}
     to_float = {'target': 'trainer.data.transforms:ToFloat', 'key': 'image'}
     data = {'source': source, 'batch_size': 50, 'device_transforms': (to_float,)}
@@ -310,13 +316,13 @@ def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib
     result = trainer.fit()
     assert trainer.set_up().evaluators['test'].compiles == 1
     found = {name: x for name, x in result.metrics.items() if name.startswith('eval/')}
-    # The seeds of members 0 and 2, without the one between them.
+    # An ensemble of members 0 and 2 only.
     two = {'size': 2, 'vary': {'seed': (0, 2), 'optimizer': {'learning_rate': (0.01, 0.02)}}}
     sound = Trainer(build(PLAIN, ensemble=two, evals=evals)).fit().metrics
     for name in ('loss', 'accuracy', 'members/loss', 'members/accuracy'):
         assert found[f'eval/test/{name}'] == pytest.approx(sound[f'eval/test/{name}'], rel=1e-5)
     assert not np.isfinite(found['eval/test/member_1/loss'])
-    # Nor in other modes, which restore the state.
+    # Also in other modes, which restore the state.
     state = Trainer(ensemble((0.01, 3e38, 0.02), evals=evals), str(tmp_path)).restore()
     again = trainer.evaluate(state)['test']
     assert again['loss'] == pytest.approx(found['eval/test/loss'], rel=1e-6)
@@ -325,13 +331,13 @@ def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib
 
 
 @pytest.mark.slow
-def test_no_member_left() -> None:
+def test_run_fails_if_all_members_diverge() -> None:
     with pytest.raises(NonFiniteError, match='all members of the ensemble have diverged'):
         Trainer(ensemble((2e38, 3e38))).fit()
 
 
 def twice(state: Any, batch: Any, ctx: Any) -> Any:
-    """Two updates, whose metrics are nested; the second one is bad in the fifth step."""
+    """Two updates with nested metrics; the second one is non-finite in the fifth step."""
     grads, _, first = ctx.gradients(state, batch)
     state, _ = ctx.update(state, grads)
     grads, _, second = ctx.gradients(state, batch)
@@ -342,7 +348,7 @@ def twice(state: Any, batch: Any, ctx: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('sweeps', [False, True])
-def test_several_updates_are_one_step(sweeps: bool) -> None:
+def test_several_updates_count_as_one_step(sweeps: bool) -> None:
     made = build(PLAIN, step={'ref': f'{__name__}:twice'})
     states = run(made, 7, sweeps=sweeps)
     if sweeps:
@@ -353,8 +359,8 @@ def test_several_updates_are_one_step(sweeps: bool) -> None:
 
 
 @pytest.mark.slow
-def test_an_overflow_of_a_batch_is_for_the_loss_scale() -> None:
-    """One loss that is not finite: skipped and counted."""
+def test_overflow_is_skipped_by_the_loss_scale() -> None:
+    """A single non-finite loss is skipped and counted."""
     made = build(linen(bad=1), precision={'compute': 'float16'}, train_for='20 steps')
     result = Trainer(made).fit()
     assert result.status == 'finished'
@@ -363,7 +369,7 @@ def test_an_overflow_of_a_batch_is_for_the_loss_scale() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('sweeps', slow_after(1, [False, True]))
-def test_optimizers_that_replace_what_is_not_finite(sweeps: bool) -> None:
+def test_zero_nans_handles_non_finite_gradients(sweeps: bool) -> None:
     chain = {
         'target': 'optax:chain',
         'args': ({'target': 'optax:zero_nans'}, {'target': 'optax:sgd', 'learning_rate': 0.01}),

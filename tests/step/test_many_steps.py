@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thousands of steps on virtual devices, and no row in between that would wait for them."""
+"""Thousands of steps on virtual devices, without a row that would wait for them."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optax:MultiSteps`: keys that work with it, and those refused in favour of `accumulate`."""
+"""`optax:MultiSteps`: keys that work with it, and keys that require `accumulate` instead."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def multi(opt: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 RIGHT: dict[str, tuple[Any, Any]] = {
-    # With MultiSteps, and with slices of batches twice as large.
+    # With MultiSteps, and with micro-batches of batches twice as large.
     'a schedule': (multi(SGD), SGD),
     'a chain that clips': (
         multi({'target': 'optax:chain', 'args': (
@@ -46,8 +46,8 @@ RIGHT: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', RIGHT)
-def test_an_update_of_two_steps_is_that_of_two_slices(name: str) -> None:
-    """The order of the examples is the same, and so is every update; schedules count updates."""
+def test_two_steps_equal_two_micro_batches(name: str) -> None:
+    """The examples are in the same order, and all updates are equal; schedules count updates."""
     ours, theirs = RIGHT[name]
     options: dict[str, Any] = {'evals': {}, 'log': {'every': '2 steps'}}
     many = tiny.trainer(optimizer=ours, train_for='20 steps', **options).fit()
@@ -61,20 +61,20 @@ def test_an_update_of_two_steps_is_that_of_two_slices(name: str) -> None:
         many.state.params,
         few.state.params,
     )
-    # The last step makes an update: its row has the rate and the norm of that.
+    # The last step makes an update: its row has the rate and the norm of that update.
     for metric in many.metrics:
         if metric.startswith('train/learning_rate') or metric == 'train/update_norm':
             assert many.metrics[metric] == pytest.approx(few.metrics[metric], rel=1e-3), metric
 
 
 def overflowing(model: Any, batch: Any) -> jax.Array:
-    """A loss that overflows as long as its scale is large."""
+    """A loss that overflows while the loss scale is large."""
     return (model(batch['x']) ** 2).mean(-1)  # type: ignore[no-any-return]
 
 
 @pytest.mark.slow
-def test_a_step_that_overflows_is_none_of_those_of_an_update() -> None:
-    """Under a loss scale: accumulated gradients and count stay; the rate is that of the count."""
+def test_overflowing_step_is_not_part_of_an_update() -> None:
+    """With a loss scale: accumulated gradients and count are kept, and the rate is of the count."""
     schedule = {**DECAY, 'transition_steps': 100}
     made = tiny.trainer(
         optimizer=multi({**SGD, 'learning_rate': schedule}),
@@ -129,7 +129,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize('name', WRONG)
-def test_what_is_wrong_beside_it_is_refused_before_anything_compiles(name: str) -> None:
+def test_incompatible_keys_are_rejected_before_compilation(name: str) -> None:
     optimizer, options, message = WRONG[name]
     with pytest.raises(UserError, match=message) as error:
         tiny.trainer(optimizer=optimizer, **options).compile()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between two rows of metrics the host asks the devices for nothing."""
+"""Between two rows of metrics, the host does not wait for the devices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests import command
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
-# What every conversion of an array to numbers of the host goes through.
+# Every conversion of an array to numbers on the host calls this.
 ARRAY: Any = type(jnp.zeros(()))
 
 
 def fetches(patch: pytest.MonkeyPatch, steps: int, every: int) -> int:
-    """Returns how often a run of so many steps, with a row so often, waits for an array."""
+    """Returns how often a run of `steps` steps, with a row `every` steps, waits for an array."""
     waits: list[Any] = []
     value, block = ARRAY._value, jax.block_until_ready
 
@@ -45,8 +45,8 @@ def fetches(patch: pytest.MonkeyPatch, steps: int, every: int) -> int:
 
 
 @pytest.mark.slow
-def test_steps_between_rows_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """M7: the number of waits is that of the rows, however many steps lie between them."""
+def test_steps_between_rows_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M7: the number of waits depends on the number of rows, not of steps."""
     one_row = fetches(monkeypatch, 3, 3)
     assert one_row > 0
     assert fetches(monkeypatch, 12, 12) == one_row

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers that take more than gradients: the loss, and the loss as a function."""
+"""Optimizers that take the loss, or the loss as a function, in addition to gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chain(*parts: Any) -> dict[str, Any]:
 
 
 class Seen(NamedTuple):
-    """What an optimizer was given: the value, that of the function, and how far off its slope is.
+    """The arguments of an optimizer: the value, that of the function, and the error of its slope.
 
     Attributes:
         value: as given.
@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 
 
 def looks(*, calls: bool = True) -> optax.GradientTransformationExtraArgs:
-    """Keeps what it is given in its state."""
+    """An optimizer that keeps its arguments in its state."""
 
     def init(params: Any) -> Seen:
         del params
@@ -64,7 +64,7 @@ def looks(*, calls: bool = True) -> optax.GradientTransformationExtraArgs:
 
 
 class Noisy(nn.Module):
-    """Random numbers, and statistics of the batch."""
+    """A model with random numbers and batch statistics."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -73,20 +73,20 @@ class Noisy(nn.Module):
 
 
 def weighted(model: Any, batch: Any) -> TaskOutput:
-    """Rows that count differently, and a penalty."""
+    """A task with different weights of examples, and a penalty."""
     loss = optax.softmax_cross_entropy_with_integer_labels(model(batch['x']), batch['label'])
     norm = sum(jnp.sum(p**2) for p in jax.tree.leaves(model.params))
     return TaskOutput(loss=loss, weights=batch['label'] * 1.0, penalties={'l2': 1e-3 * norm})
 
 
 def two_losses(model: Any, batch: Any) -> TaskOutput:
-    """One for each layer, which differ."""
+    """A task with a different loss for each layer."""
     loss = optax.softmax_cross_entropy_with_integer_labels(model(batch['x']), batch['label'])
     return TaskOutput(loss={'one': loss, 'two': 2 * loss + 1})
 
 
 def seen_by(**options: Any) -> list[Seen]:
-    """Returns what each of the looking optimizers saw in the last of three steps."""
+    """Returns the arguments that each recording optimizer got in the last of three steps."""
     options = {'optimizer': LOOKS, 'model': MODEL, 'evals': {}, **options}
     state = tiny.trainer(train_for='3 steps', **options).fit().state
     nodes = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, Seen))
@@ -115,8 +115,8 @@ COURSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', slow_except(['weighted', 'sharded'], COURSES))
-def test_the_function_repeats_the_forward_pass(name: str) -> None:
-    """At the same parameters the same loss and gradient: the same masks of dropout, all slices."""
+def test_value_fn_repeats_the_forward_pass(name: str) -> None:
+    """Same loss and gradient at the same parameters: same dropout masks, all micro-batches."""
     (seen,) = seen_by(**COURSES[name])
     assert seen.value > 0.1
     np.testing.assert_allclose(seen.again, seen.value, rtol=1e-5)
@@ -127,8 +127,8 @@ HALF = {'precision': {'compute': 'float16', 'loss_scale': 8.0}}
 
 
 @pytest.mark.slow
-def test_the_value_is_the_loss_of_the_row() -> None:
-    """That of the whole batch, however it is cut, without the loss scale."""
+def test_value_is_the_logged_loss() -> None:
+    """The loss of the whole batch, for any number of micro-batches, without the loss scale."""
     for options in ({}, {'accumulate': 4}, HALF):
         optimizer = {**LOOKS, 'calls': False}
         trainer = tiny.trainer(
@@ -140,7 +140,7 @@ def test_the_value_is_the_loss_of_the_row() -> None:
 
 
 @pytest.mark.slow
-def test_each_group_sees_its_own_loss() -> None:
+def test_each_group_gets_its_own_loss() -> None:
     groups = {
         'a': {**LOOKS, 'params': 'Dense_0/.*', 'loss': 'one'},
         'b': {**LOOKS, 'params': '(Dense_1|BatchNorm_0)/.*', 'loss': 'two'},
@@ -154,8 +154,8 @@ def test_each_group_sees_its_own_loss() -> None:
 
 
 @pytest.mark.slow
-def test_half_and_complex_parameters_are_completed() -> None:
-    """An optimizer sees float32 and pairs; the model gets its own parameters again."""
+def test_value_fn_accepts_the_optimizer_view_of_parameters() -> None:
+    """The optimizer sees float32 and pairs; the model gets parameters in its own dtypes."""
     (seen,) = seen_by(precision={'params': 'bfloat16'})
     np.testing.assert_allclose(seen.again, seen.value, rtol=1e-2)
     (seen,) = seen_by(model={'target': f'{__name__}:Complex'}, task={'ref': f'{__name__}:distance'})
@@ -164,7 +164,7 @@ def test_half_and_complex_parameters_are_completed() -> None:
 
 
 class Complex(nn.Module):
-    """How far a complex number is from another."""
+    """The distance of a complex parameter from a target."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -177,8 +177,8 @@ def distance(model: Any, batch: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_a_line_search_goes_where_optax_goes() -> None:
-    """Against optax's own loop, on batches of the whole data set."""
+def test_line_search_equals_the_loop_of_optax() -> None:
+    """Compared with the loop of optax's documentation, on batches of the whole dataset."""
     data = {'source': tiny.SOURCE, 'batch_size': 256, 'shuffle': False}
     trainer = tiny.trainer(optimizer=LBFGS, data=data, evals={}, train_for='5 steps')
     params = jax.device_get(trainer.init_state().params)
@@ -205,8 +205,8 @@ def test_a_line_search_goes_where_optax_goes() -> None:
 
 
 @pytest.mark.slow
-def test_members_search_for_themselves() -> None:
-    """Each as it would alone."""
+def test_ensemble_members_have_separate_line_searches() -> None:
+    """Each member as it would be alone."""
     alone = tiny.trainer(optimizer=LBFGS, evals={}, train_for='4 steps').fit()
     both = tiny.trainer(
         optimizer=LBFGS, evals={}, train_for='4 steps', ensemble={'size': 2}
@@ -232,14 +232,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_they_learn(name: str) -> None:
+def test_optimizers_with_extra_arguments_learn(name: str) -> None:
     result = tiny.trainer(optimizer=OPTIMIZERS[name], evals={}, train_for='30 steps').fit()
     assert result.metrics['train/loss'] < 0.6
 
 
 @pytest.mark.slow
-def test_the_logged_rate_is_the_applied_one(caplog: pytest.LogCaptureFixture) -> None:
-    """What a plateau or a line search makes of it counts; a mere bound is not logged."""
+def test_logged_rate_includes_factors_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
+    """Factors of a plateau or a line search are included; an upper bound is not logged."""
     plateau = {'target': 'optax.contrib:reduce_on_plateau', 'patience': 1, 'factor': 0.5}
     tiny_rate = {'target': 'optax:sgd', 'learning_rate': 1e-9}
     data = {'source': tiny.SOURCE, 'batch_size': 256}
@@ -272,7 +272,7 @@ def test_groups_log_their_own_factors() -> None:
 
 
 def without_gradients(state: Any, batch: Any, ctx: Any, *, gives: bool) -> Any:
-    """Its own gradient, and the loss if `gives`."""
+    """A custom step with its own gradient, which passes the loss if `gives`."""
 
     def loss(params: Any) -> Any:
         return ctx.loss(ctx.task(ctx.bind(params), batch))
@@ -283,7 +283,7 @@ def without_gradients(state: Any, batch: Any, ctx: Any, *, gives: bool) -> Any:
 
 
 def of_each_example(state: Any, batch: Any, ctx: Any) -> Any:
-    """A gradient of each example, as differential privacy needs it."""
+    """A custom step with per-example gradients, as for differential privacy."""
 
     def loss(params: Any, row: Any) -> Any:
         return ctx.loss(ctx.task(ctx.bind(params), jax.tree.map(lambda x: x[None], row)))
@@ -293,8 +293,8 @@ def of_each_example(state: Any, batch: Any, ctx: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_a_step_of_ones_own_passes_the_loss_on() -> None:
-    """What `ctx.gradients` found, or what it gives itself."""
+def test_custom_step_passes_the_loss_to_the_optimizer() -> None:
+    """The loss of `ctx.gradients`, or one that the step passes itself."""
     last = {}
     steps: dict[str, Any] = {
         'default': None,
@@ -314,14 +314,14 @@ def test_a_step_of_ones_own_passes_the_loss_on() -> None:
 
 
 @pytest.mark.slow
-def test_gradients_of_each_example_in_a_step_of_ones_own() -> None:
+def test_per_example_gradients_in_a_custom_step() -> None:
     step = {'target': f'{__name__}:of_each_example'}
     result = tiny.trainer(optimizer=DPSGD, step=step, **ONE).fit()
     assert result.status == 'finished'
 
 
 def warm() -> optax.GradientTransformationExtraArgs:
-    """Takes an argument of its own, and against the convention no other."""
+    """An optimizer that takes one extra argument and, against the convention, no other."""
 
     def update(updates: Any, state: Any, params: Any = None, *, temperature: float = 1.0) -> Any:
         del params
@@ -341,7 +341,7 @@ def giving(temperature: float) -> Any:
 
 
 @pytest.mark.slow
-def test_an_argument_of_the_users_own_is_not_dropped() -> None:
+def test_arguments_of_the_user_are_not_dropped() -> None:
     norms = []
     for temperature in (0.25, 1.0):
         step = {'target': f'{__name__}:giving', 'temperature': temperature}
@@ -351,7 +351,7 @@ def test_an_argument_of_the_users_own_is_not_dropped() -> None:
 
 
 def wants_more() -> optax.GradientTransformationExtraArgs:
-    """Takes what no trainer has."""
+    """An optimizer that needs an argument that the trainer does not compute."""
 
     def update(updates: Any, state: Any, params: Any = None, *, weather: Any, **_: Any) -> Any:
         del params, weather
@@ -361,7 +361,7 @@ def wants_more() -> optax.GradientTransformationExtraArgs:
 
 
 def takes_value_only() -> optax.GradientTransformationExtraArgs:
-    """Against the convention."""
+    """An optimizer that, against the convention, takes no extra arguments."""
 
     def update(updates: Any, state: Any, params: Any = None, *, value: Any) -> Any:
         del params, value
@@ -424,7 +424,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize('name', REFUSED)
-def test_what_an_optimizer_cannot_be_given_is_said(name: str) -> None:
+def test_unavailable_arguments_are_reported(name: str) -> None:
     options, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         tiny.trainer(**ONE, **options).fit()
@@ -447,10 +447,10 @@ def test_what_an_optimizer_cannot_be_given_is_said(name: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_resumed_run_ends_bit_equal(
+def test_resume_is_bit_equal(
     optimizer: dict[str, Any], logged: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
-    """What these keep of the losses is in the checkpoint."""
+    """The losses that these optimizers keep are in the checkpoint."""
     options = {
         'optimizer': optimizer,
         'evals': {},
@@ -472,8 +472,8 @@ def checked(state: Any) -> Health:
 
 
 @pytest.mark.slow
-def test_a_resumed_search_may_find_nothing_as_a_fresh_one_may() -> None:
-    """Optax says so by an infinite error, which is no sign that the run has failed."""
+def test_failed_line_search_after_resume_is_not_a_failure() -> None:
+    """Optax marks it by an infinite error, which does not mean that the run has failed."""
     trainer = tiny.trainer(optimizer=LBFGS, evals={}, train_for='3 steps')
     state = trainer.fit().state
     search = state.opt_state[-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guide "Upgrading my codebase to Optax": its optimizers, its figures, and what is equal."""
+"""Flax's guide "Upgrading my codebase to Optax": its optimizers and accuracies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def masked(inner: dict[str, Any], mask: str) -> dict[str, Any]:
     return {'target': 'optax:masked', 'inner': inner, 'mask': {'ref': f'{AT}:{mask}'}}
 
 
-# Each with the accuracy that the guide prints; those of one name are the same optimizer.
+# Each with the accuracy that the guide prints; entries of one name are the same optimizer.
 OPTIMIZERS: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
     'F1': (0.9165, (SGD, chain(TRACE, SCALE))),
     'F2': (0.9517, (
@@ -85,8 +85,8 @@ def fitted(name: str, index: int) -> tuple[float, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_the_figures_of_the_guide(name: str) -> None:
-    """F1, F2, F3, F4, F5, E5: within .012 of what is printed, and to the bit in every form."""
+def test_accuracies_of_the_guide(name: str) -> None:
+    """F1, F2, F3, F4, F5, E5: within .012 of the guide; all forms of an optimizer are bit-equal."""
     printed, forms = OPTIMIZERS[name]
     accuracy, params = fitted(name, 0)
     assert accuracy == pytest.approx(printed, abs=0.012)
@@ -97,15 +97,15 @@ def test_the_figures_of_the_guide(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_multiplier_is_a_smaller_rate() -> None:
-    """F4: but for the rounding, which comes in two steps."""
+def test_multiplier_equals_a_smaller_rate() -> None:
+    """F4: up to rounding, because the product is computed in two operations."""
     accuracy, params = fitted('F4', 0)
     other, same = fitted('F4, F5', 0)
     assert accuracy == pytest.approx(other, abs=2e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same)
 
 
-def test_the_first_parameters_know_nothing() -> None:
+def test_initial_parameters_have_chance_accuracy() -> None:
     trainer = perceptron.trainer(SGD)
     assert trainer.evaluate(trainer.init_state())['test']['accuracy'] == pytest.approx(
         0.1, abs=0.07
@@ -113,7 +113,7 @@ def test_the_first_parameters_know_nothing() -> None:
 
 
 def test_unmasked_updates_pass_through() -> None:
-    """F5: what no mask covers is not zeroed; both masks of the chain above cover all."""
+    """F5: updates that no mask covers are not zeroed; the masks of the chain above cover all."""
     made = perceptron.trainer(chain(masked(SGD, 'kernels'))).experiment.optimizer
     params = {'Dense_0': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
     tx = made.transformation(params)
@@ -130,7 +130,7 @@ def steps(trainer: Trainer, count: int) -> TrainState:
     return state
 
 
-# The optimizers of Flax's examples, and Adafactor, which was still to be ported then.
+# The optimizers of Flax's examples, and Adafactor, which was ported later.
 DROP_IN = {
     'imagenet, mnist': {**SGD, 'nesterov': True},
     'nlp_seq, wmt': {
@@ -147,7 +147,7 @@ DROP_IN = {
 
 @pytest.mark.parametrize('name', slow_after(2, DROP_IN))
 def test_drop_in_replacements(name: str) -> None:
-    """F6, F8: they train from a config, and their rate is known to the log."""
+    """F6, F8: they train from a config, and their rate is logged."""
     trainer = perceptron.trainer(DROP_IN[name])
     before = float(trainer.evaluate(trainer.init_state())['test']['loss'])
     state = steps(trainer, 20)
@@ -159,7 +159,7 @@ def test_drop_in_replacements(name: str) -> None:
 
 
 def injected(**numbers: float) -> optax.GradientTransformation:
-    """An optimizer of the user's own, whose numbers are in its state."""
+    """An optimizer of a user, with hyperparameters in its state."""
     return optax.inject_hyperparams(optax.adamw)(**numbers)
 
 
@@ -167,7 +167,7 @@ SEEN: list[tuple[int, int, float]] = []
 
 
 def look(event: Event) -> None:
-    """A hook that reads the optimizer's own counts and numbers."""
+    """A hook that reads counts and hyperparameters of the optimizer."""
     if event.kind == 'log':
         state = event.state.opt_state
         decay = state.hyperparams['weight_decay']
@@ -175,8 +175,8 @@ def look(event: Event) -> None:
 
 
 @pytest.mark.slow
-def test_numbers_in_the_state_and_its_own_counts(tmp_path: pathlib.Path) -> None:
-    """E4, F7: any number among an optimizer's arguments is in its state, beside its count."""
+def test_hyperparameters_and_counts_are_in_the_state(tmp_path: pathlib.Path) -> None:
+    """E4, F7: numeric arguments of an optimizer are in its state, next to its count."""
     SEEN.clear()
     trainer = perceptron.trainer(
         {'target': f'{__name__}:injected', 'accepts_any': True,
@@ -188,7 +188,7 @@ def test_numbers_in_the_state_and_its_own_counts(tmp_path: pathlib.Path) -> None
     assert [seen[:2] for seen in SEEN] == [(10, 10), (20, 20), (30, 30)]
     assert SEEN[0][2] == pytest.approx(0.1)
     assert float(state.opt_state.hyperparams['learning_rate']) == pytest.approx(0.01)
-    # A number that is changed in the state is used from there on.
+    # A hyperparameter that is changed in the state is used from then on.
     numbers = {**state.opt_state.hyperparams, 'learning_rate': jnp.float32(0)}
     still = dataclasses.replace(state, opt_state=state.opt_state._replace(hyperparams=numbers))
     still = jax.device_put(
@@ -201,8 +201,8 @@ def test_numbers_in_the_state_and_its_own_counts(tmp_path: pathlib.Path) -> None
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before)
 
 
-def test_a_schedule_needs_its_sign() -> None:
-    """E4: `scale_by_schedule` scales updates, `scale_by_learning_rate` takes them downhill."""
+def test_scale_by_schedule_needs_a_negative_schedule() -> None:
+    """E4: `scale_by_schedule` only scales; `scale_by_learning_rate` also negates."""
     up = chain({'target': 'optax:scale_by_schedule', 'step_size_fn': GROWTH})
     down = chain({'target': 'optax:scale_by_learning_rate', 'learning_rate': GROWTH})
     params = {'w': jnp.zeros(3)}
@@ -215,7 +215,7 @@ def test_a_schedule_needs_its_sign() -> None:
 
 
 def norms_of_each(model: Any, batch: Mapping[str, jax.Array]) -> TaskOutput:
-    """Gradients of single examples, by `vmap` of code for one of them."""
+    """Per-example losses by `vmap` of code for one example."""
 
     def loss(logits: jax.Array, label: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, label)
@@ -231,8 +231,8 @@ def norms_of_each(model: Any, batch: Mapping[str, jax.Array]) -> TaskOutput:
 
 
 @pytest.mark.slow
-def test_gradients_of_single_examples() -> None:
-    """F10: code for one example, mapped over a batch inside the task."""
+def test_per_example_code_with_vmap() -> None:
+    """F10: code for one example is mapped over the batch inside the task."""
     task = {'ref': f'{__name__}:norms_of_each'}
     trainer = perceptron.trainer(SGD, task=task, evals={})
     with trainer.batches(0, [1]) as batches:
@@ -256,7 +256,7 @@ def test_gradients_of_single_examples() -> None:
 
 @pytest.mark.slow
 def test_gradient_norms_are_logged_before_clipping(tmp_path: pathlib.Path) -> None:
-    """F3: the row has the norm of the gradient as it was, the update is that of the clipped one."""
+    """F3: the row has the norm of the original gradient; the update uses the clipped one."""
     options = {
         'data__source__limit': 320,
         'evals': {},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the optimizer: clipping, masks, freezing, multipliers, learning rates."""
+"""Clipping, masks, freezing, multipliers and learning rates around the optimizer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def updates(optimizer: Optimizer, steps: int = 1) -> tuple[Any, Any]:
 
 
 def updates_without_gradients(optimizer: Optimizer) -> tuple[Any, Any]:
-    """Returns the parameters after one update of gradients that are 0, and the state."""
+    """Returns the parameters after one update with gradients of 0, and the state."""
     tx = optimizer.transformation(PARAMS)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     out, state = tx.update(zeros, tx.init(PARAMS), PARAMS)
@@ -42,13 +42,13 @@ def updates_without_gradients(optimizer: Optimizer) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize('norm', [0.0, -1.0, float('nan')])
-def test_a_norm_to_clip_by_is_positive(norm: float) -> None:
-    """0 would train nothing, and less would turn the gradient round."""
+def test_clip_norm_must_be_positive(norm: float) -> None:
+    """0 would train nothing, and a negative norm would reverse the gradient."""
     with pytest.raises(UserError, match=r'config\.optimizer\.clip_norm: expected more than 0'):
         Optimizer(base=optax.sgd(1.0), clip_norm=norm)
 
 
-def test_clipping_is_by_the_global_norm() -> None:
+def test_clipping_uses_the_global_norm() -> None:
     """F3."""
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(GRADS)))
     new, _ = updates(Optimizer(base=optax.sgd(1.0), clip_norm=0.5))
@@ -60,7 +60,7 @@ def test_clipping_is_by_the_global_norm() -> None:
     jax.tree.map(lambda p, g, n: np.testing.assert_array_equal(n, p - g), PARAMS, GRADS, loose)
 
 
-def test_frozen_parameters_stay_and_hold_no_state() -> None:
+def test_frozen_parameters_do_not_change_and_have_no_state() -> None:
     """G4, G5: bit-identical after training, no slots, and clipping sees the trained ones only."""
     optimizer = Optimizer(base=optax.adam(0.1), freeze=('backbone/.*',), clip_norm=1.0)
     new, state = updates(optimizer, steps=5)
@@ -74,7 +74,7 @@ def test_frozen_parameters_stay_and_hold_no_state() -> None:
 
 
 def test_multipliers_scale_the_learning_rate() -> None:
-    """F4: equal to two optimizers of different rates."""
+    """F4: equal to two optimizers with different rates."""
     pairs = (('.*/bias', 0.1), ('head/.*', 2.0), ('.*', 1.0))
     new, _ = updates(Optimizer(base=optax.sgd(0.5, momentum=0.9), lr_multipliers=pairs), steps=3)
     for rate, place in ((0.05, 'bias'), (0.5, 'kernel')):
@@ -99,7 +99,7 @@ def test_patterns_are_checked(options: Any, message: str) -> None:
         Optimizer(base=optax.sgd(0.1), **options).transformation(PARAMS)
 
 
-def test_one_pattern_of_a_decay_mask_is_enough() -> None:
+def test_single_pattern_of_a_decay_mask_may_match_nothing() -> None:
     mask = ('neck/.*', 'head/kernel')
     Optimizer(base=optax.sgd(0.1), decay_mask=mask).transformation(PARAMS)
 
@@ -138,8 +138,8 @@ MASKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize('name', MASKED)
-def test_decay_masks_of_other_names(name: str) -> None:
-    """Of one kernel alone; without gradients, what changes has decayed."""
+def test_decay_masks_with_other_argument_names(name: str) -> None:
+    """A mask of one kernel; without gradients, a parameter that changes has decayed."""
     path = str(ROOT / 'configs' / 'mnist_mlp.py')
     node = {**MASKED[name], 'decay_mask': 'head/kernel'}
     new, _ = updates_without_gradients(load_and_build(path, optimizer=repr(node)).optimizer)
@@ -149,7 +149,7 @@ def test_decay_masks_of_other_names(name: str) -> None:
 
 
 def test_every_optimizer_of_optax_that_takes_a_decay_mask_is_known() -> None:
-    """Its argument has one of the two names, or it is a mask of something else."""
+    """The argument has one of the two names, or it masks something else."""
     other = {'masked', 'freeze'}
     for module in (optax, optax.contrib):
         for name, made in vars(module).items():
@@ -183,7 +183,7 @@ def test_every_optimizer_of_optax_that_takes_a_decay_mask_is_known() -> None:
         ),
     ],
 )  # fmt: skip
-def test_decay_masks_that_would_mask_something_else(node: dict[str, Any], message: str) -> None:
+def test_invalid_decay_masks_are_rejected(node: dict[str, Any], message: str) -> None:
     node = {**node, 'decay_mask': '.*/kernel'}
     if node['target'] != 'optax:masked':
         node.setdefault('learning_rate', 0.1)
@@ -191,7 +191,7 @@ def test_decay_masks_that_would_mask_something_else(node: dict[str, Any], messag
         load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(node))
 
 
-def test_a_decay_mask_without_decay_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_decay_mask_without_decay_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     node = {'target': 'optax:adafactor', 'learning_rate': 0.1, 'decay_mask': '.*/kernel'}
     load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(node))
     assert 'decay_mask has no effect: config.optimizer.weight_decay_rate is not set' in caplog.text
@@ -225,7 +225,7 @@ def test_learning_rates_with_durations(node: str, rates: list[float]) -> None:
         assert float(schedule(50)) == pytest.approx(0.0, abs=1e-7)
 
 
-def test_the_learning_rate_of_a_chain_is_found() -> None:
+def test_learning_rate_of_a_chain_is_logged() -> None:
     """F1: a chain of building blocks equals its alias."""
     chain = {
         'target': 'optax:chain',
@@ -246,8 +246,8 @@ def test_the_learning_rate_of_a_chain_is_found() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new, alias)
 
 
-def test_a_schedule_within_a_chain_is_found() -> None:
-    """F1: it stays where it is, and the log knows it."""
+def test_schedule_inside_a_chain_is_logged() -> None:
+    """F1: the schedule stays in the chain, and is logged."""
     schedule = {
         'target': 'optax:linear_schedule', 'init_value': 0.4, 'end_value': 0.0,
         'transition_steps': 4,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number types of parameters, computation and output, and the dynamic loss scale."""
+"""Dtypes of parameters, computation and output, and the dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SEEN: dict[str, Any] = {}
 
 
 class Watched(nn.Module):
-    """Notes the dtypes that it meets."""
+    """A model that records the dtypes of its values."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -58,7 +58,7 @@ def classify(model: Any, batch: Mapping[str, jax.Array]) -> TaskOutput:
     output = Classification(inputs='x')(model, batch)
     SEEN['kernel'] = model.params['Dense_0']['kernel'].dtype
     SEEN['logits'] = model(batch['x']).dtype
-    # A loss that overflows where the batch says so.
+    # A loss that overflows if the batch requests it.
     return output.replace(loss=output.loss * jnp.where(batch['bad'], jnp.inf, 1.0))
 
 
@@ -106,11 +106,11 @@ def train(made: Programs, steps: int = 5, bad: tuple[int, ...] = ()) -> Any:
     return state
 
 
-def test_the_model_computes_in_the_asked_dtype() -> None:
+def test_model_computes_in_the_configured_dtype() -> None:
     state = train(programs(Watched(), BF16), 1)
     assert {SEEN['x'], SEEN['hidden']} == {jnp.dtype('bfloat16')}
     assert {SEEN['kernel'], SEEN['logits']} == {jnp.dtype('float32')}
-    # Neither batch statistics nor any other variable changes its dtype by it.
+    # Neither batch statistics nor any other variable changes its dtype.
     kept = (state.params, state.opt_state[0].trace, state.collections)
     assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype('float32')}
 
@@ -122,7 +122,7 @@ class Residual(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Scans over layers starting with its input, and over positions with zeros of its dtype."""
+    """A scan over layers from its input, and one over positions from zeros of the same dtype."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -142,8 +142,8 @@ class Scanned(nn.Module):
 
 @pytest.mark.parametrize('precision', [BF16, F16])
 @pytest.mark.parametrize('bridged', [False, True])
-def test_a_scan_begins_in_the_dtype_that_it_goes_on_in(precision: Precision, bridged: bool) -> None:
-    """Also while the parameters are made, which are float32."""
+def test_carry_of_a_scan_has_the_compute_dtype(precision: Precision, bridged: bool) -> None:
+    """Also during initialization, where parameters are float32."""
 
     def of_linen(rngs: nnx.Rngs) -> nnx.Module:
         return nnx.bridge.ToNNX(Scanned(), rngs=rngs)
@@ -164,7 +164,7 @@ def test_a_scan_begins_in_the_dtype_that_it_goes_on_in(precision: Precision, bri
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype('float32')}
 
 
-def test_parameters_and_what_follows_them() -> None:
+def test_parameters_slots_and_average_dtypes() -> None:
     precision = Precision(params='bfloat16', compute='bfloat16', output='float32')
     state = train(programs(Watched(), precision, ema_decay=0.9), 2)
     assert {x.dtype for x in jax.tree.leaves((state.params, state.average))} == {
@@ -175,8 +175,8 @@ def test_parameters_and_what_follows_them() -> None:
 
 
 @pytest.mark.slow
-def test_an_average_of_halves_goes_on_where_they_would_stand_still() -> None:
-    """A thousandth of a small difference is less than bfloat16 can add to the average."""
+def test_average_of_half_precision_parameters_is_float32() -> None:
+    """In bfloat16, a thousandth of a small difference would be rounded away."""
 
     def course(dtype: str) -> Any:
         made = programs(Watched(), Precision(params=dtype), ema_decay=0.999)
@@ -193,8 +193,8 @@ def test_an_average_of_halves_goes_on_where_they_would_stand_still() -> None:
 
 
 @pytest.mark.parametrize('accumulate', [1, 4])
-def test_slices_of_halves(accumulate: int) -> None:
-    """They are summed up in float32, and the state keeps its dtypes: nothing compiles again."""
+def test_accumulation_in_half_precision_is_float32(accumulate: int) -> None:
+    """Gradients are summed in float32, and the state keeps its dtypes: one compilation."""
     precision = Precision(params='bfloat16', output='float32')
     optimizer = Optimizer(base=optax.adam(0.01))
     made = programs(Watched(), precision, optimizer=optimizer, accumulate=accumulate)
@@ -205,14 +205,14 @@ def test_slices_of_halves(accumulate: int) -> None:
     assert {x.dtype for x in jax.tree.leaves(slots)} == {jnp.dtype('float32')}
 
 
-def test_nothing_is_cast_unless_asked_for() -> None:
+def test_nothing_is_cast_by_default() -> None:
     train(programs(Watched(), Precision()), 1)
     assert {SEEN[name] for name in ('x', 'hidden', 'logits')} == {jnp.dtype('float32')}
 
 
 @pytest.mark.slow
-def test_an_overflow_keeps_the_state_and_halves_the_scale() -> None:
-    """F9: parameters, optimizer, average and statistics stay, the step goes on."""
+def test_overflow_keeps_the_state_and_halves_the_scale() -> None:
+    """F9: parameters, optimizer state, average and statistics are kept; `step` increases."""
     adam = Optimizer(base=optax.adam(0.1), learning_rate=lambda count: count)
     made = programs(Watched(), loss_scale=2.0**10, ema_decay=0.5, optimizer=adam)
     before, after = train(made, 2), train(made, 3, bad=(2,))
@@ -222,19 +222,19 @@ def test_an_overflow_keeps_the_state_and_halves_the_scale() -> None:
     assert (float(before.loss_scale.scale), float(after.loss_scale.scale)) == (1024, 512)
     metrics = compute_metrics(after.metrics)
     assert (metrics['loss_scale'], metrics['skipped_updates']) == (512, 1)
-    # What the row of that step says is true of the parameters that there are.
+    # The row of that step describes the parameters that were kept.
     kept = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(before.params)))
     assert metrics['norms']['param'] == pytest.approx(float(kept), rel=1e-6)
     assert metrics['norms']['update'] == 0 and not np.isfinite(metrics['norms']['grad'])
-    # The schedule counts updates, and the one that was left out is none.
+    # The schedule does not count the skipped update.
     later = train(made, 5, bad=(2,))
     assert compute_metrics(later.metrics)['learning_rate'] == 3
     assert later.opt_state[0].count == 4
     assert later.loss_scale.finite_steps == 2
 
 
-def test_the_scale_doubles_after_so_many_finite_steps() -> None:
-    """F9: 2,000 of them; an overflow starts the count again; never below 1, never infinite."""
+def test_scale_doubles_after_2000_finite_steps() -> None:
+    """F9: an overflow restarts the count; the scale is never below 1 and never infinite."""
     scale = LossScale.from_value(65536.0)
     after = jax.jit(lambda s, finite: s.update(finite))
     for _ in range(1999):
@@ -251,19 +251,19 @@ def test_the_scale_doubles_after_so_many_finite_steps() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, 4])
-def test_the_scale_leaves_the_update_alone(accumulate: int) -> None:
-    """In float32 a power of two scales exactly: not a bit of the parameters changes."""
+def test_scale_does_not_change_the_update(accumulate: int) -> None:
+    """In float32, scaling by a power of two is exact: the parameters are bit-equal."""
     plain = train(programs(Watched(), Precision(), accumulate=accumulate))
     scaled = train(programs(Watched(), Precision(), accumulate=accumulate, loss_scale=2.0**12))
-    # Without XLA's fusion emitters, two programs may join other products and sums.
+    # Without XLA's fusion emitters, two programs may fuse products and sums differently.
     exact = 'fusion_emitters=false' not in os.environ['XLA_FLAGS']
     rounding = {'rtol': 0.0, 'atol': 0.0 if exact else 1e-7}
     same = functools.partial(np.testing.assert_allclose, **rounding)
     jax.tree.map(same, plain.params, scaled.params)
 
 
-def test_a_scale_rescues_gradients_that_float16_loses() -> None:
-    """Gradients of 1e-7 are 0 in float16; scaled they are not."""
+def test_scale_prevents_underflow_in_float16() -> None:
+    """Gradients of 1e-7 are 0 in float16 unless they are scaled."""
 
     def faint(model: Any, batch: Any) -> jax.Array:
         return 3e-8 * model(batch['x']).sum(-1)
@@ -289,8 +289,8 @@ def test_a_scale_rescues_gradients_that_float16_loses() -> None:
 
 
 @pytest.mark.slow
-def test_slices_overflow_no_earlier_than_the_whole() -> None:
-    """What flows back is divided by the rows before it is summed, in slices as in one piece."""
+def test_micro_batches_do_not_overflow_earlier_than_the_batch() -> None:
+    """Cotangents are divided by the number of examples of the batch before they are summed."""
 
     def highest(accumulate: int) -> int:
         made = programs(Watched(), loss_scale=1.0, accumulate=accumulate)
@@ -305,8 +305,8 @@ def test_slices_overflow_no_earlier_than_the_whole() -> None:
 
 
 @pytest.mark.parametrize('precision', slow_after(1, [BF16, F16]))
-def test_sharded_runs_agree(precision: Precision) -> None:
-    """Two by four devices, parameters cut in four, one overflow: the state of one device."""
+def test_sharded_run_equals_one_device(precision: Precision) -> None:
+    """Two by four devices, parameters sharded over four, one overflow."""
     options: Any = dict(loss_scale=2.0**10, ema_decay=0.9)
     one = train(programs(Watched(), precision, **options), bad=(1,))
     cut = programs(Watched(), precision, mesh=EIGHT, sharding=(FSDP(min_bytes=1),), **options)
@@ -314,7 +314,7 @@ def test_sharded_runs_agree(precision: Precision) -> None:
     kernel = many.params['Dense_0']['kernel']
     assert {s.data.shape for s in kernel.addressable_shards} == {(8, 4)}
     assert float(one.loss_scale.scale) == float(many.loss_scale.scale) == 512
-    # Half precision rounds at 2^-8 and 2^-11 in each of a few operations, in another order.
+    # Half precision rounds each of a few operations to 2^-8 or 2^-11, in a different order.
     tolerance = 0.05 if precision is BF16 else 0.01
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), one.params, many.params
@@ -322,7 +322,7 @@ def test_sharded_runs_agree(precision: Precision) -> None:
 
 
 @pytest.mark.slow
-def test_from_a_config_through_a_checkpoint(tmp_path: pathlib.Path) -> None:
+def test_precision_from_config_to_checkpoint(tmp_path: pathlib.Path) -> None:
     def trainer(precision: str) -> Trainer:
         options = {
             'train_for': '6 steps',

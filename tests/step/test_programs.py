@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled train step: where its results go, and how its norms are measured on accelerators."""
+"""The compiled train step: donated buffers, and norms as on accelerators."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def trainer(**overrides: Any) -> Trainer:
     [{}, FSDP, NNX, {'ensemble__size': 2}, {'steps_per_call': 2}],
     ids=['data', 'fsdp', 'nnx', 'ensemble', 'fused'],
 )
-def test_every_leaf_of_the_state_stays_in_its_buffer_on_an_accelerator(
+def test_state_leaves_keep_their_buffers_on_accelerators(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Leaves that changed places would be copied, and no graph of kernels could be run again."""
+    """Leaves that move to other buffers are copied, and prevent the replay of CUDA graphs."""
     monkeypatch.setattr(program_lib, '_keeps_unused_arguments', lambda mesh: True)
     programs = trainer(**options).set_up().programs
     program = programs.fused if 'steps_per_call' in options else programs.step
@@ -51,10 +51,10 @@ def test_every_leaf_of_the_state_stays_in_its_buffer_on_an_accelerator(
     [({}, 4), ({'ensemble__size': 2}, 4), (FSDP, 3)],
     ids=['data', 'ensemble', 'fsdp'],
 )
-def test_norms_are_the_same_on_an_accelerator(
+def test_norms_are_equal_on_accelerators(
     options: dict[str, Any], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There all small parameters are measured as one, but for those that devices hold parts of."""
+    """There, all small parameters are concatenated, except for those that are sharded."""
     joined = []
 
     def concatenated(arrays: Any) -> Any:

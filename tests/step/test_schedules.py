@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rate schedules from a config: optax's, the legacy ones of Flax, and ours."""
+"""Learning rate schedules from a config: those of optax, of Flax, and of this project."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def from_config(node: Mapping[str, Any]) -> Schedule:
 def assert_same(found: Schedule, expected: Schedule) -> None:
     for step in STEPS:
         assert float(found(step)) == pytest.approx(float(expected(step)), rel=1e-6, abs=1e-9)
-        # As the compiled step calls it.
+        # Called as in the compiled step.
         assert float(found(jnp.int32(step))) == pytest.approx(float(expected(step)), rel=1e-5)
 
 
-# The config's arguments, durations among them, and those that they stand for.
+# Arguments in the config, some of them durations, and the equivalent arguments in steps.
 OPTAX: dict[str, tuple[dict[str, Any], Schedule]] = {
     'constant_schedule': ({'value': 0.1}, optax.constant_schedule(0.1)),
     'cosine_decay_schedule': (
@@ -115,19 +115,19 @@ OPTAX: dict[str, tuple[dict[str, Any], Schedule]] = {
 
 @pytest.mark.parametrize('name', OPTAX)
 def test_schedules_of_optax(name: str) -> None:
-    """E1, E3, E5: any of them by its name, with durations where it takes steps."""
+    """E1, E3, E5: each by its name, with durations where it takes steps."""
     arguments, expected = OPTAX[name]
     assert_same(from_config({'target': f'optax:{name}', **arguments}), expected)
 
 
-def test_every_schedule_of_optax_is_shown() -> None:
+def test_every_schedule_of_optax_is_tested() -> None:
     names = {name for name in dir(optax.schedules) if name.endswith(('_schedule', '_schedules'))}
     public = {name for name in names if not name.startswith('_')}
     assert public | {'exponential_decay'} == set(OPTAX)
 
 
-def test_a_rate_that_is_warmed_up_and_annealed_by_epochs() -> None:
-    """E1: the numbers of the guide: ten steps an epoch, two of ten epochs of warm-up, base 0.1."""
+def test_warmup_and_cosine_decay_in_epochs() -> None:
+    """E1: as in the guide: ten steps per epoch, ten epochs with two of warmup, base rate 0.1."""
     node = {
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': '2 epochs', 'decay_steps': '10 epochs',
@@ -141,7 +141,7 @@ def test_a_rate_that_is_warmed_up_and_annealed_by_epochs() -> None:
 
 
 @pytest.mark.parametrize('warmup', ['2 epochs', 100])
-def test_a_warm_up_that_is_longer_than_the_run(warmup: Any) -> None:
+def test_warmup_longer_than_the_run_is_rejected(warmup: Any) -> None:
     node = {
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': warmup, 'decay_steps': '100%',
@@ -154,8 +154,8 @@ def test_a_warm_up_that_is_longer_than_the_run(warmup: Any) -> None:
             load_and_build(CONFIG, optimizer__learning_rate=rate, **options)
 
 
-def test_a_cycle_whose_warm_up_is_too_long() -> None:
-    """Optax would not say which of them, nor where."""
+def test_warmup_longer_than_a_cycle_is_rejected() -> None:
+    """The message names the cycle; that of optax would not."""
     cycle = {'init_value': 0.0, 'peak_value': 0.1, 'warmup_steps': 2, 'decay_steps': 10}
     cycles = (cycle, {**cycle, 'warmup_steps': '2 epochs'})
     words = r'learning_rate\.{}\[1\]\.warmup_steps: a warm-up of 10 steps does not fit into the 10'
@@ -167,7 +167,7 @@ def test_a_cycle_whose_warm_up_is_too_long() -> None:
             from_config({'target': 'optax:sgdr_schedule', **place})
 
 
-def test_steps_that_a_short_run_does_not_tell_apart() -> None:
+def test_boundaries_that_coincide_in_a_short_run_are_rejected() -> None:
     node = {
         'target': 'optax:piecewise_constant_schedule', 'init_value': 0.1,
         'boundaries_and_scales': {'60%': 0.1, '80%': 0.1},
@@ -177,8 +177,8 @@ def test_steps_that_a_short_run_does_not_tell_apart() -> None:
         load_and_build(CONFIG, optimizer__learning_rate=node, **options)
 
 
-def test_a_warm_up_that_is_left_out() -> None:
-    """'0%' is no step, as 0 is."""
+def test_warmup_of_zero_steps() -> None:
+    """'0%' is 0 steps."""
     node = {'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1}
     expected = optax.warmup_cosine_decay_schedule(0.0, 0.1, 0, 50)
     for nothing in ('0%', '0 steps', '0 epochs', '0.0%'):
@@ -219,18 +219,20 @@ def test_a_warm_up_that_is_left_out() -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_length_of_nothing_where_optax_needs_one(node: dict[str, Any], message: str) -> None:
+def test_length_of_zero_steps_is_rejected_where_optax_needs_one(
+    node: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         from_config(node)
 
 
-def test_other_durations_are_longer_than_nothing() -> None:
+def test_other_durations_must_be_positive() -> None:
     with pytest.raises(UserError, match=r"config\.log\.every: '0 steps' must be positive"):
         load_and_build(CONFIG, log__every='0 steps')
 
 
-def test_steps_as_keys_in_json() -> None:
-    """JSON has no other keys than text."""
+def test_integer_keys_from_json() -> None:
+    """In JSON, all keys are strings."""
     expected = optax.piecewise_constant_schedule(0.1, {30: 0.1, 40: 0.5})
     text = (
         '{"target": "optax:piecewise_constant_schedule", "init_value": 0.1, '
@@ -248,8 +250,8 @@ def test_steps_as_keys_in_json() -> None:
         from_config(twice)
 
 
-def test_other_keys_of_digits_stay_text() -> None:
-    """Such as the labels of optimizers for some of the parameters each."""
+def test_other_digit_keys_stay_strings() -> None:
+    """Such as the labels of `optax:partition`."""
     sgd = {'target': 'optax:sgd', 'learning_rate': 0.1}
     node = {
         'target': 'optax:partition',
@@ -261,7 +263,7 @@ def test_other_keys_of_digits_stay_text() -> None:
     assert set(made.optimizer.learning_rates or ()) == {'0', '1'}
 
 
-def test_patience_counts_means_where_losses_are_averaged() -> None:
+def test_patience_counts_averages_with_accumulation_size() -> None:
     plateau = {
         'target': 'optax.contrib:reduce_on_plateau', 'accumulation_size': '1 epoch',
         'patience': '2 epochs',
@@ -290,7 +292,7 @@ LEGACY: dict[str, tuple[dict[str, Any], Schedule]] = {
 
 @pytest.mark.parametrize('name', LEGACY)
 def test_the_legacy_schedules_and_their_successors(name: str) -> None:
-    """E3: those of `flax.training`, which a config can still name, are optax's."""
+    """E3: those of `flax.training`, which a config can still name, equal those of optax."""
     arguments, successor = LEGACY[name]
     function = f'create_{name}_learning_rate_schedule'
     node = {
@@ -299,13 +301,13 @@ def test_the_legacy_schedules_and_their_successors(name: str) -> None:
     }  # fmt: skip
     found = from_config(node)
     assert_same(found, getattr(lr_schedule, function)(0.1, 5, **arguments))
-    # The legacy one steps down in the step after an epoch's first, optax in the first.
+    # The legacy schedule changes one step later than that of optax.
     for step in set(STEPS) - {15, 30, 40}:
         assert float(found(step)) == pytest.approx(float(successor(step)), rel=1e-5, abs=1e-8)
 
 
-def test_roots_and_factors() -> None:
-    """E3: what optax does not have."""
+def test_rsqrt_and_scaled() -> None:
+    """E3: schedules that optax does not have."""
     node = {'target': 'trainer.schedules:rsqrt', 'peak_value': 0.1, 'warmup_steps': '1 epoch'}
     schedule = from_config(node)
     found = [float(schedule(step)) for step in (0, 1, 5, 20, 45)]
@@ -322,7 +324,7 @@ WARMING = {'target': 'optax:linear_schedule', 'init_value': 0.1, 'end_value': 0.
            'transition_steps': 4}  # fmt: skip
 SGD = {'target': 'optax:sgd', 'learning_rate': WARMING}
 
-# Optimizers, and where the learning rate is inside; None for their own.
+# Optimizers, and the key path of the learning rate inside; None for that of the target itself.
 NESTED: dict[str, tuple[dict[str, Any], str | None]] = {
     'by position': ({'target': 'optax:sgd', 'args': (0.1,)}, None),
     'a schedule by position': ({'target': 'optax:sgd', 'args': (WARMING,)}, None),
@@ -373,8 +375,8 @@ def made(optimizer: Mapping[str, Any], *logged: str, **groups: Any) -> Optimizer
 
 
 @pytest.mark.parametrize('name', NESTED)
-def test_the_rate_of_an_optimizer_within_others(name: str) -> None:
-    """E2: what is logged is minus the update that a gradient of one becomes."""
+def test_learning_rate_of_a_nested_optimizer(name: str) -> None:
+    """E2: the logged rate is minus the update for a gradient of 1."""
     node, key = NESTED[name]
     assert key is None or made(node).learning_rates is None
     optimizer = made(node, *() if key is None else (key,))
@@ -386,7 +388,7 @@ def test_the_rate_of_an_optimizer_within_others(name: str) -> None:
     for count in range(6):
         updates, state = tx.update(params, state, params)
         applied.append((float(rate(jnp.int32(count))), -float(updates['x'])))
-    # Some collect gradients first.
+    # Some accumulate gradients first.
     found = [(logged, moved) for logged, moved in applied if moved]
     assert len(found) == (3 if name.startswith('MultiSteps') else 6)
     assert [logged for logged, _ in found] == pytest.approx([moved for _, moved in found])
@@ -405,8 +407,8 @@ def bias_or_kernel(params: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_several_rates_are_told_apart(tmp_path: pathlib.Path) -> None:
-    """E2: by what their places do not have in common; within a group, too."""
+def test_several_rates_have_distinct_names(tmp_path: pathlib.Path) -> None:
+    """E2: the names are the differing parts of their key paths; within a group, too."""
     keys = ('transforms.bias.args[0]', 'transforms.kernel.learning_rate')
     options = {**SMALL, 'train_for': '3 steps', 'log__every': '1 steps'}
     options['log__learning_rates'] = keys
@@ -439,7 +441,7 @@ def test_several_rates_are_told_apart(tmp_path: pathlib.Path) -> None:
         ({'target': 'optax:chain', 'args': (SGD,)}, 'args[0].learning_rate'),
     ],
 )
-def test_a_rate_that_is_not_known_is_said(
+def test_unknown_rate_is_warned_about(
     node: dict[str, Any], inside: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert made(node).learning_rates is None
@@ -471,7 +473,7 @@ def test_a_rate_that_is_not_known_is_said(
         ),
     ],
 )  # fmt: skip
-def test_keys_of_rates_that_there_are_not(
+def test_unknown_keys_of_rates_are_rejected(
     node: dict[str, Any], key: str, groups: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -503,7 +505,7 @@ def test_keys_of_rates_that_there_are_not(
         ({'target': 'optax:sgd', 'args': ('0.1',)}, r'optimizer\.args\[0\]: .* got str'),
     ],
 )  # fmt: skip
-def test_what_is_no_optimizer_and_no_rate(node: dict[str, Any], message: str) -> None:
+def test_invalid_optimizers_and_rates_are_rejected(node: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(node)
 
@@ -513,15 +515,15 @@ def of_two(count: Any) -> Any:
 
 
 @pytest.mark.parametrize('name', ['optax:constant_schedule', f'{__name__}:of_two'])
-def test_a_rate_that_is_no_number(name: str) -> None:
-    """Its signature would do, so this shows where shapes are worked out, before the training."""
+def test_rate_that_is_not_a_scalar_is_rejected(name: str) -> None:
+    """Its signature is valid, so the error comes from tracing shapes, before training."""
     trainer = Trainer(load_and_build(CONFIG, optimizer__learning_rate={'ref': name}, **SMALL))
     with pytest.raises(UserError, match=r'config\.optimizer: the learning rate must be'):
         trainer.init_state()
 
 
-def test_what_is_logged_is_what_was_applied(tmp_path: pathlib.Path) -> None:
-    """E2, E5: in each row the rate of the update just made, here an exponential growth."""
+def test_logged_rate_is_the_applied_rate(tmp_path: pathlib.Path) -> None:
+    """E2, E5: each row has the rate of the last update; here it grows exponentially."""
     node = {
         'target': 'optax:exponential_decay', 'init_value': 0.01, 'transition_steps': 1000,
         'decay_rate': float(np.e),
@@ -542,6 +544,6 @@ def test_what_is_logged_is_what_was_applied(tmp_path: pathlib.Path) -> None:
         (('nothing',), r"config\.optimizer has no 'nothing'"),
     ],
 )
-def test_learning_rates_that_cannot_be_logged(named: tuple[str, ...], message: str) -> None:
+def test_rates_that_cannot_be_logged_are_rejected(named: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=rf'^config\.log\.learning_rates: .*{message}'):
         load_and_build(CONFIG, log__learning_rates=named, **SMALL)

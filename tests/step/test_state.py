@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training state: one update at once, and every field through a checkpoint."""
+"""The train state: `apply_gradients`, and every field through a checkpoint."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_apply_gradients_replaces_everything_at_once() -> None:
 
 
 class Walker(nn.Module):
-    """Keeps a random key and statistics among its variables."""
+    """A model with a random key and statistics among its variables."""
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
@@ -65,7 +65,7 @@ class Walker(nn.Module):
         return nn.Dense(10)(nn.BatchNorm(use_running_average=not train)(x))
 
 
-def test_every_field_goes_through_a_checkpoint(tmp_path: pathlib.Path) -> None:
+def test_every_field_is_saved_and_restored(tmp_path: pathlib.Path) -> None:
     """A5: statistics, a typed key, metrics, the average of the parameters, the loss scale."""
 
     def trainer() -> Trainer:
@@ -98,7 +98,7 @@ def test_every_field_goes_through_a_checkpoint(tmp_path: pathlib.Path) -> None:
 
 
 def raw(tree: Any) -> Any:
-    """Keys as the numbers that they are made of."""
+    """Returns random keys as their numbers."""
 
     def numbers(x: Any) -> Any:
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

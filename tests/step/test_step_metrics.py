@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The norms of a step: the same by every way of measuring them."""
+"""The norms of a step are equal for all ways of computing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.step import step_metrics as norms_lib
 
 
 def step_of(frozen: dict[str, bool], dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Two parameters that stay in a cache, and one that does not."""
+    """Two parameters that fit into a CPU cache, and one that does not."""
     rng = np.random.default_rng(0)
     shapes = {'small': (7,), 'less': (3, 4), 'large': (norms_lib._LARGE // 4, 5)}
     old = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
@@ -29,7 +29,7 @@ def step_of(frozen: dict[str, bool], dtype: Any = jnp.float32) -> dict[str, Any]
 @pytest.mark.parametrize(
     'frozen', [(), ('small',), ('large',), ('small', 'less'), ('small', 'less', 'large')]
 )
-def test_a_branch_says_what_is_said_without_one(frozen: tuple[str, ...], dtype: Any) -> None:
+def test_conditional_norms_equal_unconditional_ones(frozen: tuple[str, ...], dtype: Any) -> None:
     step = step_of({name: name in frozen for name in ('small', 'less', 'large')}, dtype)
     always = norms_lib.norms(**step, due=None)
     whole = jax.tree.map(lambda _: True, step['new'])

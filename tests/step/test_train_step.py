@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train step against hand-written mathematics, on one and on eight devices."""
+"""The train step compared with handwritten mathematics, on one and on eight devices."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def assert_trees_close(a: Any, b: Any, **tolerance: float) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-def test_one_update_equals_the_hand_written_one() -> None:
+def test_one_update_equals_the_handwritten_update() -> None:
     """A4, A6: the mean gradient, optax's update, step + 1, one compilation."""
     model, tx = MLP((8, 10)), optax.sgd(0.1, momentum=0.9)
     program = programs(model, optimizer=Optimizer(base=tx))
@@ -116,7 +116,7 @@ def test_metrics_are_means_over_all_steps() -> None:
     metrics = compute_metrics(jax.device_get(state.metrics))
     assert metrics['task']['accuracy'] == pytest.approx(np.mean(hits))
     assert metrics['task']['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
-    # The rate of the last update made, which saw three updates before it.
+    # The rate of the last update, the fourth.
     assert metrics['learning_rate'] == 3.0
     assert metrics['norms']['param'] == pytest.approx(float(optax.tree.norm(params)), rel=1e-5)
 
@@ -154,7 +154,7 @@ def test_top_k() -> None:
 @pytest.mark.parametrize('accumulate', [2, 4])
 @pytest.mark.parametrize('devices', [1, 2])
 def test_accumulation_is_exact_for_unequal_weights(accumulate: int, devices: int) -> None:
-    """The update of 2 or 4 slices is that of the whole batch, though the slices weigh unequally."""
+    """The update of 2 or 4 micro-batches of different weights is that of the whole batch."""
     axis_types = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh(
         (devices,), ('data',), devices=jax.devices()[:devices], axis_types=axis_types
@@ -166,21 +166,21 @@ def test_accumulation_is_exact_for_unequal_weights(accumulate: int, devices: int
         weights = jnp.where(batch['label'] < 3, 0.1 + batch['label'], 0.0)
         return output.replace(weights=weights, penalties={'l2': 0.01 * jnp.sum(kernel**2)})
 
-    def train(slices: int) -> Any:
-        program = programs(MLP((8, 10)), task=task, mesh=mesh, accumulate=slices)
+    def train(accumulate: int) -> Any:
+        program = programs(MLP((8, 10)), task=task, mesh=mesh, accumulate=accumulate)
         state = program.init()
         for seed in range(3):
             state = program.step(state, place(batch_of(seed=seed), mesh))
         return jax.device_get((state.params, compute_metrics(state.metrics)))
 
-    whole, sliced = train(1), train(accumulate)
-    assert_trees_close(whole[0], sliced[0], rtol=1e-5, atol=1e-6)
-    assert_trees_close(whole[1]['task'], sliced[1]['task'], rtol=1e-5)
-    assert_trees_close(whole[1]['penalties'], sliced[1]['penalties'], rtol=1e-5)
+    whole, accumulated = train(1), train(accumulate)
+    assert_trees_close(whole[0], accumulated[0], rtol=1e-5, atol=1e-6)
+    assert_trees_close(whole[1]['task'], accumulated[1]['task'], rtol=1e-5)
+    assert_trees_close(whole[1]['penalties'], accumulated[1]['penalties'], rtol=1e-5)
 
 
-def test_padded_rows_do_not_count() -> None:
-    """A masked batch gives the update of its real rows alone."""
+def test_padding_does_not_count() -> None:
+    """A padded batch gives the update of its real examples alone."""
     mesh = one_device_mesh()
     short = batch_of(5)
     padded = {
@@ -220,7 +220,7 @@ def test_same_update_on_one_and_on_eight_devices() -> None:
 
 
 def test_batch_norm_statistics_are_of_the_global_batch() -> None:
-    """C3, C5, C7: moved in training as one device would move them over the whole batch."""
+    """C3, C5, C7: they are updated as one device would with the whole batch."""
     model = MLP((8, 10), batch_norm=True)
     program = programs(model)
     state = program.init()
@@ -234,7 +234,7 @@ def test_batch_norm_statistics_are_of_the_global_batch() -> None:
 
 
 def test_dropout_depends_on_seed_and_step_only() -> None:
-    """D5: the same step drops the same units in a second run, another step drops others."""
+    """D5: the same step drops the same units in a second run, another step other units."""
     seen: list[Any] = []
 
     class Probe(nn.Module):
@@ -258,8 +258,8 @@ def test_dropout_depends_on_seed_and_step_only() -> None:
     assert seen[0] != seen[1]
 
 
-def test_any_stream_and_any_collection() -> None:
-    """C11: a collection of another name; D7: a stream that nobody declared."""
+def test_undeclared_rng_streams_and_collections() -> None:
+    """C11: a collection with another name; D7: an RNG stream that was not declared."""
 
     class Counter(nn.Module):
         @nn.compact
@@ -312,7 +312,7 @@ def test_steps_per_call_is_bit_equal_on_the_mlp() -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(single), jax.device_get(fused))
 
 
-def test_optimizer_state_is_born_with_the_shardings_of_its_parameters() -> None:
+def test_optimizer_state_is_created_with_the_shardings_of_its_parameters() -> None:
     program = programs(MLP((8, 10)), optimizer=Optimizer(base=optax.adam(0.1)))
     state = program.init()
     for slot in (state.opt_state[0].mu, state.opt_state[0].nu):
@@ -322,7 +322,7 @@ def test_optimizer_state_is_born_with_the_shardings_of_its_parameters() -> None:
     assert jax.tree.map(lambda x: x.sharding, after) == shardings
 
 
-def test_a_changed_argument_compiles_again_with_a_warning_that_names_it(
+def test_changed_argument_is_named_when_a_program_compiles_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     program = programs(MLP((8, 10)), mesh=one_device_mesh())
@@ -332,8 +332,8 @@ def test_a_changed_argument_compiles_again_with_a_warning_that_names_it(
     assert program.step.compiles == 2
 
 
-def test_settings_of_the_caller_hold_for_the_programs() -> None:
-    """Those of JAX are of a thread, and of the `with` around it."""
+def test_programs_are_traced_with_the_settings_of_the_caller() -> None:
+    """Settings of JAX are per thread, and can be limited to a `with` block."""
     seen = []
 
     def task(model: Any, batch: Any) -> Any:
@@ -353,11 +353,11 @@ class OnlyInTraining(nn.Module):
         return nn.Dense(10, name='more' if train else 'less')(x)
 
 
-def test_a_part_that_is_made_in_training_only_is_told() -> None:
+def test_module_created_only_in_training_is_an_error() -> None:
     with pytest.raises(UserError, match=r'was not created by initialization(.|\n)*"/more"'):
         programs(OnlyInTraining(), mesh=one_device_mesh()).step.executable()
 
 
-def test_a_task_that_averages_is_told_not_to() -> None:
+def test_task_that_returns_a_mean_is_rejected() -> None:
     with pytest.raises(UserError, match='returned a scalar'):
         programs(MLP((8, 10)), task=lambda model, batch: model(batch['image']).mean()).init()

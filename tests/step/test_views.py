@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers of half-precision parameters work in float32; integer parameters are refused."""
+"""Optimizers of half-precision parameters work in float32; integer parameters are rejected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     'MultiSteps': ({'target': 'optax:MultiSteps', 'opt': ADAM, 'every_k_schedule': 2}, {}),
     'lamb': ({'target': 'optax:lamb', 'learning_rate': 0.01}, {}),
     'adafactor': ({'target': 'optax:adafactor', 'learning_rate': 0.02}, {}),
-    'slices': (ADAM, {'accumulate': 4}),
+    'micro-batches': (ADAM, {'accumulate': 4}),
     'average': (ADAM, {'ema': {'decay': 0.5}}),
     'members': (
         ADAM,
@@ -50,8 +50,8 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ('name', 'dtype'),
     slow_after(2, [*((name, 'float16') for name in OPTIMIZERS), ('adam', 'bfloat16')]),
 )
-def test_an_optimizer_trains_halves(name: str, dtype: str) -> None:
-    """Adam's eps of 1e-8 is 0 in float16: for a zero gradient, the update was NaN."""
+def test_optimizers_train_half_precision_parameters(name: str, dtype: str) -> None:
+    """Adam's eps of 1e-8 is 0 in float16: for a zero gradient, the update would be NaN."""
     optimizer, options = OPTIMIZERS[name]
     made = tiny.trainer(
         optimizer=optimizer,
@@ -73,7 +73,7 @@ def test_an_optimizer_trains_halves(name: str, dtype: str) -> None:
     assert made.set_up().programs.step.compiles == 1
 
 
-def test_slots_follow_the_sharding_of_their_parameters() -> None:
+def test_slots_are_sharded_like_their_parameters() -> None:
     rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 1}
     made = tiny.trainer(
         optimizer=ADAM, precision={'params': 'bfloat16'}, sharding=rule,
@@ -88,8 +88,8 @@ def test_slots_follow_the_sharding_of_their_parameters() -> None:
 
 
 @pytest.mark.parametrize('dtype', HALVES)
-def test_an_update_is_that_of_float32_and_rounded_once(dtype: str) -> None:
-    """Moments, norms and schedules are those of float32 copies of parameters and gradients."""
+def test_update_is_computed_in_float32_and_rounded_once(dtype: str) -> None:
+    """Moments, norms and schedules equal those of float32 copies of parameters and gradients."""
     rng = np.random.default_rng(0)
     params = {k: jnp.asarray(rng.normal(size=(5, 3)), dtype) for k in ('a', 'b')}
     grads = [{k: jnp.asarray(rng.normal(size=(5, 3)), dtype) for k in params} for _ in range(4)]
@@ -112,7 +112,7 @@ def test_an_update_is_that_of_float32_and_rounded_once(dtype: str) -> None:
 
 @pytest.mark.parametrize('accumulate', slow_after(1, [1, 4]))
 def test_small_gradients_of_float16_survive_the_loss_scale(accumulate: int) -> None:
-    """Gradients saved by the loss scale would underflow if they were unscaled in float16."""
+    """They would underflow if they were unscaled in float16."""
     made = tiny.trainer(
         model={'target': f'{__name__}:Faint'}, task={'ref': f'{__name__}:faint'}, evals={},
         precision={'params': 'float16', 'compute': 'float16', 'loss_scale': 2.0**14},
@@ -120,12 +120,12 @@ def test_small_gradients_of_float16_survive_the_loss_scale(accumulate: int) -> N
         accumulate=accumulate,
     )  # fmt: skip
     state = made.fit().state
-    # The gradient is 2e-8, of which float16 makes 0 or 6e-8.
+    # The gradient is 2e-8, which float16 rounds to 0 or 6e-8.
     np.testing.assert_allclose(np.float32(state.params['w']), 1 - 0.2, rtol=2e-3)
 
 
 class Faint(nn.Module):
-    """A parameter that hardly matters."""
+    """A model with a parameter of little influence."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def faint(model: Any, batch: Any) -> jax.Array:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_whose_slots_are_halves_is_explained(tmp_path: pathlib.Path) -> None:
+def test_checkpoint_with_half_precision_slots_is_explained(tmp_path: pathlib.Path) -> None:
     options: dict[str, Any] = {'optimizer': ADAM, 'precision': {'params': 'bfloat16'}}
     made = tiny.trainer(tmp_path / 'old', **options)
     state: TrainState = made.fit(max_steps=5).state
@@ -164,7 +164,7 @@ def test_a_checkpoint_whose_slots_are_halves_is_explained(tmp_path: pathlib.Path
 
 
 class Ordered(nn.Module):
-    """A permutation and a flag among the parameters."""
+    """A model with a permutation and a flag among its parameters."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -174,7 +174,7 @@ class Ordered(nn.Module):
 
 
 class NNXOrdered(nnx.Module):
-    """The same for NNX, in a variable that is trained."""
+    """The same for NNX, in an `nnx.Param`."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.order = nnx.Param(jnp.arange(8, dtype=jnp.int32))
@@ -185,7 +185,7 @@ class NNXOrdered(nnx.Module):
 
 
 class Apart(nn.Module):
-    """The permutation where the message says that it should be."""
+    """The permutation in a collection, as the message suggests."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -194,7 +194,7 @@ class Apart(nn.Module):
 
 
 class Texts(nn.Module):
-    """Keeps a text and a number of Python in variables."""
+    """A model with a string and a Python number among its variables."""
 
     text: Any = 'v1'
 
@@ -205,7 +205,7 @@ class Texts(nn.Module):
         return nn.Dense(4)(x)
 
 
-def test_variables_that_are_no_arrays_are_named() -> None:
+def test_variables_that_are_not_arrays_are_rejected() -> None:
     with pytest.raises(UserError, match=r'the model has notes/version \(str\) among its variables'):
         tiny.trainer(model={'target': f'{__name__}:Texts'}).compile()
     tiny.trainer(model={'target': f'{__name__}:Texts', 'text': 1.5}).compile()
@@ -213,7 +213,7 @@ def test_variables_that_are_no_arrays_are_named() -> None:
 
 @pytest.mark.parametrize('freeze', [None, 'order'])
 @pytest.mark.parametrize('name', ['Ordered', 'NNXOrdered'])
-def test_integers_among_the_parameters_are_named(name: str, freeze: str | None) -> None:
+def test_integer_parameters_are_rejected(name: str, freeze: str | None) -> None:
     model = {'target': f'{__name__}:{name}'}
     with pytest.raises(UserError, match=r'order \(int32\).*Use another collection') as error:
         tiny.trainer(model=model, optimizer={**SGD, 'freeze': freeze}).compile()
@@ -222,6 +222,6 @@ def test_integers_among_the_parameters_are_named(name: str, freeze: str | None) 
 
 
 @pytest.mark.slow
-def test_integers_in_a_collection_of_their_own_stay() -> None:
+def test_integers_in_another_collection_are_kept() -> None:
     state = tiny.trainer(model={'target': f'{__name__}:Apart'}).fit().state
     np.testing.assert_array_equal(state.collections['constants']['order'], np.arange(8))

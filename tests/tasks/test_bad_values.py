@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels that do not fit the model: refused, with the example."""
+"""Labels that do not fit the model: errors name the example."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MLP = str(ROOT / 'configs' / 'mnist_mlp.py')
 
 
 class Images(ArraySource):
-    """64 images of 4 classes, one of which has another label."""
+    """64 images of 4 classes, one of which has an invalid label."""
 
     def __init__(self, bad: Any = 0, at: int = 37, dtype: str = 'int32', column: bool = False):
         label = (np.arange(64) % 4).astype(dtype)
@@ -56,11 +56,11 @@ def trainer(train: dict[str, Any], test: dict[str, Any] | None = None, **overrid
         (-1, {}), (4, {}), (-100, {}), (-1, {'accumulate': 2, 'data__batch_size': 16}),
         (-1, {'steps_per_call': 2}),
         (-1, {'ensemble': {'size': 2}}),
-        # The guard's policy is for values that are not finite.
+        # `guard` is only for non-finite values.
         (-1, WARN), (4, WARN), (-1, {**WARN, 'steps_per_call': 2, 'log__every': 'never'}),
     ],
 )  # fmt: skip
-def test_a_label_out_of_its_range(bad: int, options: dict[str, Any]) -> None:
+def test_label_out_of_range_names_the_example(bad: int, options: dict[str, Any]) -> None:
     made = trainer({'bad': bad}, **options)
     with pytest.raises(UserError) as caught:
         made.fit()
@@ -79,8 +79,8 @@ def of(loader: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_label_of_a_stream() -> None:
-    """Its examples have no numbers; the row in its batch is named."""
+def test_label_out_of_range_in_a_stream_names_the_row() -> None:
+    """Examples of a stream have no numbers."""
     made = trainer(
         {'bad': -1, 'at': 37}, data__loader=of('StreamLoader'), checkpoint__every='never'
     )
@@ -91,7 +91,7 @@ def test_a_label_of_a_stream() -> None:
         made.fit()
 
 
-def test_a_label_of_an_evaluation() -> None:
+def test_label_out_of_range_in_an_evaluation() -> None:
     with pytest.raises(
         UserError, match=r"config\.evals\.test: batch\['label'\] contains -1 \(example 5"
     ):
@@ -99,8 +99,8 @@ def test_a_label_of_an_evaluation() -> None:
 
 
 @pytest.mark.slow
-def test_a_label_to_ignore() -> None:
-    """It counts in neither the loss nor the accuracy, with or without smoothing."""
+def test_ignored_labels_do_not_count() -> None:
+    """Neither in the loss nor in the accuracy, with or without smoothing."""
     task = {'target': 'trainer.tasks:Classification', 'ignore_label': -1}
     result = trainer({'bad': -1}, {'bad': -1}, task=task).fit()
     assert result.status == 'finished'
@@ -118,7 +118,7 @@ def test_a_label_to_ignore() -> None:
         assert run_checks(output.checks, output.weights)[0] == 0
 
 
-def test_labels_for_each_class_may_be_missing() -> None:
+def test_ignored_labels_per_class() -> None:
     made = Classification(loss='sigmoid', ignore_label=-1)
     logits = jnp.array([[2.0, -1.0], [0.5, 3.0], [1.0, 1.0]])
     labels = jnp.array([[1, -1], [0, 1], [-1, -1]])
@@ -139,7 +139,9 @@ def test_labels_for_each_class_may_be_missing() -> None:
         ({}, {'top_k': (2, 9)}, 'config.task.top_k: 9 exceeds the 4 classes'),
     ],
 )
-def test_shapes_and_kinds(train: dict[str, Any], task: dict[str, Any], message: str) -> None:
+def test_invalid_shapes_and_dtypes_are_rejected(
+    train: dict[str, Any], task: dict[str, Any], message: str
+) -> None:
     task = {'target': 'trainer.tasks:Classification', **task}
     with pytest.raises(UserError) as caught:
         trainer(train, train, task=task).fit()
@@ -147,7 +149,7 @@ def test_shapes_and_kinds(train: dict[str, Any], task: dict[str, Any], message: 
 
 
 def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
-    """A step that uses nothing of the trainer's own, and calls its loss otherwise."""
+    """A custom step without `ctx.gradients`, whose loss has another name."""
     loss, grads = jax.value_and_grad(lambda p: ctx.loss(ctx.task(ctx.bind(p), batch)))(state.params)
     params = jax.tree.map(lambda p, g: p - 0.01 * g, state.params, grads)
     return state.replace(params=params), {'objective': loss}
@@ -155,13 +157,13 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, WARN])
-def test_a_step_of_ones_own(options: dict[str, Any]) -> None:
+def test_labels_are_checked_in_custom_steps(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r'contains 9 \(example 37 in step'):
         trainer({'bad': 9}, step={'ref': f'{__name__}:by_hand'}, evals={}, **options).fit()
 
 
 @pytest.mark.parametrize(('loss', 'bad'), [('sigmoid', 7.0), ('sigmoid', -1), ('softmax', -1.0)])
-def test_labels_for_each_class_are_between_no_and_yes(loss: str, bad: float) -> None:
+def test_labels_per_class_are_between_0_and_1(loss: str, bad: float) -> None:
     labels = jnp.zeros((3, 4)).at[:, 1].set(1).at[2, 2].set(bad)
     output = Classification(loss=loss)(lambda x: x, {'image': jnp.ones((3, 4)), 'label': labels})
     number, value = run_checks(output.checks, jnp.ones(3))
@@ -171,7 +173,7 @@ def test_labels_for_each_class_are_between_no_and_yes(loss: str, bad: float) -> 
     assert run_checks(output.checks, jnp.ones(3))[0] == 0
 
 
-def test_integers_for_each_class_are_probabilities_too() -> None:
+def test_integer_labels_per_class_are_probabilities() -> None:
     labels = jax.nn.one_hot(jnp.array([1, 2, 0]), 4)
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
     losses = [
@@ -182,7 +184,7 @@ def test_integers_for_each_class_are_probabilities_too() -> None:
     np.testing.assert_array_equal(losses[0], losses[2])
 
 
-def test_a_label_to_ignore_must_be_possible() -> None:
+def test_ignore_label_must_fit_into_the_dtype() -> None:
     batch = {'image': jnp.zeros((3, 4)), 'label': jnp.array([0, 255, 1], jnp.uint8)}
     with pytest.raises(UserError, match='ignore_label: -1 cannot occur'):
         Classification(ignore_label=-1)(lambda x: x, batch)
@@ -190,32 +192,32 @@ def test_a_label_to_ignore_must_be_possible() -> None:
     assert output.weights.tolist() == [1, 0, 1]
 
 
-def test_the_softmax_of_one_logit() -> None:
+def test_softmax_of_one_logit_is_rejected() -> None:
     batch = {'image': jnp.zeros((3, 1)), 'label': jnp.zeros((3, 1))}
     with pytest.raises(UserError, match='whose softmax is always 1'):
         Classification()(lambda x: x, batch)
 
 
-def test_one_logit_takes_no_number_of_a_class() -> None:
+def test_one_logit_with_class_indices_is_rejected() -> None:
     batch = {'image': jnp.zeros((3, 1)), 'label': jnp.array([0, 1, 0])}
     with pytest.raises(UserError, match='a label is 0 or 1 in the shape of the logits'):
         Classification(loss='sigmoid')(lambda x: x, batch)
 
 
 @pytest.mark.parametrize('smoothing', [-1.0, 1.0, 2.0])
-def test_a_smoothing_that_is_none(smoothing: float) -> None:
+def test_invalid_label_smoothing_is_rejected(smoothing: float) -> None:
     with pytest.raises(ValueError, match='label_smoothing: expected a number from 0 to below 1'):
         Classification(label_smoothing=smoothing)
 
 
-def test_tokens_beyond_the_vocabulary() -> None:
+def test_tokens_outside_the_vocabulary() -> None:
     tokens = jnp.array([[1, 2, 3], [4, 9, 0]])
     output = NextToken()(lambda x: jnp.zeros((2, 3, 5)), {'tokens': tokens})
     number, value = run_checks(output.checks, output.weights)
     assert (int(number), int(value)) == (1, 9)
 
 
-def test_rows_without_weight_may_hold_any_label() -> None:
+def test_examples_of_weight_0_may_have_any_label() -> None:
     batch = {
         'image': jnp.zeros((3, 4)),
         'label': jnp.array([0, 77, 1]),

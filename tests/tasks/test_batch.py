@@ -36,7 +36,7 @@ SPEC = {
         ('m8[s]', None), ([('a', 'i4')], None), ('longdouble', None),
     ],
 )  # fmt: skip
-def test_what_devices_hold(dtype: Any, held: Any) -> None:
+def test_dtypes_that_devices_store(dtype: Any, held: Any) -> None:
     assert device_dtype(np.dtype(dtype)) == (None if held is None else np.dtype(held))
 
 
@@ -54,14 +54,14 @@ def placed(x: Any) -> np.ndarray:
         ([[1 + 2j, 0], [complex(np.nan, np.inf), 1]], 'complex128'),
     ],
 )  # fmt: skip
-def test_what_fits_is_converted(values: Any, dtype: str) -> None:
+def test_values_that_fit_are_converted(values: Any, dtype: str) -> None:
     x = np.array(values, dtype)
     found = placed(x)
     assert found.dtype == device_dtype(x.dtype)
     np.testing.assert_array_equal(found, x.astype(found.dtype))
 
 
-def test_what_devices_hold_as_it_is_is_not_copied() -> None:
+def test_arrays_that_need_no_conversion_are_not_copied() -> None:
     x = np.ones((2, 2, 3), np.float32)
     assert placed(x) is x
 
@@ -74,7 +74,7 @@ def test_what_devices_hold_as_it_is_is_not_copied() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(('place', 'example'), [((0, 1), 6), ((1, 1), 7), ((1, 0), -1)])
-def test_what_does_not_fit_is_an_error(
+def test_values_that_do_not_fit_are_an_error(
     value: Any, dtype: str, place: tuple[int, int], example: int
 ) -> None:
     x = np.zeros((2, 2, 3), dtype)
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_an_error(
     assert f'store {dtype} as {device_dtype(x.dtype)}' in message
 
 
-def test_a_real_example_is_named_rather_than_padding() -> None:
+def test_error_names_a_real_example_and_not_padding() -> None:
     x = np.array([[0, 0], [2**40, 2**40]])
     with pytest.raises(UserError, match='of example 7 '):
         placed(x)
@@ -137,12 +137,12 @@ EVERYTHING = {'x', 'label', 'id'}
         (lambda model, batch: [batch[name] for name in batch if name != 'id'], {'x', 'label'}),
     ],
 )
-def test_what_counts_as_read(read: Any, names: set[str]) -> None:
+def test_reads_of_a_task_are_recorded(read: Any, names: set[str]) -> None:
     assert reads(read) == names
     assert reads(read, lambda batch: {**batch, 'x': batch['x'] + 1}) == names
 
 
-def test_through_transforms_only_what_is_read_is_made_of_counts() -> None:
+def test_reads_through_transforms_are_recorded() -> None:
     def transform(batch: Any) -> dict[str, Any]:
         del_x = {name: value for name, value in batch.items() if name != 'x'}
         return {**del_x, 'y': jnp.where(batch['label'][:, None] > 0, batch['x'], 0.0), 'z': 1.0}
@@ -165,7 +165,7 @@ def test_through_transforms_only_what_is_read_is_made_of_counts() -> None:
     ],
 )
 @pytest.mark.parametrize('transforms', [(), (lambda batch: {**batch, 'x': batch['x'] + 1},)])
-def test_text_that_is_read_is_an_error(read: Any, transforms: Any) -> None:
+def test_reading_text_is_an_error(read: Any, transforms: Any) -> None:
     message = r"the task reads batch\['name'\] of dtype <U3, which devices cannot store"
     with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda batch: runner(read, *transforms)(None, batch), arrays())
@@ -182,12 +182,12 @@ def test_text_that_is_read_is_an_error(read: Any, transforms: Any) -> None:
         lambda batch: {**batch, 'x': len(batch['name'])},
     ],
 )
-def test_a_transform_that_computes_with_text_is_an_error(transform: Any) -> None:
+def test_transform_that_computes_with_text_is_an_error(transform: Any) -> None:
     with pytest.raises(UserError, match=r"batch\['name'\] of dtype <U3"):
         runner(None, transform)(None, arrays())
 
 
-def test_a_field_that_is_read_later_but_not_at_the_start() -> None:
+def test_field_that_is_read_only_in_later_traces_is_an_error() -> None:
     fields = Fields.from_spec(SPEC, '').with_sent({'x'})
     made = runner(lambda model, batch: batch['label'], kept=fields.host_fields())
     with pytest.raises(UserError, match=r"reads batch\['label'\], but did not"):
@@ -201,7 +201,7 @@ def test_a_field_that_is_read_later_but_not_at_the_start() -> None:
         through(None, {'x': jnp.zeros((4, 3))})
 
 
-def test_a_batch_is_a_dict_and_a_pytree() -> None:
+def test_batch_is_a_dict_and_a_pytree() -> None:
     batch = Batch({'b': 1, 'a': 2}, 'the task')
     assert isinstance(batch, dict) and list(batch) == ['b', 'a'] and batch == {'a': 2, 'b': 1}
     assert jax.tree.leaves(batch) == [2, 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Next-token prediction: which tokens count, and that packing changes nothing."""
+"""Next-token prediction: weights of tokens, and packed sequences."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def model() -> Any:
 
 
 @pytest.mark.slow
-def test_a_packed_sequence_is_what_it_is_alone(model: Any) -> None:
-    """O3: its logits do not see its neighbours, and its positions begin at 0."""
+def test_packed_sequence_equals_the_sequence_alone(model: Any) -> None:
+    """O3: its logits do not depend on its neighbors, and its positions begin at 0."""
     a, b = np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8, 9])
     row = {
         'tokens': np.concatenate([a, b, np.zeros(3, np.int64)])[None],
@@ -43,7 +43,7 @@ def test_a_packed_sequence_is_what_it_is_alone(model: Any) -> None:
 
 
 @pytest.mark.slow
-def test_targets_are_the_tokens_behind(model: Any) -> None:
+def test_targets_are_the_next_tokens(model: Any) -> None:
     tokens = jnp.asarray([[1, 2, 3, 4], [4, 3, 2, 1]])
     output = NextToken()(model, {'tokens': tokens})
     logits = np.asarray(model(tokens), np.float64)
@@ -56,7 +56,7 @@ def test_targets_are_the_tokens_behind(model: Any) -> None:
 
 
 @pytest.mark.parametrize('shape', [(2,), (2, 4)])
-def test_weights_of_sequences_or_tokens(shape: tuple[int, ...], model: Any) -> None:
+def test_weights_per_sequence_or_per_token(shape: tuple[int, ...], model: Any) -> None:
     given = jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape)
     batch = {'tokens': jnp.ones((2, 4), jnp.int32), 'w': given}
     output = NextToken(weight='w')(model, batch)

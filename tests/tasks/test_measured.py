@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that metrics may compute, and those refused before the first step."""
+"""Values that metrics may compute, and those rejected before the first step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Total(clu.metrics.Metric):
 
 @flax.struct.dataclass
 class Share(Total):
-    """Cannot be computed without data."""
+    """A metric that cannot be computed without data."""
 
     def compute(self) -> Any:
         return 1 / float(self.total)
@@ -96,14 +96,14 @@ class Growing(Total):
         (jnp.bfloat16(1.5), 1.5),
     ],
 )
-def test_what_has_one_element_is_a_number(value: Any, number: float) -> None:
+def test_array_of_one_element_is_a_number(value: Any, number: float) -> None:
     found = MetricValues({'x': value})
     assert found == {'x': number}
     assert type(found['x']) is type(number)
     assert found.arrays == {}
 
 
-def test_dicts_are_flattened_and_arrays_are_kept_apart() -> None:
+def test_dicts_are_flattened_and_arrays_are_separate() -> None:
     found = MetricValues(
         {
             'loss': 0.5,
@@ -130,12 +130,12 @@ def test_dicts_are_flattened_and_arrays_are_kept_apart() -> None:
         (jax.random.key(0), 'key<fry>'),
     ],
 )
-def test_what_is_neither_number_nor_array_nor_dict(value: Any, kind: str) -> None:
+def test_values_of_other_types_are_rejected(value: Any, kind: str) -> None:
     with pytest.raises(UserError, match=f"the metric 'x/y' computes {kind}.*expected a number"):
         MetricValues({'x': {'y': value}})
 
 
-def test_two_values_of_one_name() -> None:
+def test_duplicate_names_are_rejected() -> None:
     for one, two in [({'a/b': 1}, {'a': {'b': 2}}), ({'a': np.eye(2)}, {'a': 1})]:
         row = MetricValues(one)
         with pytest.raises(UserError, match='two values of a row of metrics are named'):
@@ -153,7 +153,7 @@ def test_means_over_members() -> None:
     assert row.arrays['member_1/counts'].tolist() == [3, 2]
     assert 'some' not in row.arrays
     assert row.arrays['member_1/some'].shape == (3,)
-    # Of those that count, whatever the others have.
+    # Means of the counted members, whatever values the others have.
     row = average_members(members, [1])
     assert row == {'loss': 2.0, 'member_0/loss': 1.0, 'member_1/loss': 2.0}
     assert row.arrays['counts'].tolist() == [3, 2]
@@ -163,7 +163,7 @@ def test_means_over_members() -> None:
 @pytest.mark.parametrize(
     ('metric', 'found'), [(Share, {'x': 1.0}), (Absent, {'x': 1.0}), (OfTwo, None)]
 )
-def test_a_metric_may_fail_to_compute_anything_of_nothing(metric: Any, found: Any) -> None:
+def test_metric_may_fail_to_compute_without_data(metric: Any, found: Any) -> None:
     metrics = {'x': metric.empty()}
     check_computes(metrics)
     assert compute_on_trial(lambda tree: MetricValues({'x': tree['x'].compute()}), metrics) == found
@@ -178,7 +178,7 @@ def test_a_metric_may_fail_to_compute_anything_of_nothing(metric: Any, found: An
         (clu.metrics.Std.from_output('loss'), "'x' cannot be computed for any data: TypeErr"),
     ],
 )
-def test_a_metric_that_computes_nothing_of_any_data(metric: Any, message: str) -> None:
+def test_metric_that_fails_for_any_data_is_rejected(metric: Any, message: str) -> None:
     collection = clu.metrics.Collection.create(x=metric)
     with pytest.raises(UserError, match=message):
         check_computes({'task': jax.eval_shape(collection.empty)})
@@ -190,7 +190,7 @@ def test_a_metric_that_computes_nothing_of_any_data(metric: Any, message: str) -
         (Growing, r"'x' cannot accumulate on the devices: .*float32\[0\] -> float32\[1\]"),
     ],
 )
-def test_a_metric_that_grows(metric: Any, message: str) -> None:
+def test_metric_that_changes_shape_is_rejected(metric: Any, message: str) -> None:
     collection = clu.metrics.Collection.create(x=metric)
 
     def measure(loss: jax.Array) -> Any:

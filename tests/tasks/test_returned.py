@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of a task that returns something else than it should."""
+"""Messages about invalid results of a task."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ NO_MEAN = 'one loss for each example, (batch, ...), not their mean: leave out .m
 
 
 def flax_example(model: Any, batch: Any) -> Any:
-    """Returns what the loss functions of Flax's examples return."""
+    """Returns the mean loss and the logits, like the loss functions of Flax's examples."""
     logits = model(batch['x'])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
     return loss.mean(), logits
 
 
 def message_for(task: Callable[..., Any], **more: Any) -> str:
-    """Returns what is said of what a task returns of a batch."""
+    """Returns the error message for the result of a task."""
     runner = TaskRunner.from_task(task)
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda batch: runner(lambda x: x, batch), {**BATCH, **more})
     return str(error.value)
 
 
-def test_a_mean_and_logits() -> None:
+def test_mean_loss_with_logits_is_explained() -> None:
     text = message_for(flax_example)
     assert text.startswith(
         'the task tests.tasks.test_returned:flax_example returned (float32[], float32[32, 10]). '
@@ -97,19 +97,19 @@ def test_a_mean_and_logits() -> None:
         ),
     ],
 )
-def test_what_a_task_should_return(task: Any, message: str) -> None:
+def test_invalid_results_are_explained(task: Any, message: str) -> None:
     text = message_for(task)
     assert text.startswith('the task tests.tasks.test_returned:<lambda> returned ')
     assert message in text
 
 
 @pytest.mark.parametrize('name', ['f1-score', 'class', 'top 5', '', 1])
-def test_the_name_of_a_metric(name: Any) -> None:
+def test_metric_names_must_be_identifiers(name: Any) -> None:
     text = message_for(lambda m, b: (m(b['x']), {name: m(b['x'])}))
     assert f'names a metric {name!r}: expected a Python identifier, such as' in text
 
 
-def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> None:
+def test_loss_of_broadcast_pairs_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger('trainer').propagate = True
 
     def pairs(model: Any, batch: Any) -> Any:
@@ -132,7 +132,7 @@ def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> No
 
 
 @pytest.mark.parametrize('shape', [(32, 33), (32, 8, 8, 3)])
-def test_a_loss_of_as_many_parts_as_rows(
+def test_loss_with_as_many_values_as_examples_is_not_warned_about(
     shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Next tokens of 32 texts, or 32 patches of 32 images."""
@@ -147,7 +147,7 @@ def test_a_loss_of_as_many_parts_as_rows(
 
 
 @pytest.mark.parametrize('weights', [2.0, 2, np.float32(2)])
-def test_one_weight_for_all_rows(weights: Any) -> None:
+def test_one_weight_for_all_examples(weights: Any) -> None:
     def task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=batch['x'].sum(-1), weights=weights)
 
@@ -155,7 +155,7 @@ def test_one_weight_for_all_rows(weights: Any) -> None:
     assert output.weights.tolist() == [2.0] * 32
 
 
-def test_rows_that_are_not_those_of_the_batch() -> None:
+def test_loss_without_the_batch_dimension_is_rejected() -> None:
     mask = {MASK: jax.ShapeDtypeStruct((32,), jnp.bool_)}
     assert '[10] for a batch of 32 examples' in message_for(lambda m, b: m(b['x']).sum(0), **mask)
 
@@ -171,7 +171,7 @@ def test_rows_that_are_not_those_of_the_batch() -> None:
         ),
     ],
 )
-def test_a_loss_that_cannot_be_minimised(task: Any, message: str) -> None:
+def test_losses_that_are_not_differentiable_are_rejected(task: Any, message: str) -> None:
     experiment = dataclasses.replace(trainer_in(None).experiment, task=TaskRunner.from_task(task))
     with pytest.raises(UserError, match=re.escape(message)):
         type(trainer_in(None))(experiment).compile()
@@ -181,7 +181,7 @@ def test_a_loss_that_cannot_be_minimised(task: Any, message: str) -> None:
     'task',
     [Classification(inputs='x'), Regression(inputs='x', targets='x'), NextToken(tokens='label')],
 )
-def test_a_model_that_returns_more_than_an_array(task: Any) -> None:
+def test_model_that_returns_more_than_an_array_is_rejected(task: Any) -> None:
     with pytest.raises(UserError) as error:
         task(
             lambda x: (jnp.ones((32, 10)), {}),

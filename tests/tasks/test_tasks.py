@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks that come with the trainer, and what a task says of itself."""
+"""The tasks of this package, and the interface of tasks."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_softmax_labels_of_both_kinds_agree() -> None:
     assert integer.metrics['accuracy'].tolist() == [False, True]
 
 
-def test_sigmoid_answers_for_each_class() -> None:
-    """A7: binary cross-entropies summed over the classes, accuracy over all answers."""
+def test_sigmoid_loss_and_accuracy() -> None:
+    """A7: binary cross-entropy summed over the classes, accuracy averaged over them."""
     labels = np.array([[1, 0, 0], [0, 1, 1]], np.float32)
     result = output(Classification(loss='sigmoid'), labels)
     probability = 1 / (1 + np.exp(-LOGITS))
@@ -71,7 +71,7 @@ def test_sigmoid_predicts_each_class() -> None:
         ({'top_k': [5]}, r'expected a tuple of integers such as \(5,\)'),
     ],
 )
-def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Classification(**options)
 
@@ -88,15 +88,15 @@ def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
         ({'loss': {'a': jnp.ones(4)}, 'metrics': {'a_loss': jnp.zeros(4)}}, "metric 'a_loss'"),
     ],
 )
-def test_no_name_hides_another(extra: dict[str, Any], name: str) -> None:
-    """A metric called 'weights' would be those of all means."""
+def test_reserved_metric_names_are_rejected(extra: dict[str, Any], name: str) -> None:
+    """A metric called 'weights' would replace the weights of all means."""
     with pytest.raises(UserError, match=f'names a {name}, but this name is reserved'):
         as_output(TaskOutput(**{'loss': jnp.ones(4), **extra}))
     as_output(TaskOutput(loss=jnp.ones(4), metrics={'l1': jnp.ones(4)}, penalties={'l2': 1.0}))
 
 
 class Own:
-    """A task with a collection of its own, whose inputs may have any name."""
+    """A task with its own metric collection, whose inputs may have any name."""
 
     def __init__(self, name: str):
         self.metrics = clu.metrics.Collection.create(
@@ -108,21 +108,21 @@ class Own:
         return TaskOutput(loss=loss, metrics={'examples': loss})
 
 
-def test_names_of_a_collection_are_those_that_it_reports() -> None:
+def test_reported_names_of_a_collection_are_checked() -> None:
     with pytest.raises(UserError, match="names a metric 'examples', but this name is reserved"):
         TaskRunner.from_task(Own('examples'))
     experiment = dataclasses.replace(mlp().experiment, task=TaskRunner.from_task(Own('mean')))
     Trainer(experiment).init_state()
 
 
-def test_the_mean_of_nothing_is_no_loss_that_is_not_finite() -> None:
+def test_mean_of_no_examples_is_not_a_failure() -> None:
     nothing, bad = WeightedMean.empty(), WeightedMean.from_model_output(jnp.array([jnp.nan, 1.0]))
     masked = WeightedMean.from_model_output(jnp.array([jnp.nan]), jnp.zeros(1))
     assert non_finite_names({'task': {'a_loss': nothing, 'b_loss': masked}}) == []
     assert non_finite_names({'task': {'a_loss': nothing, 'b_loss': bad}}) == ['b_loss']
 
 
-def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> None:
+def test_logged_loss_is_minimized_with_negative_weights() -> None:
     output = TaskOutput(loss=jnp.array([3.0, 5.0]), weights=jnp.array([1.0, -3.0]))
     totals, weights, _ = loss_sums(output)
     logged = WeightedMean.from_model_output(output.loss, output.weights)
@@ -145,20 +145,20 @@ def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> Non
         ),
     ],
 )
-def test_what_a_task_may_not_return(task: Any, message: str) -> None:
+def test_invalid_results_stop_compilation(task: Any, message: str) -> None:
     run = mlp()
     experiment = dataclasses.replace(run.experiment, task=TaskRunner.from_task(task))
     with pytest.raises(UserError, match=message):
         Trainer(experiment).compile()
 
 
-def test_a_task_that_takes_something_else() -> None:
+def test_task_with_another_signature_is_rejected() -> None:
     with pytest.raises(UserError, match=r'must take \(model, batch\): too many positional'):
         TaskRunner.from_task(lambda batch: batch)
 
 
 class InBatch(Classification):
-    """Says that its examples depend on each other."""
+    """A task whose examples depend on each other."""
 
     decomposable = False
 
@@ -169,7 +169,7 @@ def mlp(**options: Any) -> Trainer:
     return Trainer(load_and_build(config, **{**small, **options}))
 
 
-def test_a_task_with_in_batch_negatives_cannot_be_accumulated() -> None:
+def test_task_with_in_batch_negatives_rejects_accumulate() -> None:
     target = {'target': f'{__name__}:InBatch'}
     assert mlp(task=target).fit().step == 2
     with pytest.raises(
@@ -180,7 +180,9 @@ def test_a_task_with_in_batch_negatives_cannot_be_accumulated() -> None:
 
 
 @pytest.mark.slow
-def test_batch_statistics_of_slices_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_batch_statistics_of_micro_batches_are_warned_about_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     logging.getLogger('trainer').propagate = True
     mlp(accumulate=4).fit()
     mlp(model__batch_norm=True).fit()
@@ -191,7 +193,7 @@ def test_batch_statistics_of_slices_are_told_once(caplog: pytest.LogCaptureFixtu
 
 
 def pixels(batch: dict[str, Any]) -> dict[str, Any]:
-    """Asks for the brightness of an image."""
+    """Returns images and their brightness, as inputs and targets."""
     return {'x': batch['image'], 'y': batch['image'].mean((1, 2))}
 
 

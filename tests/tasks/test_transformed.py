@@ -11,7 +11,7 @@ from trainer.trainer import Trainer
 
 
 @pytest.mark.slow
-def test_device_transforms_run_inside_the_step_for_training_evaluation_and_prediction():
+def test_device_transforms_run_in_training_evaluation_and_prediction():
     common = dict(data__source__limit=200, train_for='3 steps', evals__test__data__source__limit=64)
     on_device = load_and_build('configs/mnist_mlp.py', **common)
     to_float = "[{'target': 'trainer.data.transforms:ToFloat', 'key': 'image'}]"
@@ -38,7 +38,7 @@ def test_device_transforms_run_inside_the_step_for_training_evaluation_and_predi
     assert results[0].metrics['eval/test/loss'] == results[1].metrics['eval/test/loss']
 
 
-def test_a_random_host_transform_is_refused_on_the_device():
+def test_random_host_transform_is_rejected_on_devices():
     flip = "[{'target': 'trainer.data.transforms:RandomFlip'}]"
     with pytest.raises(UserError, match=r'device_transforms\[0\].*move it to config.data.transf'):
         load_and_build('configs/mnist_mlp.py', data__device_transforms=flip)

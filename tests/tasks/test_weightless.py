@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of weight 0 affects no parameter, no metric and no other row, whatever its values."""
+"""An example of weight 0 affects no parameter, metric or other example, whatever its values."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from trainer.tasks import Classification, NextToken, Regression, TaskOutput
 from trainer.tasks.runner import MASK, TaskRunner, compute_metrics
 
 ROWS = 16
-# Two in a row, the first and the last one; in slices of 4 rows each slice has one that counts.
+# Two adjacent ones, the first and the last; each micro-batch of 4 has an example that counts.
 DEAD = np.array([0, 3, 4, 7, 9, 15])
 
 
 class Net(nn.Module):
-    """Divides by the norm of a row, which has no derivative where a row is zero."""
+    """Divides by the norm of each example, which has no derivative at 0."""
 
     outputs: int = 4
     dropout: float = 0.0
@@ -62,7 +62,7 @@ class NNXNet(nnx.Module):
 
 
 def batch_of(fill: float, label: int = 0) -> dict[str, np.ndarray]:
-    """The same rows for any `fill`, but for those of weight 0."""
+    """Returns the same batch for any `fill`, except for the examples of weight 0."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(ROWS, 5)).astype(np.float32)
     batch = {
@@ -89,7 +89,7 @@ def two_losses(model: Any, batch: Any) -> TaskOutput:
 
 
 def by_logits(model: Any, batch: Any) -> TaskOutput:
-    """Weights computed from the model's output: non-finite rows do not count."""
+    """A task with weights from the model's output: non-finite examples do not count."""
     logits = model(batch['x'])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
     return TaskOutput(loss=loss, weights=jnp.isfinite(logits).all(-1) & (batch['weight'] > 0))
@@ -126,7 +126,7 @@ def stepped(program: Programs, batch: Any, *, devices: int = 1, steps: int = 2) 
 
 
 def same(a: TrainState, b: TrainState) -> None:
-    """Bit for bit, parameters, collections and metrics; and all of it finite."""
+    """Checks that parameters, collections and metrics are bit-equal, and all finite."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((a.params, a.metrics)))
@@ -136,7 +136,7 @@ TASKS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     'classification': (Classification(inputs='x', weight='weight'), None, {}),
     'regression': (Regression(inputs='x', targets='targets', weight='weight'), None, {}),
     'function': (cross_entropy, None, {}),
-    'in slices': (cross_entropy, None, {'accumulate': 4}),
+    'micro-batches': (cross_entropy, None, {'accumulate': 4}),
     'of NNX': (cross_entropy, NNXNet, {}),
     'by logits': (by_logits, None, {}),
     'two losses': (
@@ -150,7 +150,7 @@ TASKS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize('name', slow_after(1, TASKS))
-def test_what_a_row_of_weight_0_holds_changes_nothing(name: str) -> None:
+def test_values_of_weight_0_change_nothing(name: str) -> None:
     task, model, options = TASKS[name]
     program = programs(task, model, **options)
     expected = stepped(program, batch_of(1.0))
@@ -163,7 +163,7 @@ def test_what_a_row_of_weight_0_holds_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_on_eight_devices() -> None:
+def test_values_of_weight_0_change_nothing_on_eight_devices() -> None:
     program = programs(cross_entropy, devices=8)
     expected = stepped(program, batch_of(1.0), devices=8)
     same(expected, stepped(program, batch_of(np.nan), devices=8))
@@ -173,8 +173,8 @@ def test_on_eight_devices() -> None:
 
 
 @pytest.mark.slow
-def test_the_update_is_that_of_the_rows_that_count() -> None:
-    """Compared with the gradient of a batch without the other rows."""
+def test_update_is_that_of_the_counted_examples() -> None:
+    """Compared with the gradient of a batch without the other examples."""
     program, batch = programs(cross_entropy), batch_of(np.nan)
     params = jax.device_get(program.init().params)
     live = {name: np.delete(x, DEAD, axis=0) for name, x in batch.items()}
@@ -194,7 +194,7 @@ def test_the_update_is_that_of_the_rows_that_count() -> None:
     assert metrics['first'] == pytest.approx(mean, rel=1e-4)
 
 
-def test_a_batch_of_which_no_row_counts() -> None:
+def test_batch_without_counted_examples() -> None:
     model = nn.Dense(4)
     batch = {**batch_of(np.nan), 'weight': np.zeros(ROWS, np.float32)}
     batch['x'][:] = np.nan
@@ -203,8 +203,8 @@ def test_a_batch_of_which_no_row_counts() -> None:
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
 
-def test_tokens() -> None:
-    """One row has only tokens of weight 0; another has some, and the rest are trained."""
+def test_tokens_of_weight_0() -> None:
+    """One example has only tokens of weight 0; another has some of them."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 7, (8, 6)).astype(np.int32)
     weight = (rng.uniform(size=(8, 6)) > 0.3).astype(np.float32)
@@ -226,8 +226,8 @@ def test_tokens() -> None:
 
 
 @pytest.mark.parametrize('fill', [1.0, np.nan])
-def test_evaluation(fill: float) -> None:
-    """Rows that do not count, and padding that repeats one of them."""
+def test_values_of_weight_0_do_not_affect_evaluations(fill: float) -> None:
+    """With examples that do not count, and padding that repeats one of them."""
     batch = batch_of(fill)
     mask = np.ones(ROWS, bool)
     mask[-3:] = False
@@ -248,8 +248,8 @@ def test_evaluation(fill: float) -> None:
 
 
 @pytest.mark.slow
-def test_random_numbers_and_collections_are_those_of_one_call() -> None:
-    """Weights of 1 change nothing, dropout included."""
+def test_second_run_uses_the_same_random_numbers_and_collections() -> None:
+    """Weights of 1 change nothing, including dropout."""
 
     def plain(model: Any, batch: Any) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(batch['x']), batch['label'])
@@ -283,7 +283,7 @@ def unweighted(model: Any, batch: Any) -> jax.Array:
         (cross_entropy, Net, True, None),
     ],
 )
-def test_batch_statistics_are_warned_of(
+def test_batch_statistics_are_warned_about(
     task: Any, model: Any, padded: bool, why: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     batch = {**batch_of(1.0), **({MASK: np.ones(ROWS, bool)} if padded else {})}
@@ -291,14 +291,14 @@ def test_batch_statistics_are_warned_of(
     assert (why in caplog.text) if why else not caplog.text
 
 
-def test_batch_statistics_are_finite_whatever_a_row_holds() -> None:
+def test_batch_statistics_are_finite_for_any_value_of_weight_0() -> None:
     program = programs(cross_entropy, Normed())
     same(stepped(program, batch_of(1.0)), stepped(program, batch_of(np.nan)))
 
 
 @pytest.mark.parametrize('accumulate', slow_after(1, [1, 2]))
 @pytest.mark.parametrize('layer', slow_after(1, [nn.Dense, nn.remat(nn.Dense)]))
-def test_the_forward_pass_is_not_in_the_program_twice(accumulate: int, layer: Any) -> None:
+def test_program_has_one_forward_pass(accumulate: int, layer: Any) -> None:
     def of(task: Callable[..., Any]) -> tuple[float, float, int]:
         step = programs(task, Net(layer=layer), accumulate=accumulate).step
         text = step.executable().as_text() or ''
@@ -311,12 +311,12 @@ def test_the_forward_pass_is_not_in_the_program_twice(accumulate: int, layer: An
 
     without, given = of(unweighted), of(cross_entropy)
     assert given[0] == without[0] > 0
-    # Replacing rows costs little compared to a product.
+    # Replacing examples costs little compared with a matrix product.
     assert without[1] < given[1] < 1.3 * without[1]
     assert given[2] == without[2] > 0
 
 
-def test_a_task_without_weights_pays_nothing() -> None:
+def test_task_without_weights_runs_once() -> None:
     def plain(model: Any, batch: Any) -> jax.Array:
         return model(batch['x'])[:, 0] ** 2
 
@@ -326,7 +326,7 @@ def test_a_task_without_weights_pays_nothing() -> None:
     assert programs(cross_entropy).task.is_weighted is True
 
 
-def test_named_losses_without_weights_for_metrics_count_all_rows() -> None:
+def test_metrics_without_weights_count_all_examples() -> None:
     def task(model: Any, batch: Any) -> TaskOutput:
         x = model(batch['x'])
         weights = {'a': batch['weight']}
@@ -341,8 +341,8 @@ def test_named_losses_without_weights_for_metrics_count_all_rows() -> None:
     assert compute_metrics(state.metrics)['task']['first'] == pytest.approx(float(expected), 1e-4)
 
 
-def test_rows_of_the_task_s_own_are_left_alone() -> None:
-    """One loss per number of a row, flattened: its row is unknown."""
+def test_losses_that_are_not_per_example_are_not_replaced() -> None:
+    """One loss per element, flattened: the example of each is unknown."""
 
     def task(model: Any, batch: Any) -> TaskOutput:
         errors = (model(batch['x']) - batch['targets']) ** 2
@@ -353,7 +353,7 @@ def test_rows_of_the_task_s_own_are_left_alone() -> None:
     assert np.isfinite(jax.tree.leaves(stepped(program, batch_of(1.0)).params)[0]).all()
 
 
-def test_weights_of_another_length_are_an_error() -> None:
+def test_weights_of_another_length_are_rejected() -> None:
     def task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=model(batch['x'])[:, 0], weights=batch['weight'][1:])
 
@@ -361,7 +361,7 @@ def test_weights_of_another_length_are_an_error() -> None:
         _ = programs(task).step
 
 
-def test_weights_must_fit() -> None:
+def test_weights_of_an_unknown_loss_are_rejected() -> None:
     def task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=model(batch['x'])[:, 0], weights={'a': batch['weight']})
 
@@ -370,7 +370,7 @@ def test_weights_must_fit() -> None:
 
 
 class Scaled(nn.Module):
-    """Divides by the norm of a row, which a row of zeros does not survive."""
+    """Divides by the norm of each example: examples of zeros become NaN."""
 
     batch_norm: bool = False
 
@@ -382,8 +382,8 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize('accumulate', slow_after(1, [1, 2]))
-def test_where_no_row_counts_nothing_moves(accumulate: int) -> None:
-    """Neither parameters nor statistics of a batch, or of a slice, all of whose rows weigh 0."""
+def test_nothing_changes_without_counted_examples(accumulate: int) -> None:
+    """Neither parameters nor statistics, for a batch or a micro-batch of weight 0."""
     batch = batch_of(1.0)
     batch['weight'] = np.zeros_like(batch['weight'])
     if accumulate == 2:
@@ -396,7 +396,7 @@ def test_where_no_row_counts_nothing_moves(accumulate: int) -> None:
         old, new = ((state.params, state.collections) for state in (before, after))
         jax.tree.map(np.testing.assert_array_equal, old, new)
         return
-    # As if the first slice were all that there is.
+    # As if the batch were only the first micro-batch.
     half = {name: x[: ROWS // 2] for name, x in batch.items()}
     expected = stepped(programs(cross_entropy, Scaled(batch_norm=True), batch=half), half, steps=1)
     for a, b in zip(

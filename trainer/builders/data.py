@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from trainer.builders.model import build_model
 from trainer.config import targets
 from trainer.config.checks import check_positive
 from trainer.config.errors import UserError
@@ -93,6 +94,7 @@ def _evaluation(
         final=section.final,
         ema=section.ema,
         task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
+        model=build_model(sections, section.model, f'{path}.model') if section.model else None,
         score=None if section.score is None else _build_score(section.score, f'{path}.score'),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
         data=build_data,

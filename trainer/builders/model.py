@@ -18,42 +18,54 @@ from trainer.modules.precision import AS_IS, Precision
 _PATH = 'config.model'
 
 
-def check_model(node: Any) -> None:
-    """Checks that the target of `config.model` makes a model of a supported library.
+def check_model(node: Any, path: str = _PATH) -> None:
+    """Checks that a target makes a model of a supported library.
+
+    Args:
+        node: `config.model`, or the model of an evaluation.
+        path: where the config has it, for messages.
 
     Raises:
         UserError: for a model of another library, and for a function of inputs.
     """
     if not isinstance(node, Mapping) or 'target' not in node:
         return
-    target = objects.resolve(node['target'], f'{_PATH}.target')
+    target = objects.resolve(node['target'], f'{path}.target')
     # First, because arguments of a model of another library would give a misleading error.
     if (reason := refusal_of_class(target)) is not None:
         raise UserError(reason)
     try:
-        targets.check(node, _PATH)
+        targets.check(node, path)
     except UserError as error:
         if inspect.isroutine(target) and ' is missing: ' in str(error):
             raise UserError(
-                f'{error}. A function named by config.model.target must return the model: it is '
-                'called once, with the other keys of config.model, not with inputs'
+                f'{error}. A function named by {path}.target must return the model: it is '
+                'called once, with the other keys of the model, not with inputs'
             ) from error
         raise
 
 
-def build_model(sections: Sections) -> Functional:
+def build_model(
+    sections: Sections, changes: Mapping[str, Any] | None = None, path: str = _PATH
+) -> Functional:
     """Returns the model's functional interface; an NNX module is created later.
+
+    Args:
+        sections: of the config.
+        changes: arguments that differ from `config.model`, for an evaluation.
+        path: where the config has them, for messages.
 
     Raises:
         UserError: if the target does not make a model.
     """
-    if isinstance(sections.model.get('rngs'), int):
-        raise UserError(f'{_PATH}.rngs: remove it; random numbers come from config.seed')
+    node = merge_arguments(sections.model, changes or {})
+    if isinstance(node.get('rngs'), int):
+        raise UserError(f'{path}.rngs: remove it; random numbers come from config.seed')
     # An NNX constructor creates parameters, so it is called only when the state is created.
-    if targets.takes_argument(sections.model, 'rngs', _PATH):
-        module: Any = functools.partial(_with_rngs, sections.model)
+    if targets.takes_argument(node, 'rngs', path):
+        module: Any = functools.partial(_with_rngs, node, path)
     else:
-        module = targets.instantiate(sections.model, _PATH)
+        module = targets.instantiate(node, path)
     wanted = sections.precision
     precision = AS_IS
     if wanted is not None:
@@ -74,5 +86,19 @@ def build_loss_scale(precision: PrecisionSection | None) -> float | None:
     return precision.loss_scale or None
 
 
-def _with_rngs(node: Any, rngs: Any) -> Any:
-    return targets.instantiate(node, _PATH, {'rngs': rngs})
+def merge_arguments(node: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a target with some changed, in nested targets too.
+
+    A change with a `target` of its own replaces the object that was there.
+    """
+    merged = dict(node)
+    for name, value in changes.items():
+        before = merged.get(name)
+        merged[name] = value
+        if isinstance(before, Mapping) and isinstance(value, Mapping) and 'target' not in value:
+            merged[name] = merge_arguments(before, value)
+    return merged
+
+
+def _with_rngs(node: Any, path: str, rngs: Any) -> Any:
+    return targets.instantiate(node, path, {'rngs': rngs})

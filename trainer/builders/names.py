@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from trainer.builders.model import check_model
+from trainer.builders.model import check_model, merge_arguments
 from trainer.builders.optimizer import check_optimizer, check_step
 from trainer.config import objects, targets
 from trainer.config.durations import Duration
@@ -24,6 +24,10 @@ def check_names(sections: Sections) -> None:
         UserError: for a name that does not exist, or an invalid argument.
     """
     check_model(sections.model)
+    for name, section in sections.evals.items():
+        if section.model:
+            node = merge_arguments(sections.model, section.model)
+            check_model(node, f'config.evals.{name}.model')
     for field in dataclasses.fields(sections):
         if field.name not in _OTHERS:
             _check_targets(getattr(sections, field.name), f'config.{field.name}')

@@ -112,6 +112,8 @@ class EvalSection:
         final: whether it also runs at the end of training.
         ema: whether it uses the moving average of the parameters, which `config.ema` keeps.
         task: the task; None for `config.task`.
+        model: arguments of the model that differ in this evaluation, merged over
+            `config.model`; the variables are the same.
         score: what the host computes from the predictions for all examples, or None.
     """
 
@@ -120,6 +122,7 @@ class EvalSection:
     final: bool = True
     ema: bool = False
     task: Node | None = None
+    model: dict[str, object] = dataclasses.field(default_factory=dict)
     score: ScoreSection | None = None
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainer.config.errors import UserError
 from trainer.ensemble.step import PerMember
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.modules.ensemble import EnsembleModel
@@ -44,6 +45,24 @@ class EnsembleEvalStep(EvalStep):
         sound = np.flatnonzero(~fetch(health.is_bad))
         counted = () if len(sound) == len(self.seeds) else tuple(map(int, sound))
         return dataclasses.replace(self, counted=counted)
+
+    def with_fresh(self, fresh: frozenset[str]) -> EnsembleEvalStep:
+        """Returns the step unchanged.
+
+        Raises:
+            UserError: if there are collections to create for each batch.
+        """
+        if fresh:
+            raise UserError(
+                f'its `model` has collections of its own ({", ".join(sorted(fresh))}), which an '
+                'ensemble cannot have; evaluate a member by itself: Trainer.model(member=0)'
+            )
+        return self
+
+    def variables_of_one(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the shapes of the variables of one member."""
+        rest = super().variables_of_one(variables)
+        return jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), rest)
 
     def output_shapes(self, variables: Any, batch: Any) -> Any:
         """Returns the shapes of the task's output for the ensemble and for a member."""
@@ -86,7 +105,7 @@ class EnsembleEvalStep(EvalStep):
     def _member_step(self) -> EvalStep:
         return EvalStep(model=self.model, task=self.task, seed=self.seeds[0])
 
-    def _bind(self, variables: Mapping[str, Any], keys: Keys) -> EnsembleModel:
+    def _bind(self, variables: Mapping[str, Any], keys: Keys, batch: Any) -> EnsembleModel:
         rest = {name: value for name, value in variables.items() if name != EMA}
         return EnsembleModel(
             self.model,

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
 from trainer.evaluate.host_scores import HostScores, StepWithRows
+from trainer.evaluate.model_form import find_fresh_collections
 from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.score import Score, check_fields
 from trainer.evaluate.step import EMA, EvalStep
@@ -72,6 +73,7 @@ class Evaluator:
         use_ema: bool = False,
         params: Callable[[TrainState], Any] = operator.attrgetter('params'),
         score: Score | None = None,
+        own_model: bool = False,
     ):
         """Creates an evaluator, which compiles at its first batch.
 
@@ -84,6 +86,7 @@ class Evaluator:
             use_ema: whether to evaluate the moving average of the parameters.
             params: returns the parameters of a state to evaluate, unless `use_ema`.
             score: computed on the host from the predictions for all examples, or None.
+            own_model: whether the step has another form of the model than training.
 
         Raises:
             UserError: if the split is empty, or has not the fields that the score asks for.
@@ -109,6 +112,7 @@ class Evaluator:
         self._use_ema = use_ema
         self._params = params
         self._score = score
+        self._own_model = own_model
         if score is not None:
             check_fields(score, data.spec)
 
@@ -168,6 +172,8 @@ class Evaluator:
             with self._tracing(), record_reads() as reads, seen.explain_errors():
                 # The evaluated parameters, averaged or not, have the shapes of `params`.
                 variables = {**state.variables, EMA: state.average}
+                if self._own_model:
+                    step = self._with_fresh_collections(step, variables, shapes)
                 output = step.output_shapes(variables, shapes)
             self._fields = fields.with_sent(reads.names)
             task = task.with_host_fields(self._fields.host_fields(), reads.weighted)
@@ -184,6 +190,12 @@ class Evaluator:
                 error.add_note(f'Its task {name} was called with the batch {batch}')
             raise
 
+    def _with_fresh_collections(self, step: EvalStep, variables: Any, shapes: Any) -> EvalStep:
+        with record_reads():  # In a record of its own: initialization is no step.
+            fresh = find_fresh_collections(step, variables, shapes)
+        self.step = self.step.with_fresh(fresh)
+        return step.with_fresh(fresh)
+
     @functools.cached_property
     def _all_fields(self) -> Fields:
         return Fields.from_spec(self.data.spec, f'config.evals.{self.name}.data')
@@ -199,7 +211,7 @@ class Evaluator:
             UserError: if there is no such metric, naming the available ones.
         """
         metrics = self._trial_metrics
-        if metrics is None or name in metrics or self._is_of_host(name):
+        if metrics is None or name in metrics or self._is_host_metric(name):
             return
         if name in metrics.arrays:
             kind = describe(metrics.arrays[name])
@@ -209,7 +221,7 @@ class Evaluator:
         have = ', '.join([*metrics, *(name for name, _ in self.step.task.collecting)])
         raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
 
-    def _is_of_host(self, name: str) -> bool:
+    def _is_host_metric(self, name: str) -> bool:
         """Whether the host may compute a value of this name, which only its first run can tell."""
         collecting = (metric for metric, _ in self.step.task.collecting)
         return self._score is not None or name.split('/')[0] in collecting
@@ -243,7 +255,7 @@ class Evaluator:
         unchanged = {} if prediction is None else prediction.unchanged
         pending: tuple[Any, LoadedBatch] | None = None
         # A context: leaving it by `Stopped` or an error ends the thread of the prefetcher.
-        with self._batches(max_batches, **self._sent(prediction)) as batches:
+        with self._batches(max_batches, **self._prefetch_options(prediction)) as batches:
             for batch in self._read_to_end(batches):
                 if should_stop():
                     raise Stopped
@@ -277,7 +289,7 @@ class Evaluator:
         by_id = self.data.num_batches is not None
         return HostScores(self.name, collecting, self._score, by_id=by_id)
 
-    def _sent(self, prediction: Prediction | None) -> dict[str, Any]:
+    def _prefetch_options(self, prediction: Prediction | None) -> dict[str, Any]:
         """Returns which fields of a batch are sent to the devices, and which stay on the host."""
         if prediction is None or self._score is None or self._fields is None:
             return {'fields': self._fields}

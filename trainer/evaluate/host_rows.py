@@ -43,8 +43,11 @@ def gather_rows(
     order, owned = np.arange(len(ids)), np.ones(len(ids), bool)
     if batch.rows is not None:
         order, owned = batch.rows.indices, batch.rows.is_owned
-    mine = owned & (ids >= 0)
-    parts = messages.gather((order[mine], ids[mine], {name: x[mine] for name, x in arrays.items()}))
+    # Padding is left out before anything is sent.
+    selected = owned & (ids >= 0)
+    parts = messages.gather(
+        (order[selected], ids[selected], {name: x[selected] for name, x in arrays.items()})
+    )
     if parts is None:
         return None
     if len(parts) == 1:
@@ -60,6 +63,7 @@ def _local_rows(outputs: Mapping[str, jax.Array], rows: LocalExamples | None) ->
     if rows is None:
         arrays = fetch(dict(outputs))
     else:
+        # All outputs at once, before the shards are copied one by one.
         jax.block_until_ready(dict(outputs))
         arrays = {name: _addressable_rows(x) for name, x in outputs.items()}
     # Functions of numpy and of other libraries do not know bfloat16.

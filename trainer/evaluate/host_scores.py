@@ -58,6 +58,7 @@ class StepWithRows:
             collected = self.step.collect(variables, step, index, batch)
             for metric, arrays in collected.items():
                 rows.update({f'{_COLLECTED}{metric}/{name}': x for name, x in arrays.items()})
+        # The mask is known on the host already: ids of padding are negative.
         if self.prediction is not None:
             outputs = self.prediction(variables, step, index, batch)
             rows.update({f'{_PREDICTED}{n}': x for n, x in outputs.items() if n != MASK})
@@ -102,17 +103,20 @@ class HostScores:
             unchanged: predictions that are a field of the batch, unchanged: output to field.
             batch: the batch that they were computed from.
         """
-        asked = () if self._score is None else self._score.fields
+        requested = () if self._score is None else self._score.fields
         # A field that is also predicted under its own name, unchanged, is sent once.
-        fields = [name for name in asked if unchanged.get(name) != name]
+        fields = [name for name in requested if unchanged.get(name) != name]
         host = {f'{_FIELD}{name}': batch.host[name] for name in fields}
         host.update({f'{_PREDICTED}{output}': batch.host[n] for output, n in unchanged.items()})
         gathered = gather_rows(self._messages, rows, host, batch)
+        # After an error the rows are still gathered, but no longer used: the other processes do not
+        # know of it yet.
         if gathered is None or self._error is not None:
             return
         ids, arrays = gathered
         if is_streaming(self._function):
             self._try(lambda: self._function(self._examples(arrays)) if len(ids) else None)
+            # What a streaming score has seen is not kept.
             arrays = {name: x for name, x in arrays.items() if name.startswith(_COLLECTED)}
         self._rows.add(ids, arrays)
 
@@ -128,6 +132,7 @@ class HostScores:
         if processes.is_main_process() and self._error is None:
             self._try(lambda: self._compute(measured))
         failure = None if self._error is None else f'{type(self._error).__name__}: {self._error}'
+        # Together, so that all processes either get the values or raise.
         numbers, failure = self._messages.broadcast((dict(measured), failure))
         if self._error is not None:
             raise self._error

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from trainer.config.durations import Duration
 from trainer.evaluate.score import Score
 from trainer.input.data import EvalData
+from trainer.modules.functional import Functional
 from trainer.tasks.runner import TaskRunner
 
 
@@ -24,6 +25,8 @@ class Evaluation:
         batch_size: examples in a batch.
         data: returns the data of the split in batches padded to the given size, which depends on
             the number of devices.
+        model: the form of the model that it evaluates, with the same variables; None for that of
+            training.
         score: computed on the host from the predictions for all examples, or None.
     """
 
@@ -33,4 +36,5 @@ class Evaluation:
     task: TaskRunner
     batch_size: int
     data: Callable[[int], EvalData]
+    model: Functional | None = None
     score: Score | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from trainer.input.host_field import explain_host_fields
 from trainer.modules.functional import Functional
@@ -32,12 +33,15 @@ class EvalStep:
         task: computes the metrics of a batch.
         seed: the run's seed, for tasks that use random numbers during evaluation.
         counted: indices of the members of an ensemble to evaluate; empty for all.
+        fresh: collections that only the evaluated form of the model has, such as a cache: they are
+            created for each batch, and calls may change them.
     """
 
     model: Functional
     task: TaskRunner
     seed: int | jax.Array
     counted: tuple[int, ...] = ()
+    fresh: frozenset[str] = frozenset()
 
     def without_diverged(self, health: Health) -> EvalStep:
         """Returns the step without members that have diverged; here, itself: no ensemble."""
@@ -47,6 +51,19 @@ class EvalStep:
         """Returns the shapes of the task's output, from arrays or their shapes."""
         # A new function object: a cached trace would not record which fields the task reads.
         return jax.eval_shape(lambda *args: self._output(*args), variables, batch, 0, 0)
+
+    def with_fresh(self, fresh: frozenset[str]) -> EvalStep:
+        """Returns the step with these collections created for each batch."""
+        return dataclasses.replace(self, fresh=fresh)
+
+    def variables_of_one(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the variables of one model, without the moving average."""
+        return {name: value for name, value in variables.items() if name != EMA}
+
+    def init(self, batch: Any) -> Mapping[str, Any]:
+        """Returns fresh variables of the evaluated model, for this batch."""
+        keys = Keys(seed=self.seed, mode='init')
+        return self.model.init(self.task.task, self.task.prepare_batch(batch), keys)
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:
         """Returns empty accumulators for outputs of these shapes."""
@@ -102,15 +119,20 @@ class EvalStep:
         task: Any = self.task.task
         seen = self.task.prepare_batch(batch, passing=True)
         with explain_host_fields(seen):
-            outputs = task.predict(self._bind(variables, keys), seen)
+            outputs = task.predict(self._bind(variables, keys, batch), seen)
         # The caller removes the padding on the host: the number of real examples is not static.
         return {**outputs, MASK: batch[MASK]}
 
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
-        return self.task(self._bind(variables, keys), batch)
+        return self.task(self._bind(variables, keys, batch), batch)
 
-    def _bind(self, variables: Mapping[str, Any], keys: Keys) -> BoundModel:
-        # The model would take the average for a collection of its own.
-        rest = {name: value for name, value in variables.items() if name != EMA}
-        return self.model.bind(rest, keys, ema=variables.get(EMA))
+    def _bind(self, variables: Mapping[str, Any], keys: Keys, batch: Any) -> BoundModel:
+        own = self.variables_of_one(variables)
+        if self.fresh:
+            # The compiler removes the rest of the initialization.
+            new = meta.unbox(self.init(batch))
+            own.update({name: new[name] for name in self.fresh})
+        model = self.model.bind(own, keys, ema=variables.get(EMA))
+        model.allow_changes(self.fresh)
+        return model

@@ -101,6 +101,7 @@ class _Common:
         """
         if self.with_first is not None:
             return self.with_first.first
+        # One row alone, so that a source of images decodes only one.
         arrays = self.block(0, 1, rows=slice(0, 1)).arrays
         return {name: x[0] for name, x in arrays.items()}
 
@@ -274,6 +275,7 @@ def _has(loader: Any, name: str) -> bool:
 
 def _accepts(method: Any, num_positional: int, keywords: Sequence[str]) -> bool:
     """Whether a value can be called with these arguments."""
+    # A loader may have an attribute of this name for something else.
     if not callable(method):
         return False
     try:

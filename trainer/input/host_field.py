@@ -73,6 +73,7 @@ class HostField:
             reader: description of that code.
             others: names of the fields that devices can store, if known.
         """
+        # An operation on the placeholder itself does not know which code runs it.
         reader = reader or 'a transform or the task'
         return HostFieldError(
             self.name,
@@ -117,6 +118,7 @@ def explain_host_fields(fields: dict[str, Any]) -> Iterator[None]:
     except TypeError as error:
         # By `dict.values`, which the batch does not override: its own methods record reads.
         hidden = [x for x in dict.values(fields) if isinstance(x, HostField)]
+        # Only for a rejected `HostField`: any other TypeError is a mistake of its own.
         if hidden and compat.refuses_type(error, HostField):
             raise hidden[0].error() from error
         raise

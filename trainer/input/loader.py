@@ -76,6 +76,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+# A slice on a single process; with several, the rows of a process need not be consecutive.
 Rows = slice | np.ndarray
 ALL = slice(None)
 

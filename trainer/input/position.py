@@ -67,6 +67,7 @@ class DataPosition:
     def restart(self) -> None:
         """Restarts with the first batch."""
         self._digest, self._state = DataDigest(), None
+        # Also after a failed start: the prefetcher may have moved a stream.
         self._data.restore(0, None)
 
     def resume(self, step: int) -> None:
@@ -106,6 +107,7 @@ class DataPosition:
             try:
                 self._data.restore(step, self._state)
             except ValueError as error:
+                # From the loader, which alone knows why its state does not fit.
                 problem = str(error)
         if problem is None:
             return True

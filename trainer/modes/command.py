@@ -53,6 +53,7 @@ def restore(trainer: Trainer, command: Command) -> TrainState:
     changes = workdir_of(trainer).config_changes(
         experiment.origin.config, experiment.origin.schedule_steps
     )
+    # A note and not an error: evaluating a checkpoint with another config is legitimate.
     if changes := identity.identity_changes(changes):
         text = diff.format_diff(changes)
         print(

@@ -19,8 +19,10 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     experiment, workdir = trainer.experiment, workdir_of(trainer)
     if experiment.ensemble is not None:
         raise UserError('--mode=grad_probe is not supported for ensembles; train one member')
+    # Before tracing, which would fail with a message about shapes.
     trainer.check_batch()
     setup = trainer.set_up()
+    # Gradients at initialization are of interest too, so a checkpoint is not required.
     saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
     state = restore(trainer, command) if saved else trainer.init_state()
     gradients = gradient_probe.next_step_gradients(trainer.run, setup, state, command.match)

@@ -16,6 +16,7 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
     trainer.check_batch()
     setup = trainer.set_up()
+    # The banner is that of the next start: it says where the run would resume.
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     print(banner.summary(trainer.run, setup, latest or 0))
     print(f'\n{module_table.describe(trainer.experiment, setup)}\n')

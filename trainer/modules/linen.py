@@ -107,7 +107,7 @@ class LinenModel(BoundModel):
             params = precision.cast_for_compute(params)
         variables = {'params': params, **calls.collections}
         # Unused intermediates cost nothing: the compiler removes them.
-        mutable = {INTERMEDIATES, *(calls.collections if training else ())}
+        mutable = {INTERMEDIATES, *(calls.collections if training else calls.changing)}
         if recorder is not None:
             mutable.update(recorder.collections)
             if recorder.perturbations:

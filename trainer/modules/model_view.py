@@ -34,12 +34,14 @@ class Calls:
         count: number of calls so far; folded into the random keys of the next one.
         intermediates: the intermediates of the last call.
         recorder: records the calls; None records nothing.
+        changing: names of the collections that calls change in evaluation too.
     """
 
     collections: dict[str, Any]
     count: int = 0
     intermediates: dict[str, Any] = dataclasses.field(default_factory=dict)
     recorder: ModuleRecorder | None = None
+    changing: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -117,6 +119,10 @@ class BoundModel(abc.ABC):
     def attach(self, recorder: ModuleRecorder) -> None:
         """Records all later calls, including those of the views."""
         self._calls.recorder = recorder
+
+    def allow_changes(self, collections: frozenset[str]) -> None:
+        """Lets later calls change these collections in evaluation, such as a cache."""
+        self._calls.changing = collections
 
     @property
     def ema(self) -> BoundModel:

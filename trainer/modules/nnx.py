@@ -206,11 +206,13 @@ class NNXModel(BoundModel):
         calls.intermediates = nnx.to_pure_dict(nnx.pop(module, INTERMEDIATES))
         if calls.recorder is not None:
             calls.intermediates = calls.recorder.take_records(calls.intermediates)
-        # In evaluation, changes are dropped with the module, which is a copy for this call.
-        if self.training:
+        # In evaluation, other changes are dropped with the module, which is a copy for this call.
+        if self.training or calls.changing:
             updates = variable_values(module)
             updates.pop('params', None)
             self._check_structure(updates)
+            if not self.training:
+                updates = {name: x for name, x in updates.items() if name in calls.changing}
             changed = self._precision.restore_dtypes(updates, calls.collections)
             calls.collections = {**calls.collections, **changed}
         return self._precision.cast_output(output)

@@ -31,16 +31,18 @@ current: contextvars.ContextVar[bool | None] = contextvars.ContextVar('training'
 def set_fields(module: nn.Module, training: bool) -> nn.Module:
     """Returns the module with its training flags set, where these fields have their defaults.
 
-    This includes the modules in its fields, also within lists, tuples and dicts. A flag that is
-    also an argument of the module's call is not set: the call gets it.
+    This includes the modules in its fields, also within lists, tuples and dicts, and dataclasses
+    that hold the settings of a model, such as `TransformerConfig(deterministic=False)`. A flag that
+    is also an argument of the module's call is not set: the call gets it.
     """
     # By identity: a module in two places stays one module, because its parameters are shared.
-    by_id: dict[int, nn.Module] = {}
+    by_id: dict[int, Any] = {}
 
     def visit(value: Any) -> Any:
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) or _is_settings(value):
             if id(value) not in by_id:
-                by_id[id(value)] = replace_flags(value)
+                replace = replace_flags if isinstance(value, nn.Module) else replace_settings
+                by_id[id(value)] = replace(value)
             return by_id[id(value)]
         if type(value) in (list, tuple):
             items = type(value)(visit(item) for item in value)
@@ -66,7 +68,22 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
         changes = {name: value for name, value in after.items() if value is not before[name]}
         return dataclasses.replace(module, **changes) if changes else module
 
+    def replace_settings(settings: Any) -> Any:
+        before = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.init}
+        defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+        after = {name: visit(value) for name, value in before.items()}
+        for name, value in _flags_in(before, training).items():
+            if before[name] in (None, defaults[name]):
+                after[name] = value
+        changes = {name: value for name, value in after.items() if value is not before[name]}
+        return dataclasses.replace(settings, **changes) if changes else settings
+
     return visit(module)
+
+
+def _is_settings(value: Any) -> bool:
+    """Whether a value is a dataclass of the model's author, with its settings."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, nn.Module))
 
 
 def method_with_training(

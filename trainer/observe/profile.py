@@ -51,6 +51,7 @@ class Profile:
             return
         self._end_step()
         self._annotation = jax.profiler.StepTraceAnnotation('train', step_num=step)
+        # Not a `with` block: the annotation ends in another call.
         self._annotation.__enter__()
 
     def annotate_eval(self, name: str) -> contextlib.AbstractContextManager[Any]:

@@ -88,6 +88,7 @@ class Images:
                     'Images: expected uint8 values from 0 to 255, or floats from 0 to 1, got '
                     f'{shape}'
                 )
+            # A generated image may be slightly out of range, which is no reason to end a run.
             clipped = np.clip(np.nan_to_num(array.astype(np.float32)), 0, 1)
             array = np.round(clipped * 255).astype(np.uint8)
         object.__setattr__(self, 'images', array)
@@ -99,6 +100,8 @@ class Images:
         rows = -(-count // self.columns)
         full = np.zeros((rows * self.columns, height, width, channels), np.uint8)
         full[:count] = self.images
+        # A grid without a loop: rows of images become rows of pixels when the two middle dimensions
+        # are swapped.
         parts = full.reshape(rows, self.columns, height, width, channels)
         return parts.swapaxes(1, 2).reshape(rows * height, self.columns * width, channels)
 

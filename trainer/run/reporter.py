@@ -182,26 +182,26 @@ class Reporter:
         row['train/steps_per_sec'] = rate
         row['train/examples_per_sec'] = rate * self._batch_size
         row['train/data_wait_secs'] = pending.data_wait_secs
-        kept = self._write_arrays(f'train_{step}', row.arrays)
-        kept += self.record_summaries(step, row.summaries, 'train/')
+        files = self._write_arrays(f'train_{step}', row.arrays)
+        files += self.record_summaries(step, row.summaries, 'train/')
         self._add(step, row)
         # After the file, so that no printed value is missing there if the run is killed.
         self.progress.update(step, row)
-        if kept:
-            self.progress.message(f'step {step:,}:{kept}')
+        if files:
+            self.progress.message(f'step {step:,}:{files}')
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the row of an evaluation, and the arrays and summaries of a `MetricValues`."""
-        kept = ''
+        files = ''
         if isinstance(metrics, MetricValues):
-            kept = self._write_arrays(f'eval_{name}_{step}', metrics.arrays)
-            kept += self.record_summaries(step, metrics.summaries, f'eval/{name}/')
+            files = self._write_arrays(f'eval_{name}_{step}', metrics.arrays)
+            files += self.record_summaries(step, metrics.summaries, f'eval/{name}/')
         row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
         self._add(step, row)
         # After the row is written: an evaluation without a row counts as not run.
         self._evaluated.add((name, step))
-        shown = {key: value for key, value in metrics.items() if not is_member_name(key)}
-        self.progress.message(f'eval {name} at step {step:,}: {_format_values(shown)}{kept}')
+        numbers = {key: value for key, value in metrics.items() if not is_member_name(key)}
+        self.progress.message(f'eval {name} at step {step:,}: {_format_values(numbers)}{files}')
 
     def record_capture(
         self, step: int, row: Mapping[str, float], histograms: Mapping[str, Histogram]
@@ -224,9 +224,9 @@ class Reporter:
         """
         if not summaries or self._directory is None:
             return ''
-        named = {prefix + name: summary for name, summary in summaries.items()}
-        paths = write_files(self._directory, step, named)
-        self._writer.write_summaries(step, named)
+        by_name = {prefix + name: summary for name, summary in summaries.items()}
+        paths = write_files(self._directory, step, by_name)
+        self._writer.write_summaries(step, by_name)
         return f'  {", ".join(summaries)} in {os.path.commonpath(paths)}'
 
     def has_eval(self, name: str, step: int) -> bool:
@@ -242,14 +242,14 @@ class Reporter:
         """Writes arrays to a file in `metrics/`; returns their part of the printed line."""
         if not arrays:
             return ''
-        shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
+        described = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
         if self._directory is None:
-            return f'  {", ".join(shown)}'
+            return f'  {", ".join(described)}'
         # Named after the step, so a resumed run overwrites the file of a step that it repeats.
         path = self._directory / 'metrics' / f'{name}.npz'
         path.parent.mkdir(parents=True, exist_ok=True)
         write_npz(path, arrays)
-        return f'  {", ".join(shown)} in {path}'
+        return f'  {", ".join(described)} in {path}'
 
     def _add(self, step: int, row: Mapping[str, float]) -> None:
         self.row = {'step': step, **row}
@@ -313,11 +313,11 @@ def check_row(metrics: Any) -> None:
     Raises:
         UserError: naming the metric that cannot be written to a row or a file.
     """
-    lone = metrics
+    single = metrics
     if isinstance(metrics, PerMember):
-        lone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), metrics.stacked)
+        single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), metrics.stacked)
     try:
-        check_computes(lone)
+        check_computes(single)
         compute_on_trial(flat_row, metrics)
     except UserError as error:
         raise UserError(f'the metrics of training: {error}') from error

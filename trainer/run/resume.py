@@ -85,7 +85,7 @@ class Recovery:
         """
         workdir, experiment = self._run.workdir, self._run.experiment
         self._called = utc_now()
-        latest, checkpoints = self._latest(), self._run.checkpoints
+        latest, checkpoints = self._latest_step(), self._run.checkpoints
         if workdir is None or checkpoints is None or latest is None:
             if workdir is not None:
                 workdir.check_not_lost()
@@ -117,7 +117,7 @@ class Recovery:
             self._consumed.resume(self._paused[1])
             return self._paused
         self._fingerprint_data()
-        latest, checkpoints = self._latest(), self._run.checkpoints
+        latest, checkpoints = self._latest_step(), self._run.checkpoints
         if checkpoints is None or latest is None:
             if checkpoints is not None:
                 check_storable(programs.abstract.durable)
@@ -207,7 +207,7 @@ class Recovery:
             self._check_workdir(step)
             meta = {
                 'step': step,
-                **self._measured(step),
+                **self._measurements(step),
                 # Collective, like the save itself: all processes must come here.
                 **self._consumed.meta(),
                 **health.to_metadata(state.health),
@@ -225,7 +225,7 @@ class Recovery:
         if self._run.checkpoints is not None:
             # As for a save: no checkpoint may say that an evaluation ran whose row is lost.
             self._report.sync()
-            self._run.checkpoints.amend(step, self._measured(step))
+            self._run.checkpoints.amend(step, self._measurements(step))
 
     def end(self, status: str, step: int, state: TrainState) -> None:
         """Waits for the saves, and writes `result.json` unless the run is only paused."""
@@ -420,10 +420,10 @@ class Recovery:
                 'was created; create a new one'
             )
 
-    def _latest(self) -> int | None:
+    def _latest_step(self) -> int | None:
         return None if self._run.checkpoints is None else self._run.checkpoints.latest()
 
-    def _measured(self, step: int) -> dict[str, Any]:
+    def _measurements(self, step: int) -> dict[str, Any]:
         names = [n for n in self._run.experiment.evals if self._report.has_eval(n, step)]
         measured = {'evaluated': names, 'metrics': dict(self._report.latest)}
         if self.early_stopping is not None:

@@ -136,6 +136,7 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
             use_ema=spec.ema,
             params=params,
             score=spec.score,
+            own_model=spec.model is not None,
         )
         for name, spec in experiment.evals.items()
     }
@@ -233,7 +234,8 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
 
 
 def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep:
-    model, seed, ensemble = experiment.model, experiment.seed, experiment.ensemble
+    model = experiment.model if spec.model is None else spec.model
+    seed, ensemble = experiment.seed, experiment.ensemble
     if ensemble is None:
         return EvalStep(model=model, task=spec.task, seed=seed)
     return EnsembleEvalStep(

@@ -13,6 +13,8 @@ import numpy as np
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
+# Text and not an API: the compiled program has no public object form. tests/test_compat.py checks
+# the format with the installed XLA.
 _OPERATION = re.compile(rf'= (.*?) ({"|".join(KINDS)})\(')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _CALLED = re.compile(
@@ -52,6 +54,8 @@ class Collective:
         """Bytes per step that a device sends, assuming ring collectives."""
         if self.kind == 'collective-permute':
             return float(self.nbytes)
+        # In a ring each device passes on all shards but one. An all-reduce does so twice: it
+        # reduces, then gathers.
         once = self.nbytes * (self.group - 1) / self.group
         return 2 * once if self.kind == 'all-reduce' else once
 
@@ -66,6 +70,8 @@ def find(text: str, mesh: Mapping[str, int]) -> tuple[list[Collective], bool]:
         text: a compiled program, from `jax.stages.Compiled.as_text()`.
         mesh: axis sizes, in the order of the devices.
     """
+    # Loop bodies and branches are computations of their own, which the operations of others call by
+    # name.
     bodies = dict(_computations(text))
     entry = next(name for name, (is_entry, _) in bodies.items() if is_entry)
     counts: collections.Counter[tuple[str, tuple[str, ...], int]] = collections.Counter()
@@ -86,6 +92,7 @@ def find(text: str, mesh: Mapping[str, int]) -> tuple[list[Collective], bool]:
             inner = times
             if ' while(' in line:
                 trips = _TRIPS.search(line)
+                # XLA annotates a loop with its trip count only if that is a constant.
                 complete &= trips is not None
                 inner *= int(trips[1]) if trips else 1
             for called in _CALLED.findall(line):
@@ -124,6 +131,7 @@ def devices_of_group(line: str, mesh: Mapping[str, int]) -> list[int]:
         index = tuple(slice(None) if axis in group_axes else 0 for axis, _ in axes)
         return [int(i) for i in devices.reshape(shape)[index].ravel()]
     if pairs := _PAIRS.search(line):
+        # Pairs of a device with itself move nothing; any other pair shows the axis.
         moves = [(int(a), int(b)) for a, b in re.findall(r'(\d+),(\d+)', pairs[1])]
         return list(next(((a, b) for a, b in moves if a != b), ()))
     # No groups means one group of all devices.
@@ -153,6 +161,7 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 
 def _axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """Returns the mesh axes along which the coordinates of the group's devices differ."""
+    # Devices are numbered in the order of the mesh, so their coordinates follow from its shape.
     coordinates = np.array(np.unravel_index(group, tuple(mesh.values())))
     return tuple(name for name, row in zip(mesh, coordinates, strict=True) if len(set(row)) > 1)
 
@@ -165,6 +174,7 @@ def _nbytes(shape: str) -> int:
 
 def _itemsize(dtype: str) -> int:
     bits = re.search(r'\d+', dtype)
+    # The number in a dtype is its bits ('f32', 'bf16', 's8'); 'pred' has none, and takes a byte.
     return max(1, int(bits[0]) // 8) if bits else 1
 
 

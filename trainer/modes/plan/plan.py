@@ -110,6 +110,8 @@ def make(experiment: Experiment, setup: Setup) -> Plan:
         unsharded_state=nbytes(state),
         batch_size=experiment.clock.batch_size,
         shards=shards,
+        # Batches are sharded over the batch axes alone; along the other axes each device has a
+        # copy.
         batch=sum(math.prod(s.shape) * s.dtype.itemsize for s in spec.values()) // shards,
         temporaries=step.temporary_bytes(),
         flops=flops.count(step.jaxpr()),
@@ -175,6 +177,7 @@ def _fit_lines(plan: Plan, name: str, kind: DeviceKind) -> Iterator[str]:
 
 def _suggestions(plan: Plan, kind: DeviceKind) -> Iterator[str]:
     state, temporaries = sum(plan.state.values()), plan.temporaries or 0
+    # Nearly as large on each device as in total: so it is not sharded.
     if state > kind.memory / 2 and plan.unsharded_state < 1.5 * state and plan.devices > 1:
         yield (
             'the state is replicated on every device: shard it, as in --config.sharding=fsdp '
