@@ -16,6 +16,7 @@ from tests.pages import (
     ALL_COMMANDS,
     COMMANDS,
     FILES,
+    FRAGMENTS,
     OTHERS,
     QUICKSTART,
     TESTS,
@@ -163,5 +164,6 @@ def test_each_file_is_run() -> None:
             name.removesuffix('.py').replace('/', '.') + ':',
             f'from {name[:-3]}'.replace('/', '.'),
         )
-        others = [*COMMANDS, *(text for other, text in FILES.items() if other != name)]
+        others = [*COMMANDS, *(block.text for block in FRAGMENTS)]
+        others += [text for other, text in FILES.items() if other != name]
         assert any(word in text for text in others for word in named), name

@@ -75,7 +75,7 @@ def test_the_layer_of_an_injected_nan_in_a_scan_is_named(k: int) -> None:
     ids=lambda options: '-'.join(options),
 )
 def test_divergence_is_found_in_every_kind_of_run(options: dict[str, Any], tmp_path: Any) -> None:
-    # With two slices a layer is called twice in a step.
+    # With two micro-batches, a layer is called twice in a step.
     made = build(linen(bad=1), guard=STOP, **options)
     found = message(made, tmp_path)
     step = math.ceil(STEP / options.get('accumulate', 1))

@@ -204,8 +204,8 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
     )
     # Saving as often as evaluating ranks every checkpoint. An evaluation that is never due before
     # the end has to become more frequent itself, unless saves are not due either.
-    wanted = periods[0].partition('=')[2]
-    fix = f'set --config.checkpoint.every={wanted}'
+    eval_period = periods[0].partition('=')[2]
+    fix = f'set --config.checkpoint.every={eval_period}'
     if evals.period_steps is None or evals.period_steps > total:
         fix = f'set --config.evals.{name}.every={periods[1].partition("=")[2]}'
         if save.period_steps is None or save.period_steps > total:

@@ -113,10 +113,10 @@ class Hooks:
         Raises:
             PeerHookError: if only hooks of other processes have failed.
         """
-        mine = None if self.error is None else failure.summary(self.error)
+        own_error = None if self.error is None else failure.summary(self.error)
         # Decided by the config, which is the same everywhere: `self._hooks` may differ by a hook
         # that failed in one process, and then some would not join the collective.
-        texts = enumerate(processes.gather(mine) if self._experiment.hooks else ())
+        texts = enumerate(processes.gather(own_error) if self._experiment.hooks else ())
         others = [f'process {number}: {text}' for number, text in texts if text is not None]
         if self.error is not None:
             raise self.error
@@ -171,7 +171,7 @@ class Hooks:
             kind=kind,
             step=step,
             state=state,
-            # A copy: a hook may keep the event, and the reporter goes on to update its dict.
+            # A copy: a hook may keep the event, and the reporter keeps updating its own dict.
             metrics=dict(self._report.latest),
             workdir=None if self._workdir is None else str(self._workdir.path),
             row=self._report.row if kind in ('log', 'eval') else {},

@@ -229,20 +229,20 @@ class Reporter:
         if self._held is None:
             return
         held, self._held = self._held, None
-        kept = self._write_arrays(f'{held.stem}_{held.step}', held.values.arrays)
-        kept += self._write_summaries(held.step, held.values.summaries, held.prefix)
+        files = self._write_arrays(f'{held.stem}_{held.step}', held.values.arrays)
+        files += self._write_summaries(held.step, held.values.summaries, held.prefix)
         self._writer.write(held.step, held.row())
         # After the files, so that no printed value is missing there if the run is killed.
         if held.evaluation is None:
             self.progress.update(held.step, held.row())
-            if kept:
-                self.progress.message(f'step {held.step:,}:{kept}')
+            if files:
+                self.progress.message(f'step {held.step:,}:{files}')
             return
         # An evaluation without a row counts as not run.
         self._evaluated.add((held.evaluation, held.step))
-        shown = {key: value for key, value in held.values.items() if not is_member_name(key)}
+        numbers = {key: value for key, value in held.values.items() if not is_member_name(key)}
         at = f'eval {held.evaluation} at step {held.step:,}'
-        self.progress.message(f'{at}: {_format_values({**shown, **held.others})}{kept}')
+        self.progress.message(f'{at}: {_format_values({**numbers, **held.others})}{files}')
 
     def record_capture(
         self, step: int, row: Mapping[str, float], histograms: Mapping[str, Histogram]
@@ -265,9 +265,9 @@ class Reporter:
         """
         if not summaries or self._directory is None:
             return ''
-        named = {prefix + name: summary for name, summary in summaries.items()}
-        paths = write_files(self._directory, step, named)
-        self._writer.write_summaries(step, named)
+        by_name = {prefix + name: summary for name, summary in summaries.items()}
+        paths = write_files(self._directory, step, by_name)
+        self._writer.write_summaries(step, by_name)
         return f'  {", ".join(summaries)} in {os.path.commonpath(paths)}'
 
     def eval_values(self, name: str) -> dict[str, float]:
@@ -288,14 +288,14 @@ class Reporter:
         """Writes arrays to a file in `metrics/`; returns their part of the printed line."""
         if not arrays:
             return ''
-        shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
+        described = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
         if self._directory is None:
-            return f'  {", ".join(shown)}'
+            return f'  {", ".join(described)}'
         # Named after the step, so a resumed run overwrites the file of a step that it repeats.
         path = self._directory / 'metrics' / f'{name}.npz'
         path.parent.mkdir(parents=True, exist_ok=True)
         write_npz(path, arrays)
-        return f'  {", ".join(shown)} in {path}'
+        return f'  {", ".join(described)} in {path}'
 
     def _hold(self, held: HeldRow) -> None:
         self.write_row()
@@ -314,10 +314,11 @@ class Reporter:
         return f'{prefix} member {number}' + (f' ({description})' if description else '')
 
     def _loop_secs(self) -> float:
-        """Returns the seconds of the loop so far, without its evaluations and saves."""
+        """Returns the seconds of the loop so far, without its evaluations, saves and hooks."""
         # Rates are of training: an evaluation or a save between two rows must not look like slow
-        # steps.
-        return time.perf_counter() - self.time.get('eval') - self.time.get('save')
+        # steps. An evaluation compiles at its first batch, which counts as 'compile'.
+        parts = ('eval', 'save', 'hooks', 'compile')
+        return time.perf_counter() - sum(map(self.time.get, parts))
 
 
 class HeldRow:
@@ -405,11 +406,11 @@ def check_row(metrics: Any) -> None:
     Raises:
         UserError: naming the metric that cannot be written to a row or a file.
     """
-    lone = metrics
+    single = metrics
     if isinstance(metrics, PerMember):
-        lone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), metrics.stacked)
+        single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), metrics.stacked)
     try:
-        check_computes(lone)
+        check_computes(single)
         compute_on_trial(flat_row, metrics)
     except UserError as error:
         raise UserError(f'the metrics of training: {error}') from error

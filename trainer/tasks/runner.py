@@ -22,7 +22,7 @@ from trainer.tasks import returned
 from trainer.tasks.batch import Batch, PlainBatch, UnsentField, device_fields, note_weights, reads
 from trainer.tasks.checks import Check
 from trainer.tasks.collecting import (
-    collected_rows,
+    collected_arrays,
     explain_missing_output,
     split_collecting,
 )
@@ -306,19 +306,19 @@ class TaskRunner:
         return collection.single_from_model_output(**{**outputs, **output.metrics})
 
     def collect(self, output: TaskOutput) -> dict[str, dict[str, jax.Array]]:
-        """Returns what the collecting metrics collect of one batch, by name.
+        """Returns the arrays that collecting metrics collect from one batch, by name.
 
         Raises:
-            UserError: if they collect something that has not one row for each example.
+            UserError: if dimension 0 of an array is not the batch.
         """
         if not self.collecting:
             return {}
-        rows = next(iter(losses_by_name(output.loss).values())).shape[0]
+        size = next(iter(losses_by_name(output.loss).values())).shape[0]
         collected = {}
         for name, kind in self.collecting:
             with explain_missing_output(name, output.metrics):
                 metric = self.measure(output, clu.metrics.Collection.create(**{name: kind}))
-            collected[name] = collected_rows(name, getattr(metric, name), rows)
+            collected[name] = collected_arrays(name, getattr(metric, name), size)
         return collected
 
     def _means(self, output: TaskOutput) -> type[clu.metrics.Collection]:
