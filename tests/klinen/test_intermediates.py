@@ -193,7 +193,7 @@ class Layer(knn.Module):
 def test_lifted_modules() -> None:
     """K11: fields assigned within scanned and checkpointed modules are returned."""
     model = Lifted().init_bind(RNG, X).with_rng(RNG)
-    assert {'MLP_0', 'Dense_0'} < set(model.params)  # As Linen names what is made in the call.
+    assert {'MLP_0', 'Dense_0'} < set(model.params)  # Linen's automatic names.
     y, found = model.call_with_intermediates(X)
     assert same(y, model(X))
     assert found.last.kept.shape == ()
@@ -229,7 +229,7 @@ def test_a_submodule_that_is_called_twice() -> None:
     assert not hasattr(found, 'unset')
 
 
-class Noted(knn.Module):
+class AnyValues(knn.Module):
     """Stores values that are not JAX types, and arrays that have no mean."""
 
     note: knn.Intermediate[dict[str, Any]] = dataclasses.field(init=False)
@@ -245,12 +245,12 @@ class Noted(knn.Module):
 class Around(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.remat(Noted)(name='inner')(x)
+        return nn.remat(AnyValues)(name='inner')(x)
 
 
 def test_values_of_any_kind() -> None:
     """K11: they pass through transformations, whether or not the call is captured."""
-    for module in (Noted(), nn.remat(Noted)()):
+    for module in (AnyValues(), nn.remat(AnyValues)()):
         y, found = module.init_bind(RNG, X).call_with_intermediates(X)
         assert found.note['name'] == 'h' and found.note['of'][0] == {'a', 'b'}
         assert same(found.note['of'][1], y) and found.note['of'][2] is None
@@ -263,10 +263,10 @@ def test_values_of_any_kind() -> None:
 
 def test_values_of_any_kind_in_an_ensemble() -> None:
     """Floats are averaged; other arrays are stacked over the members, other values unchanged."""
-    both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), init(Noted()))
+    both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), init(AnyValues()))
     x = jnp.ones((3, 4))
     model = EnsembleModel(
-        as_functional(Noted()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
+        as_functional(AnyValues()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
     )
     y = jax.jit(model)(x)
     model(x)

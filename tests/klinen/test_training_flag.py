@@ -122,18 +122,18 @@ def test_linen_classes_with_names_of_the_interface() -> None:
 def test_names_that_would_override_the_interface() -> None:
     """K8: fields and methods of a Klinen class."""
 
-    def made(**names: Any) -> type:
+    def make_class(**names: Any) -> type:
         return type('Wrong', (knn.Module,), names)
 
     with pytest.raises(TypeError, match=r'Wrong\.train would override .* rename it'):
-        made(train=True, __annotations__={'train': bool})
+        make_class(train=True, __annotations__={'train': bool})
     with pytest.raises(TypeError, match=r'Wrong\.params would override'):
-        made(__annotations__={'params': int})
+        make_class(__annotations__={'params': int})
     with pytest.raises(TypeError, match=r'Wrong\.eval would override'):
-        made(eval=lambda self, x: x)
+        make_class(eval=lambda self, x: x)
 
 
-class Tell(knn.Module):
+class ReturnFlag(knn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> bool:
         return self.training
@@ -146,13 +146,13 @@ class Wrap(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
-        return (self.part or Tell())(x)
+        return (self.part or ReturnFlag())(x)
 
 
 class WithDefault(knn.Module):
     """Its submodule was created with the class, outside of any model."""
 
-    part: knn.Module = Tell()
+    part: knn.Module = ReturnFlag()
 
     def __call__(self, x: jax.Array) -> Any:
         return self.part(x)
@@ -173,15 +173,15 @@ class Around(knn.Module):
     def __call__(self, x: jax.Array) -> Any:
         return [
             self.training,
-            Tell()(x),
+            ReturnFlag()(x),
             WithDefault()(x),
             Wrap()(x),
-            Wrap(Tell())(x),
-            nn.jit(Tell)()(x),
+            Wrap(ReturnFlag())(x),
+            nn.jit(ReturnFlag)()(x),
             nn.jit(Wrap)()(x),
-            nn.remat(Tell)()(x),
+            nn.remat(ReturnFlag)()(x),
             nn.remat(Wrap)()(x),
-            nn.remat(Wrap)(Tell())(x),
+            nn.remat(Wrap)(ReturnFlag())(x),
         ]
 
 
@@ -193,7 +193,7 @@ def test_the_flag_reaches_every_submodule() -> None:
     assert model(X) == [True] * 10
     part = AutoEncoder(MLP(), InField()).init_bind(RNG, X).eval().decoder
     assert [part(X), part.train()(X), part.train().eval()(X)] == [False, True, False]
-    inside = AutoEncoder(Wrap(Around().eval()), Tell()).init_bind(RNG, X)
+    inside = AutoEncoder(Wrap(Around().eval()), ReturnFlag()).init_bind(RNG, X)
     assert inside.encoder(X)[:4] == [False] * 4
 
 

@@ -28,7 +28,7 @@ def variables(model: Transformer) -> Any:
     return nn.meta.unbox(model.init(KEY, TOKENS))
 
 
-def looped(params: Any) -> dict[str, Any]:
+def unstack_layers(params: Any) -> dict[str, Any]:
     """Converts the parameters of scanned layers to those of a loop over layers."""
     rest = {name: x for name, x in params.items() if name != 'blocks'}
     blocks = {
@@ -59,12 +59,14 @@ def test_options_of_the_layers(options: dict[str, Any]) -> None:
     params = variables(scanned)['params']
     remat = {'remat': options['remat']} if 'remat' in options else {}
     value, grads = gradient(scanned, params)
-    plain, theirs = gradient(Transformer(**SMALL), looped(params))
-    again, _ = gradient(Transformer(**SMALL, **remat), looped(params))
+    plain, theirs = gradient(Transformer(**SMALL), unstack_layers(params))
+    again, _ = gradient(Transformer(**SMALL, **remat), unstack_layers(params))
     assert float(value) == pytest.approx(float(plain), rel=1e-5)
     assert float(again) == pytest.approx(float(plain), rel=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), looped(grads), theirs
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        unstack_layers(grads),
+        theirs,
     )
 
 

@@ -159,7 +159,7 @@ def test_immutable_statistics_are_an_error_in_training() -> None:
         model.apply(variables, rows(), train=True, mutable=False)
 
 
-def on_devices(model: nn.Module, variables: Any, x: np.ndarray) -> tuple[Any, Any]:
+def run_pmap(model: nn.Module, variables: Any, x: np.ndarray) -> tuple[Any, Any]:
     """Returns outputs and statistics of `pmap` with a shard of the batch on each device."""
 
     def run(variables: Any, x: jax.Array) -> Any:
@@ -174,9 +174,9 @@ def test_statistics_over_devices() -> None:
     x = rows()
     variables = MLP().init(jax.random.key(0), x, train=False)
     whole, moved = MLP().apply(variables, x, train=True, mutable=['batch_stats'])
-    outputs, statistics = on_devices(MLP(axis_name='batch'), variables, x)
+    outputs, statistics = run_pmap(MLP(axis_name='batch'), variables, x)
     np.testing.assert_allclose(outputs.reshape(-1, 1), whole, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(on_devices(MLP(), variables, x)[0].reshape(-1, 1), whole, atol=1e-3)
+    assert not np.allclose(run_pmap(MLP(), variables, x)[0].reshape(-1, 1), whole, atol=1e-3)
     state = run_step(programs(MLP()), {'x': x}, variables)
     for found in (jax_utils.unreplicate(statistics), state.collections):
         assert_close(found['batch_stats'], moved['batch_stats'])
@@ -198,7 +198,7 @@ def test_statistics_of_groups() -> None:
 
     outputs, moved = halves(variables['params'])
     devices = [list(range(DEVICES // 2)), list(range(DEVICES // 2, DEVICES))]
-    replicas, statistics = on_devices(MLP(axis_name='batch', groups=devices), variables, x)
+    replicas, statistics = run_pmap(MLP(axis_name='batch', groups=devices), variables, x)
     np.testing.assert_allclose(replicas.reshape(-1, 1), outputs, rtol=1e-4, atol=1e-5)
     model = MLP(norm=functools.partial(GroupedBatchNorm, groups=2))
     state = run_step(programs(model), {'x': x}, variables)

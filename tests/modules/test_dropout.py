@@ -91,16 +91,16 @@ def test_deterministic_is_passed_once() -> None:
     ):
         with pytest.raises(ValueError, match='deterministic'):
             layer.apply({}, x, rngs=rngs, **given)
-    for said in (0, 1, 2):
-        model = as_functional(Said(said)).bind({'params': {}}, Keys(seed=0, mode='train'))
-        if said == 1:
+    for times in (0, 1, 2):
+        model = as_functional(FlagTimes(times)).bind({'params': {}}, Keys(seed=0, mode='train'))
+        if times == 1:
             assert (model(x) == 0).any()
             continue
         with pytest.raises(ValueError, match='deterministic'):
             model(x)
 
 
-class Said(nn.Module):
+class FlagTimes(nn.Module):
     """Passes the flag to its dropout zero, one or two times."""
 
     times: int

@@ -86,7 +86,7 @@ NAMES = {
     """,
 }
 
-# What the documents use and is gone, and what is there in its place.
+# Names in the documentation that were removed, with their successors.
 GONE = {
     'flax:nn': 'flax:linen',
     'flax:optim': 'optax:sgd',

@@ -226,7 +226,7 @@ def test_features_of_a_sequential() -> None:
     first, second = (variables['params'][f'layers_{i}'] for i in (0, 2))
     hidden = jax.nn.relu(X @ first['kernel'] + first['bias'])
     np.testing.assert_allclose(model(X), hidden @ second['kernel'] + second['bias'], rtol=1e-5)
-    # What is called by its name needs no slice.
+    # A layer with a name needs no slice.
     assert same(bind(whole).layers[0](X), X @ first['kernel'] + first['bias'])
 
 

@@ -17,7 +17,7 @@ from flax.core import scope as scope_lib
 
 from tests.modules.examples import X as INPUT
 from tests.modules.examples import bind
-from tests.modules.learning import learned
+from tests.modules.learning import train_and_check
 
 X = np.random.default_rng(1).normal(size=(4, 8)).astype('f4')
 KEY = jax.random.key(0)
@@ -49,8 +49,8 @@ class Branches(nn.Module):
 @pytest.mark.slow
 def test_branches_by_vmap() -> None:
     """N3: separate parameters have a branch dimension and differ; shared ones have none."""
-    one = learned({'target': f'{__name__}:Branches', 'shared': True}).params['branches']
-    three = learned({'target': f'{__name__}:Branches'}).params['branches']
+    one = train_and_check({'target': f'{__name__}:Branches', 'shared': True}).params['branches']
+    three = train_and_check({'target': f'{__name__}:Branches'}).params['branches']
     assert one['kernel'].shape == (8, 8)
     assert three['kernel'].shape == (3, 8, 8)
     assert not np.allclose(three['kernel'][0], three['kernel'][1])
@@ -59,7 +59,7 @@ def test_branches_by_vmap() -> None:
 @pytest.mark.slow
 def test_statistics_of_branches() -> None:
     """N3: each branch has the statistics of its own inputs."""
-    state = learned({'target': f'{__name__}:Branches', 'batch_norm': True})
+    state = train_and_check({'target': f'{__name__}:Branches', 'batch_norm': True})
     means = state.collections['batch_stats']['norms']['mean']
     assert means.shape == (3, 8)
     assert not np.allclose(means[0], means[1], atol=1e-3)
@@ -106,7 +106,7 @@ class Stack(nn.Module):
         return nn.Dense(4, name='head')(x)
 
 
-def looped(params: Any, length: int = 4) -> dict[str, Any]:
+def unstack_layers(params: Any, length: int = 4) -> dict[str, Any]:
     """Converts the parameters of the scan to those of the loop."""
     each = {
         f'layer_{index}': jax.tree.map(lambda x, i=index: x[i], params['layers'])
@@ -131,12 +131,14 @@ def test_a_scan_equals_the_loop(unroll: int) -> None:
     assert params['layers']['Dense_0']['kernel'].shape == (4, 16, 8)
     assert not np.allclose(*params['layers']['Dense_0']['kernel'][:2])
     value, grads = gradient(model, params)
-    expected, theirs = gradient(Stack('loop'), looped(params))
+    expected, theirs = gradient(Stack('loop'), unstack_layers(params))
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), looped(grads), theirs
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        unstack_layers(grads),
+        theirs,
     )
-    learned({'target': f'{__name__}:Stack', 'form': 'scan', 'rate': 0.1, 'unroll': unroll})
+    train_and_check({'target': f'{__name__}:Stack', 'form': 'scan', 'rate': 0.1, 'unroll': unroll})
 
 
 def test_a_scan_is_compiled_once() -> None:
@@ -186,7 +188,7 @@ def test_remat_does_not_change_results(policy: Any) -> None:
     again, same = gradient(Stack('remat_scanned', policy=policy), params)
     assert float(again) == pytest.approx(float(value), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), same, grads)
-    alone, _ = gradient(Stack('remat', policy=policy), looped(params))
+    alone, _ = gradient(Stack('remat', policy=policy), unstack_layers(params))
     assert float(alone) == pytest.approx(float(value), rel=1e-6)
 
 
@@ -205,7 +207,7 @@ def test_remat_saves_memory() -> None:
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries('remat_scanned') < 0.7 * temporaries('scan')
-    learned({'target': f'{__name__}:Stack', 'form': 'remat_scanned', 'rate': 0.1})
+    train_and_check({'target': f'{__name__}:Stack', 'form': 'remat_scanned', 'rate': 0.1})
 
 
 class Deep(nn.Module):
@@ -228,7 +230,7 @@ class Shift(nn.Module):
 @pytest.mark.slow
 def test_nested_scans() -> None:
     """N6: parameters have a dimension for each scan; equal to a loop; and it trains."""
-    state = learned({'target': f'{__name__}:Deep'})
+    state = train_and_check({'target': f'{__name__}:Deep'})
     assert state.params['layers']['Dense_0']['kernel'].shape == (3, 2, 8, 8)
     x = X
     for place in np.ndindex(3, 2):
@@ -295,7 +297,7 @@ class Tied(nn.Module):
 @pytest.mark.slow
 def test_map_variables() -> None:
     """N7: a causal kernel, and tied weights."""
-    params = learned({'target': f'{__name__}:Causal'}).params
+    params = train_and_check({'target': f'{__name__}:Causal'}).params
     (kernel,) = jax.tree.leaves(params['causal'])
     head = params['Dense_0']
     expected = X @ np.triu(kernel) @ head['kernel'] + head['bias']
@@ -303,7 +305,7 @@ def test_map_variables() -> None:
     np.testing.assert_allclose(
         Causal().apply({'params': params}, X), expected, rtol=1e-4, atol=1e-5
     )
-    params = learned({'target': f'{__name__}:Tied'}).params
+    params = train_and_check({'target': f'{__name__}:Tied'}).params
     assert set(params) == {'encoder', 'Dense_0'} and set(params['encoder']) == {'kernel'}
     kernel, head = params['encoder']['kernel'], params['Dense_0']
     assert kernel.shape == (8, 5)
@@ -349,7 +351,7 @@ class Derivatives(nn.Module):
 @pytest.mark.parametrize('form', ['jvp', 'vjp', 'custom_vjp'])
 def test_derivatives_within_a_module(form: str) -> None:
     """N8: forward and reverse mode, and a custom gradient; each trains."""
-    learned({'target': f'{__name__}:Derivatives', 'form': form})
+    train_and_check({'target': f'{__name__}:Derivatives', 'form': form})
     params = Derivatives(form).init(KEY, X)['params']
     inner, head = params['inner'], params['Dense_0']
     y = np.tanh(X @ inner['kernel'] + inner['bias'])
@@ -398,7 +400,7 @@ class Choices(nn.Module):
 @pytest.mark.slow
 def test_branches_and_loops_by_value() -> None:
     """N9: all branches have parameters from the start; values select the branch."""
-    params = learned({'target': f'{__name__}:Choices'}).params
+    params = train_and_check({'target': f'{__name__}:Choices'}).params
     assert {'head_0', 'head_1', 'head_2'} <= set(params)
     for sign in (1, -1):
         x = X * sign * np.sign(X[0, 0])
@@ -444,14 +446,14 @@ def scanned(module: nn.Module, x: jax.Array) -> jax.Array:
     return scan(module, 0, x)[1]
 
 
-def with_a_backward_of_its_own(module: nn.Module, x: jax.Array) -> jax.Array:
+def with_custom_gradient(module: nn.Module, x: jax.Array) -> jax.Array:
     lifted = nn.custom_vjp(
         call, forward_fn=lambda m, x: nn.vjp(call, m, x), backward_fn=lambda pull, y: pull(y)
     )
     return lifted(module, x)
 
 
-def looped_once(module: nn.Module, x: jax.Array) -> jax.Array:
+def run_loop(module: nn.Module, x: jax.Array) -> jax.Array:
     def body(m: nn.Module, carry: Any) -> Any:
         return carry[0] + 1, m(x)
 
@@ -467,8 +469,8 @@ LIFTED: dict[str, Callable[[nn.Module, jax.Array], jax.Array]] = {
     'jit': lambda m, x: nn.jit(call)(m, x),
     'jvp': lambda m, x: nn.jvp(call, m, (x,), (0 * x,), variable_tangents={})[0],
     'vjp': lambda m, x: nn.vjp(call, m, x)[0],
-    'custom_vjp': with_a_backward_of_its_own,
-    'while_loop': looped_once,
+    'custom_vjp': with_custom_gradient,
+    'while_loop': run_loop,
     'cond': lambda m, x: nn.cond(x[0, 0] < 9, call, lambda m, x: 0 * m(x), m, x),
     'switch': lambda m, x: nn.switch(1, [lambda m, x: 0 * m(x), call], m, x),
 }

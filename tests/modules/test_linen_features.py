@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import errors
 
-from tests.modules.learning import learned
+from tests.modules.learning import train_and_check
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(4).normal(size=(3, 4)).astype('f4')
@@ -97,12 +97,12 @@ def test_data_transform_of_a_scan() -> None:
         scan = nn.scan(Layer, variable_axes=axes, split_rngs={'params': True}, length=2, **options)
         return scan()
 
-    def doubled(variables: Any, rngs: Any) -> Any:
+    def double(variables: Any, rngs: Any) -> Any:
         return jax.tree.map(lambda x: 2 * x, variables), rngs
 
     variables = stack().init(KEY, X, None)
     once = stack().apply(variables, X, None)[0]
-    twice = stack(data_transform=doubled).apply(variables, X, None)[0]
+    twice = stack(data_transform=double).apply(variables, X, None)[0]
     np.testing.assert_allclose(twice, 4 * once, rtol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_a_switch_of_heads() -> None:
         chosen = jax.jit(Heads().apply)(variables, X, index)
         kernel = variables['params'][f'heads_{index}']['kernel']
         np.testing.assert_allclose(chosen, X @ kernel, rtol=1e-4, atol=1e-5)
-    state = learned({'target': f'{__name__}:Heads'})
+    state = train_and_check({'target': f'{__name__}:Heads'})
     biases = [np.abs(state.params[f'heads_{index}']['bias']).max() for index in range(3)]
     assert biases[1] > 0 and biases[0] == biases[2] == 0
 
@@ -245,7 +245,7 @@ def test_two_compact_methods() -> None:
 def test_parameters_that_depend_on_values() -> None:
     """O8: parameters that depend on values of the input cannot be created from its shape.
 
-    Newer versions of Flax make them of zeros, and say nothing.
+    Newer versions of Flax silently create them from zeros.
     """
 
     class Data(nn.Module):
@@ -278,7 +278,7 @@ class Peak(nn.Module):
 @pytest.mark.slow
 def test_put_variable() -> None:
     """O9, O11, U8: without a declaration; the trainer treats them like any other."""
-    state = learned({'target': f'{__name__}:Peak'}, steps=150)
+    state = train_and_check({'target': f'{__name__}:Peak'}, steps=150)
     assert float(state.collections['seen']['peak']) > 2
 
 

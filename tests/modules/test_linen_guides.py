@@ -15,7 +15,7 @@ from flax import errors
 from flax.core import unfreeze
 from flax.core.scope import DenyList
 
-from tests.modules.learning import learned
+from tests.modules.learning import train_and_check
 from trainer.data.sources import ArraySource
 from trainer.modules.functional import as_functional
 from trainer.modules.precision import Precision
@@ -74,7 +74,7 @@ def test_a_bidirectional_rnn_with_lengths(cell: str) -> None:
     """O1: it learns from sequences padded with random values."""
     source = {'target': f'{__name__}:Sequences'}
     data = {'source': source, 'batch_size': 64}
-    learned(
+    train_and_check(
         {'target': f'{__name__}:Reader', 'cell': cell}, steps=120,
         task={'ref': f'{__name__}:reading'}, data=data,
         evals={'test': {'data': {'source': source, 'batch_size': 256}, 'every': 'never'}},
@@ -157,7 +157,7 @@ def test_setup_and_compact() -> None:
     np.testing.assert_allclose(BySetup().apply(two, X), ByCompact().apply(two, X), rtol=1e-6)
     assert BySetup().apply(one, X, method=BySetup.encode).shape == (3, 8)
     for name in ('BySetup', 'ByCompact'):
-        learned({'target': f'{__name__}:{name}'})
+        train_and_check({'target': f'{__name__}:{name}'})
 
 
 def test_the_module_lifecycle() -> None:
@@ -278,7 +278,7 @@ def test_layers_by_partial() -> None:
     assert set(variables['params']['ResNetBlock_0']) == {
         'Conv_0', 'Conv_1', 'BatchNorm_0', 'BatchNorm_1',
     }  # fmt: skip
-    learned({'target': f'{__name__}:ResNet'})
+    train_and_check({'target': f'{__name__}:ResNet'})
 
 
 def test_a_shared_submodule_has_one_set_of_parameters() -> None:

@@ -97,7 +97,7 @@ def test_intermediates_are_not_in_the_state() -> None:
     model(X)
     assert set(model.intermediates) == {'sown', 'assigned'}
     assert len(model.intermediates['sown']) == 1
-    model(X)  # What the first call has left is gone.
+    model(X)  # Replaces the intermediates of the first call.
     assert len(model.intermediates['sown']) == 1
     module: Any = bind_for_notebook(as_functional(make), model.variables)
     assert not hasattr(module, 'assigned')

@@ -225,7 +225,7 @@ def test_dropout_of_a_linen_module_in_nnx() -> None:
     assert same(evaluated(X), evaluated(X)) and not (evaluated(X) == 0).any()
 
 
-class Told(nnx.Module):
+class Flagged(nnx.Module):
     """An NNX module with layers that follow the mode, a flag in its call, and noise."""
 
     def __init__(self, rngs: nnx.Rngs):
@@ -242,13 +242,13 @@ class Told(nnx.Module):
         return self.linear(x)
 
 
-class AroundTold(nn.Module):
+class AroundFlagged(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
-        return nnx.bridge.to_linen(Told, name='told')(x)
+        return nnx.bridge.to_linen(Flagged, name='inner')(x)
 
 
-@pytest.mark.parametrize('module', [nnx.bridge.to_linen(Told), AroundTold()])
+@pytest.mark.parametrize('module', [nnx.bridge.to_linen(Flagged), AroundFlagged()])
 def test_an_nnx_module_in_linen_gets_the_training_flag(module: nn.Module) -> None:
     """X14: batch statistics and dropout follow the flag."""
     model, evaluated = bind(module), bind(module, 'eval')
@@ -268,7 +268,7 @@ def test_an_nnx_module_in_linen_gets_the_training_flag(module: nn.Module) -> Non
 
 
 def test_methods_of_an_nnx_module_in_linen() -> None:
-    model = bind(nnx.bridge.to_linen(Told))
+    model = bind(nnx.bridge.to_linen(Flagged))
     linear = model.params['linear']
     expected = X @ linear['kernel'] + linear['bias']
     np.testing.assert_allclose(model.plain(X), expected, rtol=1e-5)

@@ -195,7 +195,7 @@ class ScanMLP(nnx.Module):
         self.last = nnx.Linear(width, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # What all layers share goes from each to the next one.
+        # The shared module is carried from layer to layer.
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         def run(carry: Any, layer: Layer) -> Any:
             x, norm = carry

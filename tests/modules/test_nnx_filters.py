@@ -44,8 +44,7 @@ def net() -> Net:
 
 
 def test_a_module_goes_through_jax_jit() -> None:
-    """X6: it is a pytree today, with what it changes in it: the changes go with what is returned,
-    and the module outside stays as it is."""
+    """X6: it is a pytree: changes within are returned, and the module outside is unchanged."""
     model = nnx.view(net(), deterministic=True, use_running_average=False)
     assert isinstance(model, nnx.Pytree)
     assert len(jax.tree.leaves(model)) == len(ALL)
@@ -104,7 +103,7 @@ def test_states_are_filtered_and_split() -> None:
         nnx.split_state(state, nnx.Param)
 
 
-def of_norms(path: Any, value: Any) -> bool:
+def is_in_norm(path: Any, value: Any) -> bool:
     return 'norm' in path
 
 
@@ -121,11 +120,11 @@ def of_norms(path: Any, value: Any) -> bool:
         (False, set()),
         (nnx.Nothing(), set()),
         (nnx.PathContains('norm'), STATS | {'norm/scale', 'norm/bias'}),
-        (of_norms, STATS | {'norm/scale', 'norm/bias'}),
+        (is_in_norm, STATS | {'norm/scale', 'norm/bias'}),
         ((nnx.BatchStat, nnx.RngState), STATS | RNGS),
-        ([nnx.BatchStat, of_norms], STATS | {'norm/scale', 'norm/bias'}),
+        ([nnx.BatchStat, is_in_norm], STATS | {'norm/scale', 'norm/bias'}),
         (nnx.Any(nnx.BatchStat, 'counted'), STATS | COUNT),
-        (nnx.All(nnx.Param, of_norms), {'norm/scale', 'norm/bias'}),
+        (nnx.All(nnx.Param, is_in_norm), {'norm/scale', 'norm/bias'}),
         (nnx.Not(nnx.Param), ALL - PARAMS),
         (nnx.Not(nnx.Any(nnx.Param, nnx.RngState)), STATS | COUNT),
         (nnx.WithTag('counted'), COUNT),

@@ -92,7 +92,7 @@ def test_transforms_within_a_module(lift: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
-class Left(nnx.Module):
+class PresetMode(nnx.Module):
     """The constructor sets a mode."""
 
     def __init__(self, training: bool, rngs: nnx.Rngs):
@@ -103,12 +103,12 @@ class Left(nnx.Module):
         return self.drop(self.norm(x))
 
 
-@pytest.mark.parametrize('left', [True, False])
-def test_the_mode_set_by_the_constructor_is_ignored(left: bool) -> None:
+@pytest.mark.parametrize('training', [True, False])
+def test_the_mode_set_by_the_constructor_is_ignored(training: bool) -> None:
     """X13: in evaluation, initial statistics and no dropout leave the input unchanged."""
 
-    def make(rngs: nnx.Rngs) -> Left:
-        return Left(left, rngs)
+    def make(rngs: nnx.Rngs) -> PresetMode:
+        return PresetMode(training, rngs)
 
     np.testing.assert_allclose(bind(make, 'eval')(X), X, rtol=1e-4)
     trained = bind(make)

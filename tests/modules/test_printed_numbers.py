@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers printed in Flax's documentation, with the random number generator of that time.
 
-They were drawn with `jax_threefry_partitionable=False`. What is training there is training here:
-the same data and first parameters go through the trainer's own step.
+They were drawn with `jax_threefry_partitionable=False`. Where the documentation trains, the tests
+train with the trainer's own step, on the same data and initial parameters.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 from trainer.weights import restore
 
-# Whether a processor rounds between a product and its sum moves what layers give by as much as the
-# float32 spacing of their terms, which are below 1.
+# With or without fused multiply-add, outputs of layers differ by up to the float32 spacing of their
+# terms, which are below 1.
 ROUNDING = 1e-7
 
 
@@ -53,7 +53,7 @@ class Samples(ArraySource):
     """The twenty examples, as a data source."""
 
     def __init__(self) -> None:
-        with jax.threefry_partitionable(False):  # Whoever's thread this is.
+        with jax.threefry_partitionable(False):  # The flag is local to a thread.
             _, _, x, y = regression()
         super().__init__({'x': np.asarray(x), 'y': np.asarray(y)})
 
@@ -210,7 +210,7 @@ def test_parameters_of_a_module() -> None:
 
 
 @pytest.mark.slow
-def test_what_the_checkpoint_guide_saves(tmp_path: pathlib.Path) -> None:
+def test_the_checkpoint_guide(tmp_path: pathlib.Path) -> None:
     """H1: its array and its layer after one step of SGD, before and after a checkpoint."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))
     x = jax.random.normal(key1, (5,))
@@ -286,7 +286,7 @@ def test_gradient_descent_and_adam_on_a_dense_layer() -> None:
         0.011577619, 0.26143155, 0.07675066, 0.036440928, 0.022013078, 0.01617866,
         0.013002755, 0.012026124, 0.011764515, 0.011646035, 0.011585519,
     ]  # fmt: skip
-    # Adam divides by the root of what is almost nothing here, so a digit or two are lost.
+    # Adam divides by the root of very small numbers here, which loses a digit or two.
     assert found[::10] == pytest.approx(printed, rel=1e-4)
 
 

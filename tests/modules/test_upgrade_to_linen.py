@@ -89,8 +89,7 @@ def test_partial_in_a_config() -> None:
 
 
 def test_initialization_runs_no_forward_pass() -> None:
-    """U6: initialisation is compiled, and of the forward pass nothing remains; shapes alone cost
-    no computation at all, as `init_by_shape` had it."""
+    """U6: the compiled initialization contains no forward pass; shapes need no computation."""
 
     def task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=model(batch['x']).mean(-1))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from trainer.step import health
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
 from trainer.weights.first_state import load_initial_weights
+
+_log = logging.getLogger('trainer')
 
 
 def init_state(experiment: Experiment, programs: Programs) -> TrainState:
@@ -68,7 +71,15 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
         raise UserError(
             f'no checkpoint {step!r} in {checkpoints.directory}; available: {available}'
         )
-    state = checkpoints.restore(chosen, programs.abstract)
+    state = checkpoints.restore(chosen, programs.abstract, free='metrics')
+    saved: Any = jax.tree.structure(state.metrics)
+    if saved != jax.tree.structure(programs.abstract.metrics):
+        _log.warning(
+            'the training metrics of this config are not those of the checkpoint of step %d: a '
+            'resumed run starts them anew, and its next row covers the steps from there',
+            chosen,
+        )
+        state = dataclasses.replace(state, metrics=programs.empty_metrics())
     if experiment.ensemble is None:
         return state
     # Evaluations leave out members that have diverged, so they need the health too.

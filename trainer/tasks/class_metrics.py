@@ -50,7 +50,7 @@ def F1(
         threshold: a score above it is a positive decision. Use 0.5 for probabilities.
         classes: number of classes, for integer predictions.
     """
-    return _of_counts('F1', _F1, average, scores, labels, weights, threshold, classes)
+    return _configure_counts('F1', _F1, average, scores, labels, weights, threshold, classes)
 
 
 def Precision(
@@ -66,7 +66,9 @@ def Precision(
 
     The arguments are those of F1.
     """
-    return _of_counts('Precision', _Precision, average, scores, labels, weights, threshold, classes)
+    return _configure_counts(
+        'Precision', _Precision, average, scores, labels, weights, threshold, classes
+    )
 
 
 def Recall(
@@ -82,7 +84,9 @@ def Recall(
 
     The arguments are those of F1.
     """
-    return _of_counts('Recall', _Recall, average, scores, labels, weights, threshold, classes)
+    return _configure_counts(
+        'Recall', _Recall, average, scores, labels, weights, threshold, classes
+    )
 
 
 def ConfusionMatrix(
@@ -146,7 +150,7 @@ def Perplexity(*, loss: str = 'loss', weights: str = 'weights') -> type[Weighted
     return configure(_Perplexity, 'Perplexity', _values=loss, _weights=weights)
 
 
-def _of_counts(
+def _configure_counts(
     name: str,
     base: type[_Counts],
     average: Average | None,

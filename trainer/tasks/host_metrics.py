@@ -45,7 +45,7 @@ def AUC(
         weights: the task's output of weights, (batch,) or (batch, ...).
     """
     names = {'scores': scores, 'labels': labels, 'weights': weights}
-    return _of_ranking('AUC', _AUC, average, skip_absent, from_logits, **names)
+    return _configure_ranking('AUC', _AUC, average, skip_absent, from_logits, **names)
 
 
 def AveragePrecision(
@@ -64,7 +64,7 @@ def AveragePrecision(
     """
     names = {'scores': scores, 'labels': labels, 'weights': weights}
     base = _AveragePrecision
-    return _of_ranking('AveragePrecision', base, average, skip_absent, from_logits, **names)
+    return _configure_ranking('AveragePrecision', base, average, skip_absent, from_logits, **names)
 
 
 def Spearman(
@@ -92,7 +92,7 @@ def Pearson(
     return configure(_Pearson, 'Pearson', **names)
 
 
-def _of_ranking(
+def _configure_ranking(
     name: str,
     base: type[_Ranking],
     average: Average,
