@@ -38,9 +38,8 @@ REFUSALS = {
 HOLDERS = {
     name: ALL[f'optax{".contrib" if name in TRAINS["optax.contrib"] else ""}:{name}']
     for name in (
-        'schedule_free_adamw', 'mechanize', 'sam', 'prodigy', 'dadapt_adamw', 'dog', 'dowg',
-        'cocob', 'momo', 'momo_adam', 'madgrad', 'lbfgs', 'polyak_sgd', 'sophia', 'muon', 'galore',
-        'lamb', 'adafactor', 'sm3', 'scale_by_distance_over_gradients',
+        'schedule_free_adamw', 'mechanize', 'sam', 'prodigy', 'dog', 'cocob', 'momo', 'lbfgs',
+        'polyak_sgd', 'sophia', 'muon', 'galore', 'adafactor',
     )
 }  # fmt: skip
 
