@@ -22,7 +22,8 @@ class Sums(clu.metrics.Metric):
     """Sums over all examples, in float32 with their rounding errors.
 
     A float32 alone stops counting at 2^24. Together with the errors of its additions, a count is
-    exact up to 2^47, if it is below 2^24 in each batch. A subclass defines the summands (`sum_batch`), and `compute` runs on the host.
+    exact up to 2^47, if it is below 2^24 in each batch. A subclass defines the summands
+    (`sum_batch`), and `compute` runs on the host.
 
     Attributes:
         total: the sums, of any shape.
