@@ -121,6 +121,10 @@ def test_counts_are_exact_beyond_what_a_float32_holds() -> None:
     total = add(add(add(start)))
     assert total.compute()[1, 1] == 2**24 + 3
     assert float(total.total[1, 1]) != 2**24 + 3
+    # The rounding errors, too, add up to more than a float32 holds.
+    large, odd = (metric.empty().replace(total=jnp.float32(x)) for x in (2**40, 2**15 + 1))
+    add_often = jax.jit(lambda x: jax.lax.fori_loop(0, 1000, lambda _, x: x.merge(odd), x))
+    assert add_often(large).sums == 2**40 + 1000 * (2**15 + 1)
     tenths = metric.empty()
     add = jax.jit(lambda x: x.merge(metric.from_model_output(**one, weights=jnp.array([0.1]))))
     tenths = empty_like(tenths, jax.eval_shape(add, tenths))
