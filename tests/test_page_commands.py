@@ -146,7 +146,7 @@ def test_script(name: str, project: Project) -> None:
     if name == 'notebook.py':
         assert 'resuming from step 100' in printed
         assert 'finished' in printed
-    if name == 'full_evaluation.py':  # B1, B2, B4, B5, B6: on eight devices, by one program.
+    if name == 'full_evaluation.py':  # On eight devices, by one program.
         assert re.search(r"'accuracy': 0\.0979+\d*, 'examples': 10000\b", printed)
         assert printed.count('compiled for') == 1
     if name == 'weights.py':

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import ml_collections
 
 from trainer.builders.captures import Capture, build_captures
 from trainer.builders.data import build_evaluations, build_task, build_train_data
@@ -259,12 +262,20 @@ class Experiment:
         )
 
 
-def build(loaded: LoadedConfig) -> Experiment:
+def build(config: ml_collections.ConfigDict | LoadedConfig) -> Experiment:
     """Imports every target, checks every argument and creates the objects, without using a device.
+
+    Args:
+        config: the config, which is not changed; a `LoadedConfig` if it comes from a file.
 
     Raises:
         UserError: for an unknown key, a name that does not exist, or an invalid argument.
     """
+    loaded = config if isinstance(config, LoadedConfig) else loading.from_python(config)
+    return _build(loaded)
+
+
+def _build(loaded: LoadedConfig) -> Experiment:
     config = loading.to_plain(loaded.config)
     # First: the sections and the builders handle only values that a config can hold.
     literals.check(config, 'config', [])
@@ -319,17 +330,23 @@ def build(loaded: LoadedConfig) -> Experiment:
     )
 
 
-def load_and_build(spec: str, **values: Any) -> Experiment:
-    """Loads a config file and builds its experiment; for notebooks.
+def load_and_build(
+    config: str | os.PathLike[str] | ml_collections.ConfigDict, /, **values: Any
+) -> Experiment:
+    """Loads a config, applies overrides and builds its experiment; for notebooks.
 
     Args:
-        spec: 'configs/mnist.py' or 'configs/mnist.py:arg'.
+        config: 'configs/mnist.py', 'configs/mnist.py:arg', or an `ml_collections.ConfigDict`,
+            which is not changed.
         **values: overrides by key path, with '__' instead of '.': `optimizer__learning_rate=0.1`.
 
     Raises:
         UserError: for a config that cannot be loaded, and as `build`.
     """
-    loaded = loading.load(spec)
+    if isinstance(config, (str, os.PathLike)):
+        loaded = loading.load(os.fspath(config))
+    else:
+        loaded = loading.from_python(config)
     # Keyword arguments cannot contain dots.
     paths = {path: path.replace('__', '.') for path in values}
     assignments = [
@@ -337,4 +354,4 @@ def load_and_build(spec: str, **values: Any) -> Experiment:
     ]
     # The same checks as on the command line, with the same messages.
     overrides.apply(loaded.config, assignments)
-    return build(loaded)
+    return _build(loaded)

@@ -92,7 +92,7 @@ COURSES: dict[str, dict[str, Any]] = {
     ],
 )
 def test_a_member_trains_like_a_run_of_its_own(name: str) -> None:
-    """I1: members differ pairwise, and each equals the run with its seed and hyperparameters."""
+    """Members differ pairwise, and each equals the run with its seed and hyperparameters."""
     options = COURSES[name]
     # Adam amplifies the last bit of a small gradient to a full step.
     rates = (1e-3, 1e-2) if name == 'adam' else RATES
@@ -193,7 +193,7 @@ def test_a_factor_of_any_schedule() -> None:
 
 
 def test_members_share_the_batch() -> None:
-    """I2: it is read and sent once, not once for each member."""
+    """It is read and sent once, not once for each member."""
     trainer = Trainer(experiment(ensemble=ensemble()))
     with trainer.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
@@ -210,7 +210,7 @@ def probabilities(trainer: Trainer, state: TrainState, batch: Any) -> np.ndarray
 
 @pytest.mark.slow
 def test_predictions_are_the_mean_of_probabilities() -> None:
-    """I3, I4: in evaluations and predictions, over each example once."""
+    """In evaluations and predictions, over each example once."""
     state, trainer = train(ensemble=ensemble(optimizer={'learning_rate': RATES}))
     data = trainer.set_up().evaluators['test'].data.block(0, 1).arrays
     batch = {name: x[0][:100] for name, x in data.items()}

@@ -20,7 +20,7 @@ from trainer.modules.functional import as_functional
 
 
 def test_modes() -> None:
-    """K8: training by default; `eval` and `train` return copies."""
+    """Training by default; `eval` and `train` return copies."""
     model = AutoEncoder(Noisy(), Noisy()).init_bind(RNG, X)
     assert model.training
     fixed = model.eval()
@@ -39,7 +39,7 @@ def test_modes() -> None:
 
 
 def test_a_flag_set_before_binding() -> None:
-    """K8: a submodule constructed with `eval()` stays in evaluation mode."""
+    """A submodule constructed with `eval()` stays in evaluation mode."""
     assert not MLP().eval().training
     assert not MLP().eval().init_bind(RNG, X).training
     model = MLP(training=False).init_bind(RNG, X)
@@ -54,7 +54,7 @@ def test_a_flag_set_before_binding() -> None:
 
 @pytest.mark.slow
 def test_layers_follow_the_flag() -> None:
-    """K8: Klinen's layers need no argument, wherever they are."""
+    """Klinen's layers need no argument, wherever they are."""
     x = jnp.ones((64, 16))
     dropped = knn.Dropout(0.5).init_bind(RNG, x).with_rng(RNG)
     assert set(np.unique(dropped(x))) == {0.0, 2.0}
@@ -83,7 +83,6 @@ class Flagged(nn.Module):
 
 
 def test_converted_modules_get_the_flag() -> None:
-    """K2, K8."""
     model = AutoEncoder(knn.convert(Flagged)(), MLP()).init_bind(RNG, X).with_rng(RNG)
     assert not same(model.encoder(X), X)
     assert same(model.decoder(model.encoder(X)), model(X))
@@ -107,7 +106,7 @@ class Guide(nn.Module):
 
 
 def test_linen_classes_with_names_of_the_interface() -> None:
-    """K2, K8: on a bound model the interface wins; the module's own code sees its members."""
+    """On a bound model the interface wins; the module's own code sees its members."""
     variables = Guide(train=False).init(RNG, X)
     fixed = bind_for_notebook(as_functional(Guide()), variables)
     for model in (fixed, knn.bind(Guide(), variables), knn.convert(Guide)().init_bind(RNG, X)):
@@ -120,7 +119,7 @@ def test_linen_classes_with_names_of_the_interface() -> None:
 
 
 def test_names_that_would_override_the_interface() -> None:
-    """K8: fields and methods of a Klinen class."""
+    """Fields and methods of a Klinen class."""
 
     def make_class(**names: Any) -> type:
         return type('Wrong', (knn.Module,), names)
@@ -186,7 +185,7 @@ class Around(knn.Module):
 
 
 def test_the_flag_reaches_every_submodule() -> None:
-    """K8: within Linen modules and lifted ones."""
+    """Within Linen modules and lifted ones."""
     model = Around().init_bind(RNG, X)
     assert model(X) == [True] * 10
     assert model.eval()(X) == [False] * 10

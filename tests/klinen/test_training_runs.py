@@ -154,7 +154,7 @@ def quiet(model: Any, batch: Any) -> TaskOutput:
 
 @pytest.mark.slow
 def test_a_task_reads_intermediate_fields(tmp_path: pathlib.Path) -> None:
-    """K12: in training, evaluation and captures; a task that does not read them pays nothing."""
+    """In training, evaluation and captures; a task that does not read them pays nothing."""
     trainer = trainer_of(
         model('Classifier', 'Stored'), tmp_path, task={'ref': f'{__name__}:quiet'},
         capture={'outputs': {'match': 'features/outputs'}},

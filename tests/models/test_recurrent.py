@@ -39,7 +39,7 @@ def greedy(variables: Any, count: int = 4) -> np.ndarray:
 
 @pytest.mark.slow
 def test_padding_is_not_read() -> None:
-    """O1: padding does not change the output in either direction; the lengths matter."""
+    """Padding does not change the output in either direction; the lengths matter."""
     logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)
     assert logits.shape == (6, 4, 12)
     for row, length in enumerate(LENGTHS):
@@ -55,7 +55,7 @@ def test_padding_is_not_read() -> None:
 
 @pytest.mark.slow
 def test_the_padding_of_an_empty_text_is_not_read() -> None:
-    """O1: with length 0 the output does not depend on the padding."""
+    """With length 0 the output does not depend on the padding."""
     lengths = np.array([0, 1, 3, 5, 2, 7], 'i4')
     logits, other = (
         MODEL.apply(VARIABLES, inputs, lengths, TARGETS)
@@ -66,7 +66,7 @@ def test_the_padding_of_an_empty_text_is_not_read() -> None:
 
 @pytest.mark.slow
 def test_the_encoder_is_bidirectional() -> None:
-    """O1: each direction has its own parameters, and the decoder starts from both."""
+    """Each direction has its own parameters, and the decoder starts from both."""
     params = VARIABLES['params']
     forward, backward = (params['encoder'][name] for name in ('forward_rnn', 'backward_rnn'))
     assert jax.tree.structure(forward) == jax.tree.structure(backward)
@@ -187,7 +187,7 @@ def test_dropout() -> None:
 
 @pytest.mark.slow
 def test_dtypes() -> None:
-    """O4: the computation has the requested dtype, the parameters keep theirs."""
+    """The computation has the requested dtype, the parameters keep theirs."""
     model = MODEL.clone(dtype=jnp.bfloat16)
     variables = model.init(jax.random.key(0), INPUTS, LENGTHS, TARGETS)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}

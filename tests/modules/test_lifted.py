@@ -48,7 +48,7 @@ class Branches(nn.Module):
 
 @pytest.mark.slow
 def test_branches_by_vmap() -> None:
-    """N3: separate parameters have a branch dimension and differ; shared ones have none."""
+    """Separate parameters have a branch dimension and differ; shared ones have none."""
     one = train_and_check({'target': f'{__name__}:Branches', 'shared': True}).params['branches']
     three = train_and_check({'target': f'{__name__}:Branches'}).params['branches']
     assert one['kernel'].shape == (8, 8)
@@ -58,7 +58,7 @@ def test_branches_by_vmap() -> None:
 
 @pytest.mark.slow
 def test_statistics_of_branches() -> None:
-    """N3: each branch has the statistics of its own inputs."""
+    """Each branch has the statistics of its own inputs."""
     state = train_and_check({'target': f'{__name__}:Branches', 'batch_norm': True})
     means = state.collections['batch_stats']['norms']['mean']
     assert means.shape == (3, 8)
@@ -125,7 +125,7 @@ def gradient(model: nn.Module, params: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize('unroll', [1, 2])
 def test_a_scan_equals_the_loop(unroll: int) -> None:
-    """N4: equal outputs and gradients, the parameters stacked; and it trains."""
+    """Equal outputs and gradients, the parameters stacked; and it trains."""
     model = Stack('scan', unroll=unroll)
     params = model.init(KEY, X)['params']
     assert params['layers']['Dense_0']['kernel'].shape == (4, 16, 8)
@@ -142,7 +142,7 @@ def test_a_scan_equals_the_loop(unroll: int) -> None:
 
 
 def test_a_scan_is_compiled_once() -> None:
-    """N4: with 32 layers instead of four, a scan's program hardly grows, a loop's eightfold."""
+    """With 32 layers instead of four, a scan's program hardly grows, a loop's eightfold."""
 
     def size(form: str, length: int) -> int:
         model = Stack(form, length=length)
@@ -155,7 +155,7 @@ def test_a_scan_is_compiled_once() -> None:
 
 
 def test_scanned_layers_have_different_dropout_masks() -> None:
-    """N4: with `split_rngs` each layer has its own mask; without it all share one."""
+    """With `split_rngs` each layer has its own mask; without it all share one."""
 
     class Masks(nn.Module):
         split: bool
@@ -182,7 +182,7 @@ POLICIES = (None, jax.checkpoint_policies.nothing_saveable, jax.checkpoint_polic
 
 @pytest.mark.parametrize('policy', POLICIES)
 def test_remat_does_not_change_results(policy: Any) -> None:
-    """N5: loss and gradients of `nn.remat`, alone and within a scan."""
+    """Loss and gradients of `nn.remat`, alone and within a scan."""
     params = Stack('scan').init(KEY, X)['params']
     value, grads = gradient(Stack('scan'), params)
     again, same = gradient(Stack('remat_scanned', policy=policy), params)
@@ -194,7 +194,7 @@ def test_remat_does_not_change_results(policy: Any) -> None:
 
 @pytest.mark.slow
 def test_remat_saves_memory() -> None:
-    """N5: less temporary memory, as the compiler reports; and it trains, with dropout."""
+    """Less temporary memory, as the compiler reports; and it trains, with dropout."""
 
     def temporaries(form: str) -> int:
         model = Stack(form, length=24)
@@ -229,7 +229,7 @@ class Shift(nn.Module):
 
 @pytest.mark.slow
 def test_nested_scans() -> None:
-    """N6: parameters have a dimension for each scan; equal to a loop; and it trains."""
+    """Parameters have a dimension for each scan; equal to a loop; and it trains."""
     state = train_and_check({'target': f'{__name__}:Deep'})
     assert state.params['layers']['Dense_0']['kernel'].shape == (3, 2, 8, 8)
     x = X
@@ -242,7 +242,7 @@ def test_nested_scans() -> None:
 
 
 def test_nested_scans_save_memory() -> None:
-    """N6: two nested scans of ten layers need less memory than one scan of a hundred."""
+    """Two nested scans of ten layers need less memory than one scan of a hundred."""
 
     def temporaries(lengths: tuple[int, ...]) -> int:
         model, x = Deep(lengths), jnp.zeros((4096, 8))
@@ -296,7 +296,7 @@ class Tied(nn.Module):
 
 @pytest.mark.slow
 def test_map_variables() -> None:
-    """N7: a causal kernel, and tied weights."""
+    """A causal kernel, and tied weights."""
     params = train_and_check({'target': f'{__name__}:Causal'}).params
     (kernel,) = jax.tree.leaves(params['causal'])
     head = params['Dense_0']
@@ -350,7 +350,7 @@ class Derivatives(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize('form', ['jvp', 'vjp', 'custom_vjp'])
 def test_derivatives_within_a_module(form: str) -> None:
-    """N8: forward and reverse mode, and a custom gradient; each trains."""
+    """Forward and reverse mode, and a custom gradient; each trains."""
     train_and_check({'target': f'{__name__}:Derivatives', 'form': form})
     params = Derivatives(form).init(KEY, X)['params']
     inner, head = params['inner'], params['Dense_0']
@@ -366,7 +366,7 @@ def test_derivatives_within_a_module(form: str) -> None:
 
 
 def test_a_custom_gradient_is_used() -> None:
-    """N8: the gradient of the inner parameters consists of signs."""
+    """The gradient of the inner parameters consists of signs."""
     model = Derivatives('custom_vjp')
     params = model.init(KEY, X)['params']
     _, grads = gradient(model, params)
@@ -399,7 +399,7 @@ class Choices(nn.Module):
 
 @pytest.mark.slow
 def test_branches_and_loops_by_value() -> None:
-    """N9: all branches have parameters from the start; values select the branch."""
+    """All branches have parameters from the start; values select the branch."""
     params = train_and_check({'target': f'{__name__}:Choices'}).params
     assert {'head_0', 'head_1', 'head_2'} <= set(params)
     for sign in (1, -1):
@@ -413,7 +413,7 @@ def test_branches_and_loops_by_value() -> None:
 
 
 def test_transformations_of_jax_within_a_module() -> None:
-    """N1: they do not know variables and raise; a module passed as an argument works."""
+    """They do not know variables and raise; a module passed as an argument works."""
 
     class Wrong(nn.Module):
         @nn.compact
@@ -478,7 +478,7 @@ LIFTED: dict[str, Callable[[nn.Module, jax.Array], jax.Array]] = {
 
 @pytest.mark.parametrize('name', list(LIFTED))
 def test_transformations_that_can_be_lifted(name: str) -> None:
-    """N2: around a dense layer, each has the layer's output and gradients."""
+    """Around a dense layer, each has the layer's output and gradients."""
 
     class Around(nn.Module):
         @nn.compact
@@ -503,7 +503,7 @@ def test_transformations_that_cannot_be_lifted(name: str) -> None:
 
 
 def test_collections_go_to_the_first_matching_group() -> None:
-    """N10: `lift.pack` with filters, including a deny list."""
+    """`lift.pack` with filters, including a deny list."""
     seen: list[Any] = []
 
     def outer(scope: Any) -> None:

@@ -74,7 +74,7 @@ def test_nnx_and_linen_have_the_same_losses() -> None:
 
 @pytest.mark.slow
 def test_batch_statistics_equal_those_of_linen() -> None:
-    """X13: an MLP with batch norm and copied parameters: twenty steps, then an evaluation."""
+    """An MLP with batch norm and copied parameters: twenty steps, then an evaluation."""
     linen, mine = (
         Trainer(experiment(model, model__batch_norm=True, evals=EVALS))
         for model in ('trainer.models.mlp:MLP', 'trainer.models.mlp_nnx:MLP')
@@ -203,7 +203,7 @@ class Layer(nnx.Module):
 
 @pytest.mark.slow
 def test_names_of_stacked_layers_and_a_counter() -> None:
-    """X3, J3 in NNX: stacking adds a dimension name; the counter counts the steps."""
+    """In NNX too, stacking adds a dimension name; the counter counts the steps."""
     rules = {
         'target': 'trainer.sharding:ByName',
         'rules': (('batch', 'data'), ('mlp', 'model')),
@@ -248,7 +248,7 @@ def test_patterns_match_paths() -> None:
 
 @pytest.mark.slow
 def test_the_trained_module_is_returned() -> None:
-    """X6, X9: as the user's class, in evaluation mode; works with `jax.jit` and `nnx.state`."""
+    """As the user's class, in evaluation mode; works with `jax.jit` and `nnx.state`."""
     options = {'model__batch_norm': True, 'model__dropout_rate': 0.5}
     made = experiment(
         'trainer.models.mlp_nnx:MLP', evals=EVALS, precision={'compute': 'bfloat16'}, **options

@@ -161,7 +161,7 @@ class SimpleMLP(nn.Module):
 
 @pytest.mark.parametrize('form', [ExplicitMLP, SimpleMLP])
 def test_a_perceptron(form: Any) -> None:
-    """O6: Flax Basics prints the same output for both ways to declare it."""
+    """Flax Basics prints the same output for both ways to declare it."""
     key, x = square()
     found, variables = form((3, 4, 5)).init_with_output(key, x)
     shapes = {
@@ -189,7 +189,7 @@ class SimpleDense(nn.Module):
 
 
 def test_parameters_of_a_module() -> None:
-    """U3: Flax Basics, "Module parameters": initial parameters and output."""
+    """Flax Basics, "Module parameters": initial parameters and output."""
     key, x = square()
     found, variables = SimpleDense(3).init_with_output(key, x)
     kernel = [
@@ -211,7 +211,7 @@ def test_parameters_of_a_module() -> None:
 
 @pytest.mark.slow
 def test_the_checkpoint_guide(tmp_path: pathlib.Path) -> None:
-    """H1: its array and its layer after one step of SGD, before and after a checkpoint."""
+    """Its array and its layer after one step of SGD, before and after a checkpoint."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))
     x = jax.random.normal(key1, (5,))
     params = nn.Dense(3).init(key2, x)['params']
@@ -240,7 +240,7 @@ def test_the_checkpoint_guide(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_true_parameters() -> None:
-    """O12: their loss is not 0, because of the noise."""
+    """Their loss is not 0, because of the noise."""
     w, b, x, y = regression()
     loss = ((y - x @ w - b) ** 2).sum(-1).mean() / 2
     assert float(loss) == pytest.approx(0.023639796, rel=1e-6)
@@ -248,7 +248,7 @@ def test_the_true_parameters() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_and_one_steps_from_zeros() -> None:
-    """O12: linear regression of "JAX for the impatient"."""
+    """Linear regression of "JAX for the impatient"."""
     zeros = {'kernel': np.zeros((10, 5), 'f4'), 'bias': np.zeros(5, 'f4')}
     found, params = losses(zeros, 202, GRADIENT_DESCENT)
     # There the loss after step i is printed; here it is the one before the step behind it.
@@ -271,7 +271,7 @@ def test_a_hundred_and_one_steps_from_zeros() -> None:
 
 @pytest.mark.slow
 def test_gradient_descent_and_adam_on_a_dense_layer() -> None:
-    """O12: Flax Basics, from the layer's initial parameters; Adam continues from there."""
+    """Flax Basics, from the layer's initial parameters; Adam continues from there."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))
     first = nn.Dense(5).init(key2, jax.random.normal(key1, (10,)))['params']
     found, params = losses(first, 101, GRADIENT_DESCENT)
@@ -317,7 +317,7 @@ def squares(model: Any, batch: Any) -> TaskOutput:
 
 
 def test_a_running_mean() -> None:
-    """C11, U8: by hand for 1, 2, 3, and in the trainer; in a custom collection."""
+    """By hand for 1, 2, 3, and in the trainer; in a custom collection."""
     model = BiasAdderWithRunningMean()
     variables = model.init(jax.random.PRNGKey(0), jnp.ones((10, 5)))
     for value, mean in ((1.0, 0.01), (2.0, 0.0299), (3.0, 0.059601)):

@@ -51,8 +51,8 @@ def read_state(
         stored = handler.metadata(directory).tree
         wanted = _leaves_by_names(abstract)
         saved = {**_leaves_by_names(stored), **empties}
-        if free and _differences(_within(free, saved), _within(free, wanted)):
-            as_saved = _nest(_within(free, saved), abstract)
+        if free and _differences(_leaves_of_field(free, saved), _leaves_of_field(free, wanted)):
+            as_saved = _nest(_leaves_of_field(free, saved), abstract)
             abstract = dataclasses.replace(abstract, **{free: as_saved.get(free, {})})
             wanted = _leaves_by_names(abstract)
         # Compared first, for one message about all leaves; and Orbax casts other dtypes silently.
@@ -79,7 +79,7 @@ def _leaves_by_names(tree: Any) -> dict[Names, Any]:
     return {names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _within(field: str, leaves: dict[Names, Any]) -> dict[Names, Any]:
+def _leaves_of_field(field: str, leaves: dict[Names, Any]) -> dict[Names, Any]:
     return {names: leaf for names, leaf in leaves.items() if names[0] == field}
 
 

@@ -22,7 +22,8 @@ class Sums(clu.metrics.Metric):
     """Sums over all examples, in float32 with their rounding errors.
 
     A float32 alone stops counting at 2^24. Together with the errors of its additions, a count is
-    exact up to 2^47. A subclass defines the summands (`sum_batch`), and `compute` runs on the host.
+    exact up to 2^47, if it is below 2^24 in each batch. A subclass defines the summands
+    (`sum_batch`), and `compute` runs on the host.
 
     Attributes:
         total: the sums, of any shape.
@@ -61,7 +62,10 @@ class Sums(clu.metrics.Metric):
         # The rounding error, which is a float32 itself (Knuth, TAOCP 2, section 4.2.2).
         added = total - self.total
         lost = (self.total - (total - added)) + (other.total - added)
-        return type(self)(total=total, rest=self.rest + other.rest + lost)
+        rest = self.rest + other.rest + lost
+        # As much of it as fits goes to the total; otherwise `rest` would stop counting, too.
+        whole = total + rest
+        return type(self)(total=whole, rest=rest - (whole - total))
 
     @property
     def sums(self) -> np.ndarray:
