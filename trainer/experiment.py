@@ -25,6 +25,7 @@ from trainer.builders.data import (
 )
 from trainer.builders.early_stopping import EarlyStopping
 from trainer.builders.ensemble import build_ensemble
+from trainer.builders.hooks import HookRules, build_hook_rules, build_hooks
 from trainer.builders.model import build_loss_scale, build_model
 from trainer.builders.monitors import build_early_stopping, build_retention
 from trainer.builders.names import check_names
@@ -33,7 +34,6 @@ from trainer.builders.training import (
     build_accumulate,
     build_clock,
     build_ema_decay,
-    build_hooks,
     build_profile,
     build_sharding,
 )
@@ -209,6 +209,7 @@ class Experiment:
         saving: checkpoints.
         start: initial weights of a fresh run.
         hooks: functions called with each `Event`, by name.
+        hook_rules: when hooks are called, by name; those without rules have the defaults.
         build_clock_parts: builds, for a loader, the objects that depend on the number of examples
             per step.
     """
@@ -231,6 +232,7 @@ class Experiment:
     saving: Saving
     start: StartFrom
     hooks: Mapping[str, Callable[[Event], None]]
+    hook_rules: Mapping[str, HookRules]
     build_clock_parts: Callable[[TrainData], ClockParts] = dataclasses.field(repr=False)
 
     def with_batch_sizes(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
@@ -330,6 +332,7 @@ def _build(loaded: LoadedConfig) -> Experiment:
         saving=Saving(sections.checkpoint.every, parts.retention),
         start=start,
         hooks=hooks,
+        hook_rules=build_hook_rules(sections),
         # A function and not the sections themselves: no code after `build` reads a config.
         build_clock_parts=functools.partial(ClockParts.from_sections, sections),
     )

@@ -285,7 +285,7 @@ class Trainer:
         return state, step
 
     def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
-        """Runs the events due after this step, in the order log, monitors, eval, save."""
+        """Runs the events due after this step, in the order log, monitors, eval, hooks, save."""
         # First: a trace covers whole steps, and none of the events after them.
         self._print(self._profile.update(step, state))
         log_due = self._events.log.is_due(step)
@@ -304,6 +304,11 @@ class Trainer:
         # Before the evaluations and the save: a state that is not finite gets neither.
         self.monitors().run(batch, step, state)
         self._evaluate_due(step, state)
+        if due := self._events.hooks_due(step):
+            # Their time is theirs alone, and they see all metrics up to this step.
+            self.report.flush()
+            jax.block_until_ready(state.step)
+            self._hooks.call('step', step, state, self._stop, only=due)
         # After the evaluations, whose results go into the checkpoint: retention ranks it by them.
         if self._events.save.is_due(step):
             self._save(step, state)
