@@ -355,6 +355,24 @@ class CaptureSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HookSection:
+    """`config.hooks.<name>`: a function that is called with each event of the run.
+
+    The other keys name the function (`ref`), or an object to call (`target`).
+
+    Attributes:
+        every: how often the hook is called with an event 'step', in place of 'log', 'eval' and
+            'save'; None for those events. 'start' and 'end' it gets in any case.
+        on_error: what happens if the hook raises an error: 'stop' saves and ends the run, 'warn'
+            logs the error, and the hook is called again at its next event.
+    """
+
+    every: Duration | None = None
+    on_error: Literal['stop', 'warn'] = 'stop'
+    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardSection:
     """`config.guard`: checks that losses, gradients, parameters and slots are finite.
 
@@ -440,7 +458,7 @@ class Sections:
     guard: GuardSection = GuardSection()
     init_from: InitFromSection | None = None
     surgery: tuple[Node, ...] = ()
-    hooks: dict[str, Node] = dataclasses.field(default_factory=dict)
+    hooks: dict[str, HookSection] = dataclasses.field(default_factory=dict)
     step: Node | None = None
     vars: Any = dataclasses.field(
         default_factory=dict
