@@ -32,9 +32,10 @@ class DataSection:
     Attributes:
         source: the dataset, such as `trainer.data.mnist:MNIST`.
         batch_size: examples of one step, over all devices and processes.
-        transforms: functions of a batch, run in numpy on the host, in this order.
+        transforms: functions of a batch, run in numpy on the host, in this order; or objects of
+            Grain's `Map` and `RandomMap`.
         device_transforms: functions of a batch, run in the compiled step on the devices, after
-            `transforms`.
+            `transforms`. They may take `key`, a random key, and `training`.
         remainder: the examples left over at the end of an epoch: 'carry' takes them into the
             next epoch's first batch, 'pad' fills their batch with padding, 'drop' leaves them
             out.
