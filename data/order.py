@@ -149,7 +149,7 @@ class Order:
         done = row
         if epoch == self.resized_at.epoch:
             # The second change in the same epoch: examples that were consumed before the first one
-            # count too, but not the rows of padding that stand for them.
+            # count too, but not the rows of padding in their place.
             done += self.resized_at.done - (self._rows_per_epoch - self._rows_left)
         resized_at = ResizePoint(step, epoch, done, self.epochs(step))
         return dataclasses.replace(self, batch_size=batch_size, resized_at=resized_at)

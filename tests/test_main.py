@@ -46,7 +46,7 @@ CNN = f'--config={command.ROOT}/configs/mnist.py'
     ],
 )
 def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) -> None:
-    """M5: the message has the key, the problem and the fix, without a traceback."""
+    """The message has the key, the problem and the fix, without a traceback."""
     finished = command.run(*args, cwd=tmp_path)
     assert finished.code == 2, finished.err
     assert message in finished.err

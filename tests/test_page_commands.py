@@ -16,6 +16,7 @@ from tests.pages import (
     ALL_COMMANDS,
     COMMANDS,
     FILES,
+    FRAGMENTS,
     OTHERS,
     QUICKSTART,
     TESTS,
@@ -145,7 +146,7 @@ def test_script(name: str, project: Project) -> None:
     if name == 'notebook.py':
         assert 'resuming from step 100' in printed
         assert 'finished' in printed
-    if name == 'full_evaluation.py':  # B1, B2, B4, B5, B6: on eight devices, by one program.
+    if name == 'full_evaluation.py':  # On eight devices, by one program.
         assert re.search(r"'accuracy': 0\.0979+\d*, 'examples': 10000\b", printed)
         assert printed.count('compiled for') == 1
     if name == 'weights.py':
@@ -163,5 +164,6 @@ def test_each_file_is_run() -> None:
             name.removesuffix('.py').replace('/', '.') + ':',
             f'from {name[:-3]}'.replace('/', '.'),
         )
-        others = [*COMMANDS, *(text for other, text in FILES.items() if other != name)]
+        others = [*COMMANDS, *(block.text for block in FRAGMENTS)]
+        others += [text for other, text in FILES.items() if other != name]
         assert any(word in text for text in others for word in named), name

@@ -196,3 +196,9 @@ def test_every_page_is_read() -> None:
         assert [block for block in pages.BLOCKS if block.kind in kinds], kinds
     names = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'docs').rglob('*.md')}
     assert names == {f'{name}.md' for name in PAGES if name.startswith('docs/')}
+
+
+def test_the_index_of_the_api_lists_its_pages() -> None:
+    index = PAGES['docs/reference/api/index']
+    pages_of_api = {path.name for path in index.path.parent.glob('*.md')} - {'index.md'}
+    assert set(re.findall(r'\]\((\w+\.md)\)', index.text)) == pages_of_api

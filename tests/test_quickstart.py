@@ -19,7 +19,7 @@ LAYERS = {'Conv_0': 320, 'Conv_1': 18_496, 'Dense_0': 803_072, 'Dense_1': 2_570}
 
 
 def test_the_config_has_the_documented_numbers() -> None:
-    """A1: 824,458 parameters, SGD 0.01 with momentum 0.9, batch 32, 10 epochs of 1,875 steps."""
+    """824,458 parameters, SGD 0.01 with momentum 0.9, batch 32, 10 epochs of 1,875 steps."""
     experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
     params = Trainer(experiment).set_up().programs.abstract.params
     sizes = {name: sum(x.size for x in jax.tree.leaves(layer)) for name, layer in params.items()}
@@ -41,7 +41,7 @@ def test_the_config_has_the_documented_numbers() -> None:
 def test_it_reaches_the_documented_accuracy(
     epochs: int, least: float, secs: float, tmp_path: pathlib.Path
 ) -> None:
-    """A1: documented: 97.6 % after one epoch, 99.08 % after ten; here on all 10,000 examples."""
+    """Documented: 97.6 % after one epoch, 99.08 % after ten; here on all 10,000 examples."""
     train_for = f'--config.train_for={epochs}epochs'
     process = command.start(CNN, train_for, f'--workdir={tmp_path}')
     [(_, errors)] = command.ends(process, secs=secs)
@@ -53,7 +53,7 @@ def test_it_reaches_the_documented_accuracy(
 
 
 def test_the_summary_sums_up() -> None:
-    """A2: all parameters in order, their total, and the FLOPs of a step."""
+    """All parameters in order, their total, and the FLOPs of a step."""
     experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
     trainer = Trainer(experiment)
     table = banner.summary(trainer.run, trainer.set_up(), 0).split('\n\n')[0].splitlines()
@@ -71,7 +71,7 @@ def test_the_summary_sums_up() -> None:
 
 @pytest.mark.slow
 def test_predictions_are_written_without_padding(tmp_path: pathlib.Path) -> None:
-    """A8: a class and a probability for each of 77 examples, in batches of 32 on 2 devices."""
+    """A class and a probability for each of 77 examples, in batches of 32 on 2 devices."""
     options = (CNN, '--config.evals.test.data.source.limit=77', f'--workdir={tmp_path}')
     trained = command.run(*options, '--config.train_for=200steps')
     assert trained.code == 0, trained.err

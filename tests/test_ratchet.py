@@ -31,6 +31,24 @@ SKIPS = (
     'pytest.mark.xfail',
 )
 
+# A function is named by a verb, or by the noun that it returns, not by one of these alone. `as_`,
+# `to_`, `from_`, `with_` and `without_` begin the names of conversions.
+PREPOSITIONS = frozenset({
+    'above', 'after', 'alike', 'alone', 'anew', 'at', 'before', 'behind', 'below', 'beside',
+    'between', 'by', 'down', 'here', 'in', 'inside', 'into', 'next', 'now', 'of', 'off', 'on',
+    'once', 'only', 'out', 'over', 'per', 'since', 'than', 'then', 'there', 'under', 'until',
+    'up', 'upon', 'within', 'what', 'when', 'where', 'which', 'how',
+})  # fmt: skip
+PARTICIPLES = frozenset({
+    'bound', 'built', 'chosen', 'done', 'drawn', 'found', 'given', 'gone', 'held', 'hidden',
+    'kept', 'known', 'laid', 'left', 'lost', 'made', 'meant', 'met', 'paid', 'said', 'seen',
+    'sent', 'shown', 'spent', 'stood', 'taken', 'told', 'understood', 'written',
+})  # fmt: skip
+# Words that only look like participles.
+VERBS_IN_ED = frozenset({'embed', 'feed', 'need', 'proceed', 'seed', 'shed', 'speed'})
+# Names that configs, loaders of users and iterators have.
+KEPT_NAMES = frozenset({'after', 'into', 'moved', 'next', 'scaled'})
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -91,3 +109,37 @@ def test_tests_are_skipped_only_for_missing_packages() -> None:
                 texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
                 says = any(isinstance(text, str) and text.startswith('needs ') for text in texts)
                 assert says, f'{path}:{call.lineno}'
+
+
+def is_no_name_of_a_function(name: str) -> bool:
+    """Whether a name is a bare participle, or begins with a preposition or an adverb."""
+    first, *rest = name.strip('_').split('_')
+    if rest and rest[0]:
+        return first in PREPOSITIONS - {'next'}  # `next_row` is a noun.
+    looks_like_participle = first.endswith('ed') and first not in VERBS_IN_ED
+    return first in PREPOSITIONS | PARTICIPLES or looks_like_participle
+
+
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('told', True), ('_in_order', True), ('_of_path', True), ('resolved', True),
+        ('resolve', False), ('next_row', False), ('as_text', False), ('seed', False),
+        ('hidden_fields', False),
+    ],
+)  # fmt: skip
+def test_names_that_say_nothing(name: str, expected: bool) -> None:
+    assert is_no_name_of_a_function(name) is expected
+
+
+def test_functions_are_named_by_verbs_and_nouns() -> None:
+    found = []
+    for path, source in sources(*PACKAGES).items():
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, Function) or node.name.strip('_') in KEPT_NAMES:
+                continue
+            # A property is a value: its name may be an adjective.
+            is_value = any('property' in ast.unparse(each) for each in node.decorator_list)
+            if not is_value and is_no_name_of_a_function(node.name):
+                found.append(f'{path}:{node.lineno} {node.name}')
+    assert not found

@@ -106,7 +106,7 @@ def test_events_and_their_order(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_rows_have_the_documented_values(tmp_path: pathlib.Path) -> None:
-    """E2, M7: every row has the step, the speed, and the learning rate of its update."""
+    """Every row has the step, the speed, and the learning rate of its update."""
     schedule = {
         'target': 'optax:linear_schedule', 'init_value': 1.0, 'end_value': 0.0,
         'transition_steps': '100%',
@@ -241,7 +241,7 @@ def test_retention_keeps_the_last_the_best_and_every_nth(tmp_path: pathlib.Path)
 
 
 def test_round_trip_on_another_mesh_and_every_kind_of_leaf(tmp_path: pathlib.Path) -> None:
-    """A5, H14: typed keys, half precision, integers, scalars; 8 devices to 1, digest equal."""
+    """Typed keys, half precision, integers, scalars; 8 devices to 1, digest equal."""
     eight = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
     rows_of = jax.sharding.NamedSharding(eight, jax.sharding.PartitionSpec('data'))
     state = {

@@ -14,6 +14,10 @@ from trainer.step import donated
 class Event:
     """The argument of a hook, which is called as `hook(event)`.
 
+    At 'log' and 'eval', a hook may return a dict of values by name, which are added to the row of
+    that event: numbers, arrays, texts, and the summaries of `trainer.summaries`. At an evaluation
+    'dev', 'bleu' is short for 'eval/dev/bleu'; at 'log', 'x' is short for 'train/x'.
+
     Attributes:
         kind: 'start', 'log', 'eval', 'save' or 'end'. Each 'start' is followed by one 'end', even
             if the run fails.
@@ -22,8 +26,9 @@ class Event:
             `jax.tree.map(jnp.copy, event.state)`. None at the end of a run that failed.
         metrics: latest value of every metric of the run, by flat name.
         workdir: the run's directory, or None.
-        row: at 'log' and 'eval', the row just written to `metrics.jsonl`: 'step', and values by
-            flat name. NaN and infinity are null in the file. Empty at other events.
+        row: at 'log' and 'eval', the row that is written to `metrics.jsonl` after the hooks:
+            'step', and values by flat name. NaN and infinity are null in the file. Empty at other
+            events.
         evaluation: at 'eval', the name of the evaluation in `config.evals`.
         config: the resolved config as plain Python; do not modify it.
         status: at 'end', the status of `trainer.run.result.Result`, 'failed' or 'diverged'.

@@ -402,17 +402,15 @@ class Trainer:
             except Stopped:
                 # The next start runs it: the checkpoint of this step records which are missing.
                 return
-            self.report.record_eval(name, step, metrics)
-            checks.check_watched(self.experiment, name, metrics)
+            self.report.hold_eval(name, step, metrics)
         # An evaluation compiles at its first batch, inside of the time measured above.
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled_before)
-        if (early := self._recovery.early_stopping) is not None:
-            before = early.stopped
-            early.update(name, metrics)
-            if early.stopped and not before:
-                self._print(early.reason())
-        # Last: a hook that fails must not lose the evaluation, nor its part in early stopping.
-        self._notify('eval', step, state, evaluation=name)
+        try:
+            self._notify('eval', step, state, evaluation=name)
+        finally:
+            # Also if a hook fails: the evaluation has its part in early stopping in any case.
+            self._print(self._recovery.follow(name, self.report.eval_values(name)))
+        checks.check_watched(self.experiment, name, self.report.eval_values(name))
 
     @functools.cached_property
     def _profile(self) -> Profile:

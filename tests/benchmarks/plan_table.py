@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the cost of a step grows with the number of devices, as a table for the README.
+"""How the cost of a step grows with the number of devices, as a table for docs/benchmarks.md.
 
     python tests/benchmarks/plan_table.py [--devices=1,8,64,256,512]
 

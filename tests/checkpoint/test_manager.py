@@ -30,7 +30,7 @@ def save_all(directory: pathlib.Path, *steps: int) -> None:
 
 @pytest.mark.parametrize('exists', [False, True])
 def test_an_empty_directory(tmp_path: pathlib.Path, exists: bool) -> None:
-    """H20: listing creates no directory, and a run starts from scratch."""
+    """Listing creates no directory, and a run starts from scratch."""
     directory = tmp_path / 'checkpoints'
     if exists:
         directory.mkdir()
@@ -75,7 +75,7 @@ def test_other_names_are_neither_read_nor_removed(tmp_path: pathlib.Path) -> Non
 def test_an_incomplete_save_is_ignored_and_the_next_save_removes_it(
     tmp_path: pathlib.Path,
 ) -> None:
-    """H12, H13: a crash in the middle of a save keeps the previous checkpoint."""
+    """A crash in the middle of a save keeps the previous checkpoint."""
     save_all(tmp_path, 1, 2, 3)
     for step in (2, 3):
         (tmp_path / str(step) / 'commit_success.txt').unlink()
@@ -145,7 +145,7 @@ def test_the_digest_of_the_state_is_stored(tmp_path: pathlib.Path) -> None:
 
 
 def test_steps_that_donate_the_state_do_not_change_the_save(tmp_path: pathlib.Path) -> None:
-    """H12: the save is delayed until ten steps have overwritten the buffers of the state."""
+    """The save is delayed until ten steps have overwritten the buffers of the state."""
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
     current, delayed = state(3), Delayed(x=1)
     expected = jax.tree.map(np.array, current)

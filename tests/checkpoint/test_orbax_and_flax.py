@@ -48,7 +48,7 @@ def files(directory: pathlib.Path) -> int:
 
 @pytest.mark.slow
 def test_small_arrays_are_aggregated(tmp_path: pathlib.Path) -> None:
-    """H2: the arguments of the guide are still accepted; the current format, which a run uses too,
+    """The arguments of the guide are still accepted; the current format, which a run uses too,
     puts 200 arrays into a few files, while the old one has a file for each."""
     tree = {f'x{number}': number + jnp.arange(3.0) for number in range(200)}
     args = orbax_utils.save_args_from_target(tree)
@@ -66,19 +66,19 @@ def test_small_arrays_are_aggregated(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_newest_are_kept(tmp_path: pathlib.Path) -> None:
-    """H3: two of five, by Orbax's manager."""
+    """Two of five, by Orbax's manager."""
     assert saved(manager(tmp_path, max_to_keep=2), range(5)) == [3, 4]
 
 
 def test_every_second_is_kept(tmp_path: pathlib.Path) -> None:
-    """H4: in addition to the last three; a prefix is part of the directory name."""
+    """In addition to the last three; a prefix is part of the directory name."""
     options = {'max_to_keep': 3, 'keep_period': 2, 'step_prefix': 'test'}
     assert saved(manager(tmp_path, **options), range(5)) == [0, 2, 3, 4]
     assert {path.name for path in tmp_path.iterdir()} >= {'test_0', 'test_4'}
 
 
 def test_every_second_is_kept_by_a_run(tmp_path: pathlib.Path) -> None:
-    """H4: the same steps by `checkpoint.keep_last` and `checkpoint.keep_every`."""
+    """The same steps by `checkpoint.keep_last` and `checkpoint.keep_every`."""
     ours = Checkpoints(tmp_path, Retention(keep_last=3, keep_every=Periodic(Fraction(2))))
     for step in range(5):
         ours.save(step, state(step), {})
@@ -97,7 +97,7 @@ def msgpack() -> Iterator[None]:
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.usefixtures('msgpack')
 def test_flax_does_not_keep_step_0(tmp_path: pathlib.Path) -> None:
-    """H4: `keep_every_n_steps` never keeps it, contrary to the guide; the run above does."""
+    """`keep_every_n_steps` never keeps it, contrary to the guide; the run above does."""
     for step in range(5):
         checkpoints.save_checkpoint(tmp_path, TREE, step, keep=3, keep_every_n_steps=2)
     names = {path.name for path in tmp_path.iterdir()}
@@ -105,7 +105,7 @@ def test_flax_does_not_keep_step_0(tmp_path: pathlib.Path) -> None:
 
 
 def test_by_interval_and_by_metric(tmp_path: pathlib.Path) -> None:
-    """H5: an interval skips saves; the best checkpoint is kept although it is old."""
+    """An interval skips saves; the best checkpoint is kept although it is old."""
     assert saved(manager(tmp_path / 'every', save_interval_steps=2), range(5)) == [0, 2, 4]
     best = manager(
         tmp_path / 'best', max_to_keep=1, best_fn=lambda metrics: metrics['loss'], best_mode='min'
@@ -121,7 +121,7 @@ def test_by_interval_and_by_metric(tmp_path: pathlib.Path) -> None:
 @pytest.mark.usefixtures('msgpack')
 @pytest.mark.parametrize('step', [2, 1])
 def test_flax_overwrites_no_step(step: int, tmp_path: pathlib.Path) -> None:
-    """H11: Flax refuses the newest step and older ones, unless `overwrite` is set."""
+    """Flax refuses the newest step and older ones, unless `overwrite` is set."""
     checkpoints.save_checkpoint(tmp_path, TREE, step=2)
     with pytest.raises(errors.InvalidCheckpointError):
         checkpoints.save_checkpoint(tmp_path, TREE, step=step)
@@ -132,7 +132,7 @@ def test_flax_overwrites_no_step(step: int, tmp_path: pathlib.Path) -> None:
 
 
 def test_saving_to_the_same_directory_again(tmp_path: pathlib.Path) -> None:
-    """H11: a checkpointer of Orbax overwrites a directory only with `force`."""
+    """A checkpointer of Orbax overwrites a directory only with `force`."""
     checkpointer = ocp.PyTreeCheckpointer()
     checkpointer.save(tmp_path / 'tree', TREE)
     with pytest.raises(ValueError, match='already exists'):
@@ -143,7 +143,7 @@ def test_saving_to_the_same_directory_again(tmp_path: pathlib.Path) -> None:
 
 
 def test_saving_the_same_step_again(tmp_path: pathlib.Path) -> None:
-    """H11: Orbax's manager skips it, or raises with `force`; a save of a run fails, and the old
+    """Orbax's manager skips it, or raises with `force`; a save of a run fails, and the old
     checkpoint does not change."""
     theirs = manager(tmp_path / 'new')
     theirs.save(3, args=ocp.args.StandardSave(TREE))
@@ -164,7 +164,7 @@ def test_saving_the_same_step_again(tmp_path: pathlib.Path) -> None:
 
 
 def test_saved_on_one_mesh_and_restored_on_others(tmp_path: pathlib.Path) -> None:
-    """H14: from (4, 2) to (2, 4), (8,) and one device: equal values, the requested shardings."""
+    """From (4, 2) to (2, 4), (8,) and one device: equal values, the requested shardings."""
 
     def sharding(shape: tuple[int, ...], spec: Sequence[str | None]) -> NamedSharding:
         count, names = math.prod(shape), ('x', 'y')[: len(shape)]
@@ -192,7 +192,7 @@ def test_saved_on_one_mesh_and_restored_on_others(tmp_path: pathlib.Path) -> Non
 
 
 def test_metadata_of_a_step(tmp_path: pathlib.Path) -> None:
-    """H23: the metadata of a run, with strings and lists, is in its checkpoint."""
+    """The metadata of a run, with strings and lists, is in its checkpoint."""
     ours = Checkpoints(tmp_path, Retention())
     known = {'config': {'model': {'target': 'a:B', 'features': [64, 10]}}, 'note': 'text'}
     ours.save(7, state(1), known)

@@ -16,6 +16,7 @@ import pytest
 from tests.checkpoint.examples import abstract, state
 from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
 from trainer.config.errors import UserError
+from trainer.step.state import TrainState
 
 Pair = collections.namedtuple('Pair', ['mu', 'nu'])
 
@@ -50,6 +51,30 @@ def test_another_state_is_an_error_that_names_the_leaf(
     assert first == f'{saved.directory / "1"} does not fit the state of this config:'
     assert lines == [f'  {line}']
     assert 'set another --workdir' in last
+
+
+def test_a_field_that_may_differ_is_returned_as_it_was_saved(tmp_path: pathlib.Path) -> None:
+    """And checked like all others; a difference elsewhere is still an error."""
+    checkpoints = Checkpoints(tmp_path, Retention())
+    old = {'loss': Pair(mu=jnp.arange(3.0), nu=jnp.int32(7)), 'none': jnp.zeros((0, 2))}
+    params = {'kernel': jnp.ones((2, 3))}
+    checkpoints.save(1, TrainState(jnp.int32(1), params, (), {}, old), {})
+    checkpoints.close()
+    new = abstract(TrainState(jnp.int32(0), params, (), {}, {'loss': jnp.zeros(5)}))
+    with pytest.raises(UserError, match='metrics/loss: absent in the checkpoint'):
+        checkpoints.restore(1, new)
+    found = checkpoints.restore(1, new, free='metrics')
+    assert int(found.step) == 1
+    assert found.metrics['loss']['mu'].tolist() == [0, 1, 2]
+    assert found.metrics['loss']['nu'] == 7 and found.metrics['none'].shape == (0, 2)
+    same = abstract(TrainState(jnp.int32(0), params, (), {}, old))
+    assert isinstance(checkpoints.restore(1, same, free='metrics').metrics['loss'], Pair)
+    other = abstract(TrainState(jnp.int32(0), {'kernel': jnp.ones(2)}, (), {}, {}))
+    with pytest.raises(UserError) as error:
+        checkpoints.restore(1, other, free='metrics')
+    assert [line.split(':')[0] for line in str(error.value).splitlines()[1:-1]] == [
+        '  params/kernel'
+    ]
 
 
 def test_many_differences_are_counted(saved: Checkpoints) -> None:

@@ -34,12 +34,12 @@ def kept(tmp_path: pathlib.Path, scores: Mapping[int, float], **retention: Any) 
 
 @pytest.mark.parametrize(('last', 'expected'), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
 def test_keep_last(tmp_path: pathlib.Path, last: int, expected: list[int]) -> None:
-    """H3: the newest are kept."""
+    """The newest are kept."""
     assert kept(tmp_path, dict.fromkeys(range(1, 5), 0.0), keep_last=last).steps() == expected
 
 
 def test_every_nth_without_drift(tmp_path: pathlib.Path) -> None:
-    """H4: a period of 2.5 steps is due at 3, 5, 8: the first whole step after each multiple."""
+    """A period of 2.5 steps is due at 3, 5, 8: the first whole step after each multiple."""
     scores = dict.fromkeys(range(1, 10), 0.0)
     found = kept(tmp_path, scores, keep_last=1, keep_every=Periodic(Fraction(5, 2)))
     assert found.steps() == [3, 5, 8, 9]
@@ -49,7 +49,7 @@ def test_every_nth_without_drift(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(('mode', 'best'), [('max', 20), ('min', 30)])
 def test_the_best_and_the_newest_are_kept(tmp_path: pathlib.Path, mode: str, best: int) -> None:
-    """H5: the best one is kept, NaN is ignored."""
+    """The best one is kept, NaN is ignored."""
     scores = {10: 0.5, 20: 0.9, 30: 0.1, 40: NAN, 50: 0.4}
     found = kept(tmp_path, scores, keep_last=1, best_metric=METRIC, best_mode=mode)
     assert found.best() == best

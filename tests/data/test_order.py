@@ -140,7 +140,7 @@ def test_dtypes_and_shapes(remainder: str) -> None:
 
 
 def test_even_split() -> None:
-    """B3: the sizes of `tfds.split_for_jax_process` for 6 processes, without overlap."""
+    """The sizes of `tfds.split_for_jax_process` for 6 processes, without overlap."""
     parts = even_split(10_000, 6)
     assert [len(part) for part in parts] == [1667, 1667, 1667, 1667, 1666, 1666]
     for examples, count in [(10_000, 6), (3, 5), (0, 2), (7, 1), (8, 8)]:

@@ -109,7 +109,7 @@ def first_batch_hash(experiment: Experiment) -> str:
 
 @pytest.mark.slow
 def test_a9_the_data_seed_determines_the_order_alone() -> None:
-    """A9: the same seed gives the same batches and losses; another data seed only another order."""
+    """The same seed gives the same batches and losses; another data seed only another order."""
 
     def trained(**overrides: Any) -> tuple[str, float, str, list[int]]:
         experiment = build(**overrides)

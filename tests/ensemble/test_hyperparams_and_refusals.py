@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import command
-from tests.ensemble.test_step import RATES, ensemble, experiment, trained
+from tests.ensemble.test_step import RATES, ensemble, experiment, train
 from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
@@ -30,14 +30,14 @@ def test_half_precision_parameters(steps_per_call: int) -> None:
     optimizer = {'target': 'optax:rmsprop', 'learning_rate': 1e-3, 'momentum': 0.5}
     options = {'precision': {'params': 'bfloat16'}, 'steps_per_call': steps_per_call}
     vary = {'optimizer': {'learning_rate': (1e-3, 1e-4), 'decay': (0.999, 0.9)}}
-    state, trainer = trained(**options, optimizer=optimizer, ensemble=ensemble(**vary))
+    state, trainer = train(**options, optimizer=optimizer, ensemble=ensemble(**vary))
     program = (
         trainer.set_up().programs.fused if steps_per_call > 1 else trainer.set_up().programs.step
     )
     assert program.compiles == 1
     found = hyperparams.read(state.opt_state, ('learning_rate', 'decay'))
     assert found['decay'].tolist() == pytest.approx([0.999, 0.9], rel=1e-6)
-    alone, _ = trained(**options, optimizer={**optimizer, 'decay': 0.999})
+    alone, _ = train(**options, optimizer={**optimizer, 'decay': 0.999})
     slots = [x.dtype for x in jax.tree.leaves(alone.opt_state)]
     mine = [x.dtype for x in jax.tree.leaves(member_state(state, 0).opt_state) if x.ndim]
     assert mine == slots == ['float32'] * len(slots)
@@ -77,7 +77,7 @@ def test_sown_floats_are_averaged() -> None:
     """A task that reads it is evaluated like any other."""
     task = {'ref': f'{__name__}:squares'}
     model = {'target': f'{__name__}:Sowing'}
-    state, trainer = trained(model=model, task=task, ensemble=ensemble())
+    state, trainer = train(model=model, task=task, ensemble=ensemble())
     found = trainer.evaluate(state)['test']
     assert found['loss'] == pytest.approx(found['members/loss'], rel=1e-5)
     assert found['member_0/loss'] != pytest.approx(found['member_1/loss'], rel=1e-3)
@@ -141,7 +141,7 @@ def test_a_schedule_is_not_replaced() -> None:
         ],
     ),
 )
-def test_what_must_be_known_to_be_compiled(
+def test_static_hyperparameters_cannot_vary(
     optimizer: dict[str, Any], vary: dict[str, Any], who: str
 ) -> None:
     made = experiment(optimizer=optimizer, ensemble=ensemble(optimizer=vary))

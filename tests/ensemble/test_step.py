@@ -39,7 +39,7 @@ def ensemble(**vary: Any) -> dict[str, Any]:
     return {'size': 2, 'vary': vary}
 
 
-def trained(**options: Any) -> tuple[TrainState, Trainer]:
+def train(**options: Any) -> tuple[TrainState, Trainer]:
     """Returns the state after eight updates, three of which are not logged yet."""
     trainer = Trainer(experiment(**options))
     return trainer.fit(max_steps=8).state, trainer
@@ -92,14 +92,14 @@ COURSES: dict[str, dict[str, Any]] = {
     ],
 )
 def test_a_member_trains_like_a_run_of_its_own(name: str) -> None:
-    """I1: members differ pairwise, and each equals the run with its seed and hyperparameters."""
+    """Members differ pairwise, and each equals the run with its seed and hyperparameters."""
     options = COURSES[name]
-    # Adam makes a whole step of the last bit of a small gradient.
+    # Adam amplifies the last bit of a small gradient to a full step.
     rates = (1e-3, 1e-2) if name == 'adam' else RATES
-    state, _ = trained(**options, ensemble=ensemble(optimizer={'learning_rate': rates}))
+    state, _ = train(**options, ensemble=ensemble(optimizer={'learning_rate': rates}))
     members = [member_state(state, index) for index in range(2)]
     for index, rate in enumerate(rates):
-        alone, trainer = trained(**options, seed=index, optimizer__learning_rate=rate)
+        alone, trainer = train(**options, seed=index, optimizer__learning_rate=rate)
         halves: dict[str, dict[str, float]] = {
             'float16': {'rtol': 1e-2, 'atol': 1e-3}, 'bfloat16': {'rtol': 0.1, 'atol': 0.02},
         }  # fmt: skip
@@ -148,7 +148,7 @@ def test_varied_hyperparameters_are_in_the_state(tmp_path: pathlib.Path) -> None
     assert rows[-1]['train/loss'] == pytest.approx(np.mean(members))
 
 
-def grouped(head: float, body: float, **top: Any) -> TrainState:
+def train_groups(head: float, body: float, **top: Any) -> TrainState:
     """Returns the state after a run with an optimizer for each of two groups."""
     loaded = loading.load(CONFIG)
     overrides.apply(loaded.config, [(k.replace('__', '.'), str(v)) for k, v in SMALL.items()])
@@ -167,9 +167,9 @@ def grouped(head: float, body: float, **top: Any) -> TrainState:
 def test_hyperparameters_within_schedules_and_groups() -> None:
     heads, bodies = (0.1, 0.01), (0.02, 0.2)
     inner = {'head': {'learning_rate': heads}, 'body': {'learning_rate': {'init_value': bodies}}}
-    state = grouped(0.1, 0.02, ensemble=ensemble(optimizer={'groups': inner}))
+    state = train_groups(0.1, 0.02, ensemble=ensemble(optimizer={'groups': inner}))
     for index, (head, body) in enumerate(zip(heads, bodies, strict=True)):
-        alone = grouped(head, body, seed=index)
+        alone = train_groups(head, body, seed=index)
         assert_close(member_state(state, index), alone, rtol=1e-4, atol=1e-5)
 
 
@@ -193,7 +193,7 @@ def test_a_factor_of_any_schedule() -> None:
 
 
 def test_members_share_the_batch() -> None:
-    """I2: it is read and sent once, not once for each member."""
+    """It is read and sent once, not once for each member."""
     trainer = Trainer(experiment(ensemble=ensemble()))
     with trainer.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
@@ -210,8 +210,8 @@ def probabilities(trainer: Trainer, state: TrainState, batch: Any) -> np.ndarray
 
 @pytest.mark.slow
 def test_predictions_are_the_mean_of_probabilities() -> None:
-    """I3, I4: in evaluations and predictions, over each example once."""
-    state, trainer = trained(ensemble=ensemble(optimizer={'learning_rate': RATES}))
+    """In evaluations and predictions, over each example once."""
+    state, trainer = train(ensemble=ensemble(optimizer={'learning_rate': RATES}))
     data = trainer.set_up().evaluators['test'].data.block(0, 1).arrays
     batch = {name: x[0][:100] for name, x in data.items()}
     each = probabilities(trainer, state, batch)
@@ -245,9 +245,9 @@ def test_members_are_sharded_over_devices(devices: dict[str, int]) -> None:
     """Members over the axis `ensemble`, examples over the others; the results are the same."""
     options = {'model__batch_norm': True, 'ensemble': ensemble(optimizer={'learning_rate': RATES})}
     rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 0}
-    expected, whole = trained(**options)
+    expected, whole = train(**options)
     sharding = (rule,) if 'fsdp' in devices else 'replicated'
-    state, cut = trained(**options, mesh=devices, sharding=sharding)
+    state, cut = train(**options, mesh=devices, sharding=sharding)
     kernel = state.params['Dense_0']['kernel']
     assert kernel.sharding.spec[0] == 'ensemble'
     columns = 784 // devices.get('fsdp', 1)
@@ -338,7 +338,7 @@ def test_a_hyperparameter_in_a_tuple() -> None:
 )  # fmt: skip
 def test_mistakes_with_groups(vary: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        grouped(0.1, 0.02, ensemble=ensemble(optimizer=vary))
+        train_groups(0.1, 0.02, ensemble=ensemble(optimizer=vary))
 
 
 def test_mistakes_that_show_later() -> None:

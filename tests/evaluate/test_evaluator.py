@@ -79,7 +79,7 @@ def evaluator_of(module: nn.Module, source: Any, batch_size: int, devices: int) 
 @pytest.mark.parametrize('devices', [1, 8])
 @pytest.mark.parametrize('batch_size', [512, 272, 1000, 3, 10_000])
 def test_always_zero_on_mnist(devices: int, batch_size: int) -> None:
-    """B1, B2: 980 of 10,000, never 9,728 or 8,192 as denominator, compiled once."""
+    """980 of 10,000, never 9,728 or 8,192 as denominator, compiled once."""
     source = MNIST('test') if batch_size > 3 else MNIST('test', limit=100)
     evaluator = evaluator_of(AlwaysZero(), source, batch_size, devices)
     metrics = evaluator.run(state_of(AlwaysZero(), (28, 28, 1)))
@@ -93,7 +93,7 @@ def test_always_zero_on_mnist(devices: int, batch_size: int) -> None:
 
 @pytest.mark.parametrize('examples', [1, 5, 8, 17])
 def test_fewer_examples_than_devices_and_uneven_batches(examples: int) -> None:
-    """B6, B7: one example, fewer than devices, an uneven last batch; the metrics equal numpy's."""
+    """One example, fewer than devices, an uneven last batch; the metrics equal numpy's."""
     module, source = Linear(), MNIST('test', limit=examples)
     state = state_of(module, (28, 28, 1))
     metrics = evaluator_of(module, source, 8, 8).run(state)
@@ -121,7 +121,7 @@ def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
 @pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [512, 4096])
 def test_always_zero_on_a_stream_of_unknown_length(batch_size: int) -> None:
-    """B7: 980 of 10,000 on 8 devices, compiled once; it ends when no process has examples left."""
+    """980 of 10,000 on 8 devices, compiled once; it ends when no process has examples left."""
     evaluator = streamed(AlwaysZero(), batch_size)
     assert evaluator.data.num_batches is None
     metrics = evaluator.run(state_of(AlwaysZero(), (28, 28, 1)))
@@ -136,7 +136,7 @@ def is_odd(example: Any) -> bool:
 
 @pytest.mark.slow
 def test_a_filtered_stream_is_evaluated_exactly() -> None:
-    """B7: examples, loss and accuracy of the filtered split equal numpy's."""
+    """Examples, loss and accuracy of the filtered split equal numpy's."""
     module = Linear()
     state = state_of(module, (28, 28, 1))
     metrics = streamed(module, 1000, Filter(keep=is_odd)).run(state)
@@ -192,7 +192,7 @@ def test_the_order_of_examples_does_not_matter() -> None:
 
 
 def test_evaluation_does_not_change_the_state() -> None:
-    """A3: the training accumulators do not change."""
+    """The training accumulators do not change."""
     state = state_of(Linear(), (28, 28, 1))
     before = jax.device_get(state)
     evaluator_of(Linear(), MNIST('test', limit=20), 8, 8).run(state)
@@ -200,7 +200,7 @@ def test_evaluation_does_not_change_the_state() -> None:
 
 
 def test_a_module_left_in_train_mode_is_refused() -> None:
-    """C4: an error, as in Flax, instead of statistics that change during an evaluation."""
+    """An error, as in Flax, instead of statistics that change during an evaluation."""
 
     class Stuck(nn.Module):
         @nn.compact
@@ -236,7 +236,7 @@ def test_active_dropout_at_evaluation_is_refused() -> None:
 
 
 def test_pads_shards_and_unpads() -> None:
-    """B4, B5: rows are computed on their own devices and returned as numpy, without padding."""
+    """Rows are computed on their own devices and returned as numpy, without padding."""
     shards: list[Any] = []
 
     @jax.jit
@@ -255,7 +255,7 @@ def test_pads_shards_and_unpads() -> None:
 
 
 def test_accumulators_are_static_and_stay_on_the_devices() -> None:
-    """B6: (980, 10000) over MNIST's test split in batches of 512, with one compilation."""
+    """(980, 10000) over MNIST's test split in batches of 512, with one compilation."""
     traces = []
 
     @jax.jit

@@ -99,7 +99,7 @@ def test_a_missing_field_is_named() -> None:
 )
 @pytest.mark.parametrize('act', [Trainer.fit, lambda t: [*t.predict('test', t.init_state())]])
 def test_a_model_that_always_trains_is_refused(act: Any, part: str, cause: str) -> None:
-    """C4: the message for a model that trains during an evaluation says how to fix it."""
+    """The message for a model that trains during an evaluation says how to fix it."""
     model = {'target': f'{__name__}:AlwaysTraining', 'part': part}
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
     trainer = Trainer(load_and_build(config, model=model, train_for='5 steps'))

@@ -44,7 +44,7 @@ def bound(made: Experiment, state: Any) -> BoundModel:
 
 @pytest.mark.slow
 def test_captured_values_equal_those_of_the_model(tmp_path: pathlib.Path) -> None:
-    """1.K6: with the parameters after the step, on the batch of that step."""
+    """With the parameters after the step, on the batch of that step."""
     made = build(linen(), train_for='20 steps', capture={'a': {'match': 'first|last|.model.'}})
     trainer = Trainer(made, str(tmp_path))
     state = trainer.fit().state
@@ -79,7 +79,7 @@ def test_captured_values_equal_those_of_the_model(tmp_path: pathlib.Path) -> Non
     ids=['linen', 'nnx', 'scan'],
 )  # fmt: skip
 def test_captured_modules_have_names(model: Any, names: list[str], tmp_path: pathlib.Path) -> None:
-    """1.K6: Linen, NNX, and the layers of a scan one by one."""
+    """Linen, NNX, and the layers of a scan one by one."""
     made = build(model, train_for='10 steps', capture={'a': {'match': 'lay.*', 'what': ('file',)}})
     Trainer(made, str(tmp_path)).fit()
     found = np.load(tmp_path / 'capture' / 'a' / '10.npz')
@@ -91,7 +91,7 @@ def test_captured_modules_have_names(model: Any, names: list[str], tmp_path: pat
 
 @pytest.mark.slow
 def test_the_train_step_is_unchanged(tmp_path: pathlib.Path) -> None:
-    """1.K6: the compiled program and the trained parameters are the same."""
+    """The compiled program and the trained parameters are the same."""
     texts, states = [], []
     for capture in ({}, EVERYTHING):
         trainer = Trainer(build(linen(), capture=capture), str(tmp_path / str(len(texts))))
@@ -148,7 +148,7 @@ def test_old_files_are_deleted(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
 @pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_sown_values_are_captured(accumulate: int, tmp_path: pathlib.Path) -> None:
-    """1.K4, 1.K6: by name, in any module."""
+    """By name, in any module."""
     made = build(
         {'target': 'tests.modules.test_intermediates:VAE'}, accumulate=accumulate,
         task={'ref': 'tests.modules.test_intermediates:reconstruction'}, train_for='10 steps',

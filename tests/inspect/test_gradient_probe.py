@@ -87,7 +87,7 @@ def probe(
 
 
 def test_the_gradient_of_a_perturbed_value() -> None:
-    """1.K8: the numbers of the Flax guide, with the random bits of its version."""
+    """The numbers of the Flax guide, with the random bits of its version."""
     with jax.threefry_partitionable(False):
         params = Foo().init(jax.random.PRNGKey(0), jnp.ones((2, 9)))['params']
     (found,) = probe(Foo(), params)
@@ -98,7 +98,7 @@ def test_the_gradient_of_a_perturbed_value() -> None:
 
 
 def test_the_gradient_of_any_module_output() -> None:
-    """1.K8: without a change of the model; equal to the gradient by the chain rule."""
+    """Without a change of the model; equal to the gradient by the chain rule."""
     params = Foo().init(jax.random.key(0), jnp.ones((2, 9)))['params']
     named, hidden, last, whole = sorted(
         probe(Foo(), params, ('.*',)), key=lambda g: ('dense3', 'Dense_0', 'Dense_1').index(g.path)
@@ -116,7 +116,7 @@ def test_the_gradient_of_any_module_output() -> None:
 
 
 def test_an_nnx_model() -> None:
-    """1.K8: `self.perturb` and any output."""
+    """`self.perturb` and any output."""
     model = NNXFoo(rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     found = {g.path: g for g in probe(model, params, ('one|two',))}
@@ -155,7 +155,7 @@ def test_calls_with_other_shapes_are_separate() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('model', [linen(), nnx_model(), linen(scans=True)])
 def test_the_mode(model: Any, tmp_path: pathlib.Path) -> None:
-    """1.K8: `--mode=grad_probe` shows a table and writes the gradients."""
+    """`--mode=grad_probe` shows a table and writes the gradients."""
     args = (
         f'--config.model={json.dumps(model)}', '--mode=grad_probe', f'--workdir={tmp_path}',
         '--match=la.*',

@@ -45,7 +45,7 @@ def parameters(made: Experiment) -> int:
     ],
 )
 def test_the_quickstart(config: str, names: list[str]) -> None:
-    """A2: parameters and operations of each module; both sum up to the total."""
+    """Parameters and operations of each module; both sum up to the total."""
     rows = table(load_and_build(str(ROOT / 'configs' / f'{config}.py')))
     assert list(rows) == names
     owned = [row.parameters for row in rows.values()]
@@ -82,7 +82,7 @@ def test_an_ensemble_shows_one_member() -> None:
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('model', [linen(), linen(scans=True), nnx_model()])
 def test_the_rows_sum_up(model: Any, accumulate: int) -> None:
-    """A2: with scanned layers, and with micro-batches."""
+    """With scanned layers, and with micro-batches."""
     made = build(model, accumulate=accumulate)
     rows = table(made)
     assert sum(row.parameters for row in rows.values()) == parameters(made)

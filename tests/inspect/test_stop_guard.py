@@ -34,7 +34,7 @@ def message(made: Experiment, workdir: pathlib.Path | None = None) -> str:
 
 @pytest.mark.parametrize('k', slow_after(1, [0, 2, 3]))
 def test_the_layer_of_an_injected_nan_is_named(k: int) -> None:
-    """1.K6: a NaN in layer k is reported as layer k, with its step."""
+    """A NaN in layer k is reported as layer k, with its step."""
     found = message(build(linen(bad=k), guard=STOP))
     assert 'the run has diverged; no checkpoint was saved.' in found
     assert f'Last finite step: {STEP - 1}. First non-finite step: {STEP}.' in found
@@ -56,7 +56,7 @@ def test_the_layer_of_an_injected_nan_in_nnx_is_named(k: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('k', [1, 2])
 def test_the_layer_of_an_injected_nan_in_a_scan_is_named(k: int) -> None:
-    """1.K6: scanned layers are distinguished."""
+    """Scanned layers are distinguished."""
     found = message(build(linen(bad=k, scans=True), guard=STOP))
     assert f'not finite is layers/mark[{k}]' in found
 
@@ -75,7 +75,7 @@ def test_the_layer_of_an_injected_nan_in_a_scan_is_named(k: int) -> None:
     ids=lambda options: '-'.join(options),
 )
 def test_divergence_is_found_in_every_kind_of_run(options: dict[str, Any], tmp_path: Any) -> None:
-    # With two slices a layer is called twice in a step.
+    # With two micro-batches, a layer is called twice in a step.
     made = build(linen(bad=1), guard=STOP, **options)
     found = message(made, tmp_path)
     step = math.ceil(STEP / options.get('accumulate', 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of Klinen's documentation (K1 to K12)."""
+"""The examples of Klinen's documentation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def noisy() -> AutoEncoder:
 
 
 def test_a_model_is_bound_and_called() -> None:
-    """K1, K3: binding returns a copy; models and their submodules are called directly."""
+    """Binding returns a copy; models and their submodules are called directly."""
     original = AutoEncoder(encoder=MLP(), decoder=MLP())
     model = original.init_bind(RNG, jnp.zeros((2, 64)))
     assert isinstance(model, AutoEncoder)
@@ -124,7 +124,7 @@ def test_methods_follow_the_mro() -> None:
 
 
 def test_unbound_methods_raise() -> None:
-    """K3: public methods of all kinds raise; a method that needs no parameters runs."""
+    """Public methods of all kinds raise; a method that needs no parameters runs."""
     for cls in (Composed, knn.convert(LinenComposed)):
         with pytest.raises(ValueError, match=rf'{cls.__name__} is not bound.*init_bind'):
             cls(nn.Dense(2)).encode(X)
@@ -154,7 +154,7 @@ class OfConverted(knn.convert(Plain)):
 
 
 def test_converted_modules_can_be_pickled() -> None:
-    """K2, K10: bound or unbound, as the converted class and not as the original one."""
+    """Bound or unbound, as the converted class and not as the original one."""
     for cls in (knn.convert(Plain), OfConverted):
         model = cls(3).init_bind(RNG, X)
         for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
@@ -166,7 +166,7 @@ def test_converted_modules_can_be_pickled() -> None:
 
 
 def test_conversion() -> None:
-    """K2: the same key gives the same parameters, with the same names."""
+    """The same key gives the same parameters, with the same names."""
     for converted in (knn.Dense, knn.convert(nn.Dense)):
         model = converted(3).init_bind(RNG, X)
         assert isinstance(model, nn.Dense)
@@ -274,7 +274,7 @@ def test_calls_are_deterministic() -> None:
 
 
 def test_forms_of_with_rng() -> None:
-    """K5: a new key, keys by stream, the next key; a seed is accepted as a key."""
+    """A new key, keys by stream, the next key; a seed is accepted as a key."""
     model = noisy().with_rng(RNG)
     assert not same(model.with_rng(RNG2)(X), model(X))
     assert same(model.with_rng(RNG2).with_rng(RNG)(X), model(X))
@@ -303,7 +303,7 @@ def test_forms_of_with_rng() -> None:
 
 
 def test_a_missing_key_is_an_error() -> None:
-    """K6: the message names the stream and the method to call."""
+    """The message names the stream and the method to call."""
     with pytest.raises(errors.InvalidRngError, match=r"'dropout'.*model\.with_rng\(rng\)"):
         noisy()(X)
     with pytest.raises(errors.InvalidRngError, match=r"'dropout'.*model\.with_rng\(rng\)"):
@@ -320,7 +320,7 @@ class Streams(knn.Module):
 
 
 def test_streams_of_any_name() -> None:
-    """K5: each stream derives its own numbers from a single key."""
+    """Each stream derives its own numbers from a single key."""
     model = Streams().init_bind(RNG, X).with_rng(RNG)
     dropped, noise = model(X)
     assert not same(dropped, X)
@@ -350,7 +350,7 @@ def test_params_at_every_level() -> None:
 
 
 def test_a_model_is_a_pytree() -> None:
-    """K10: leaves, paths, `tree.map`; random keys are the last leaf, if there are any."""
+    """Leaves, paths, `tree.map`; random keys are the last leaf, if there are any."""
     model = auto_encoder()
     leaves = jax.tree.leaves(model)
     assert all(a is b for a, b in zip(leaves, jax.tree.leaves(model.params), strict=True))
@@ -366,7 +366,7 @@ def test_a_model_is_a_pytree() -> None:
 
 
 def test_a_model_is_saved_and_restored(tmp_path: pathlib.Path) -> None:
-    """K10: like any pytree, also by tools that put other objects in place of arrays."""
+    """Like any pytree, also by tools that put other objects in place of arrays."""
     model = noisy()
     with ocp.StandardCheckpointer() as checkpointer:
         for name, saved in {'plain': model, 'with_rng': model.with_rng(RNG)}.items():
@@ -380,7 +380,7 @@ def test_a_model_is_saved_and_restored(tmp_path: pathlib.Path) -> None:
 
 
 def test_vmap_over_models() -> None:
-    """K10: initialized and called under `vmap`, each with its own key."""
+    """Initialized and called under `vmap`, each with its own key."""
     keys = jax.random.split(RNG, 3)
     models = jax.vmap(lambda key: AutoEncoder(Noisy(), Noisy()).init_bind(key, X))(keys)
     found = jax.vmap(lambda model: model(X))(models.with_rng(keys))
@@ -390,7 +390,7 @@ def test_vmap_over_models() -> None:
 
 
 def test_jit() -> None:
-    """K10: the documentation's evaluation step; equal models share one compiled program."""
+    """The documentation's evaluation step; equal models share one compiled program."""
     traces = []
 
     @jax.jit
@@ -415,7 +415,7 @@ def test_jit() -> None:
 
 @pytest.mark.slow
 def test_grad() -> None:
-    """K10: the gradient has the structure of the model, and trains it."""
+    """The gradient has the structure of the model, and trains it."""
 
     def loss(model: AutoEncoder, rng: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.mean((model.with_rng(rng)(x) - x) ** 2)

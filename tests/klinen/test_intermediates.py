@@ -44,7 +44,7 @@ def intermediate_model() -> AutoEncoder:
 
 
 def test_intermediates_of_a_call() -> None:
-    """K11, K12: the documentation's example; no value is kept from one call to the next."""
+    """The documentation's example; no value is kept from one call to the next."""
     model = intermediate_model()
     plain = model(X)
     with model.capture_intermediates() as intermediates:
@@ -111,7 +111,7 @@ def test_captures_are_not_nested_and_belong_to_one_model() -> None:
 
 
 def test_captures_of_submodules() -> None:
-    """K12: in the structure of the captured model, also if a submodule or its owner is called."""
+    """In the structure of the captured model, also if a submodule or its owner is called."""
     model = AutoEncoder(
         MLP(), Sequential([Sequential([nn.Dense(3)]), Sequential([nn.Dense(2)])])
     ).init_bind(RNG, X)
@@ -148,7 +148,7 @@ class Shared(knn.Module):
 
 
 def test_captures_of_shared_submodules() -> None:
-    """K12: the values are in every place where the model has the module."""
+    """The values are in every place where the model has the module."""
     part = Sequential([nn.Dense(64)])
     model = Shared(Sequential([part]), Sequential([part])).init_bind(RNG, X)
     y, found = model.call_with_intermediates(X)
@@ -191,9 +191,9 @@ class Layer(knn.Module):
 
 @pytest.mark.slow
 def test_lifted_modules() -> None:
-    """K11: fields assigned within scanned and checkpointed modules are returned."""
+    """Fields assigned within scanned and checkpointed modules are returned."""
     model = Lifted().init_bind(RNG, X).with_rng(RNG)
-    assert {'MLP_0', 'Dense_0'} < set(model.params)  # As Linen names what is made in the call.
+    assert {'MLP_0', 'Dense_0'} < set(model.params)  # Linen's automatic names.
     y, found = model.call_with_intermediates(X)
     assert same(y, model(X))
     assert found.last.kept.shape == ()
@@ -221,7 +221,7 @@ class Twice(knn.Module):
 
 
 def test_a_submodule_that_is_called_twice() -> None:
-    """K11: the value of the last call counts; an unassigned field is missing."""
+    """The value of the last call counts; an unassigned field is missing."""
     model = Twice().init_bind(RNG, X).eval()
     y, found = model.call_with_intermediates(X)
     np.testing.assert_allclose(found.layer.kept, y.sum(), rtol=1e-6)
@@ -229,7 +229,7 @@ def test_a_submodule_that_is_called_twice() -> None:
     assert not hasattr(found, 'unset')
 
 
-class Noted(knn.Module):
+class AnyValues(knn.Module):
     """Stores values that are not JAX types, and arrays that have no mean."""
 
     note: knn.Intermediate[dict[str, Any]] = dataclasses.field(init=False)
@@ -245,12 +245,12 @@ class Noted(knn.Module):
 class Around(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.remat(Noted)(name='inner')(x)
+        return nn.remat(AnyValues)(name='inner')(x)
 
 
 def test_values_of_any_kind() -> None:
-    """K11: they pass through transformations, whether or not the call is captured."""
-    for module in (Noted(), nn.remat(Noted)()):
+    """They pass through transformations, whether or not the call is captured."""
+    for module in (AnyValues(), nn.remat(AnyValues)()):
         y, found = module.init_bind(RNG, X).call_with_intermediates(X)
         assert found.note['name'] == 'h' and found.note['of'][0] == {'a', 'b'}
         assert same(found.note['of'][1], y) and found.note['of'][2] is None
@@ -263,10 +263,10 @@ def test_values_of_any_kind() -> None:
 
 def test_values_of_any_kind_in_an_ensemble() -> None:
     """Floats are averaged; other arrays are stacked over the members, other values unchanged."""
-    both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), init(Noted()))
+    both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), init(AnyValues()))
     x = jnp.ones((3, 4))
     model = EnsembleModel(
-        as_functional(Noted()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
+        as_functional(AnyValues()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
     )
     y = jax.jit(model)(x)
     model(x)
@@ -288,7 +288,7 @@ class OneBranch(knn.Module):
 
 
 def test_branches_that_store_different_values() -> None:
-    """K12: such a call runs without capture, with a warning."""
+    """Such a call runs without capture, with a warning."""
     model = OneBranch().init_bind(RNG, X)
     with pytest.warns(UserWarning, match='OneBranch: the branches of nn.cond .* is not captured'):
         y, found = model.call_with_intermediates(X)
@@ -297,7 +297,7 @@ def test_branches_that_store_different_values() -> None:
 
 
 def test_an_intermediate_cannot_be_an_argument() -> None:
-    """K11: without `init=False` it would be an argument of the constructor."""
+    """Without `init=False` it would be an argument of the constructor."""
     for field in (dataclasses.field(default_factory=list), dataclasses.MISSING):
         namespace: dict[str, Any] = {'__annotations__': {'tmp': knn.Intermediate[list]}}
         if field is not dataclasses.MISSING:

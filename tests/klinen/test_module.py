@@ -20,7 +20,7 @@ from trainer import klinen as knn
 
 
 def test_submodules_created_in_setup() -> None:
-    """K3: by name, in dicts and lists; also methods, fields and properties."""
+    """By name, in dicts and lists; also methods, fields and properties."""
     model = Setup().init_bind(RNG, X)
     hidden = model.encode(X)
     assert same(model.dense(X), hidden)
@@ -166,7 +166,7 @@ class Normed(knn.Module):
 
 
 def test_other_collections() -> None:
-    """K13: a call changes nothing; `call_with_updates` returns the updated model."""
+    """A call changes nothing; `call_with_updates` returns the updated model."""
     model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X).with_rng(RNG)
     assert set(model.variables) == {'params', 'batch_stats', 'count'}
     y, updated = model.call_with_updates(X)
@@ -183,7 +183,6 @@ def test_other_collections() -> None:
 
 
 def test_a_call_that_would_lose_an_update_raises() -> None:
-    """K13, C4."""
     model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X).with_rng(RNG)
     with pytest.raises(errors.ModifyScopeVariableError) as caught:
         model(X)
@@ -193,7 +192,7 @@ def test_a_call_that_would_lose_an_update_raises() -> None:
 
 
 def test_updates_under_jit_and_grad() -> None:
-    """K10, K13: only parameters have gradients, so an update of all leaves changes only these."""
+    """Only parameters have gradients, so an update of all leaves changes only these."""
     model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X)
 
     def train_loss(model: Any, x: jax.Array) -> Any:
@@ -222,7 +221,7 @@ class Nudged(knn.Module):
 
 
 def test_collections_with_gradients() -> None:
-    """K8 of the surgery rows, K13: perturbations as in Linen; none of statistics and others."""
+    """Perturbations as in Linen; none of statistics and others."""
     variables = Nudged().init(RNG, X)
     model = knn.bind(Nudged(), variables)
     grads = jax.grad(lambda model: model(X))(model).variables
@@ -236,7 +235,7 @@ def test_collections_with_gradients() -> None:
 
 
 def test_parameters_passed_as_variables() -> None:
-    """K3: the message says what is missing."""
+    """The message says what is missing."""
     for model in (MLP(), AutoEncoder(MLP(), MLP())):
         params = model.init_bind(RNG, X).params
         with pytest.raises(ValueError, match=r"without parameters .*with_variables\(\{'params': p"):
@@ -252,7 +251,7 @@ class Sown(knn.Module):
 
 
 def test_accumulating_values_are_an_error() -> None:
-    """K13, K4 of the surgery rows: growing tuples would change the structure in each call."""
+    """Growing tuples would change the structure in each call."""
     model = Sown().init_bind(RNG, X)
     assert set(model.variables) == {'params', 'mine'}
     with pytest.raises(ValueError, match=r"collection 'mine'.*knn\.Intermediate"):
@@ -261,7 +260,7 @@ def test_accumulating_values_are_an_error() -> None:
 
 
 def test_methods_with_updates_and_intermediates() -> None:
-    """K12, K13: of methods other than `__call__`, and both in one call."""
+    """Of methods other than `__call__`, and both in one call."""
 
     class Model(knn.Module):
         seen: knn.Intermediate[jax.Array] = dataclasses.field(init=False)
@@ -284,7 +283,7 @@ def test_methods_with_updates_and_intermediates() -> None:
 
 
 def test_lifted_and_plain_classes_are_bound() -> None:
-    """K1, K2: `nn.jit` of a Klinen class, a Linen module with its variables, boxed parameters."""
+    """`nn.jit` of a Klinen class, a Linen module with its variables, boxed parameters."""
     model = nn.jit(Noisy)().init_bind(RNG, X).with_rng(RNG)
     assert not same(model(X), model.eval()(X))
     assert same(model(X), model.train()(X))

@@ -20,7 +20,7 @@ from trainer.modules.functional import as_functional
 
 
 def test_modes() -> None:
-    """K8: training by default; `eval` and `train` return copies."""
+    """Training by default; `eval` and `train` return copies."""
     model = AutoEncoder(Noisy(), Noisy()).init_bind(RNG, X)
     assert model.training
     fixed = model.eval()
@@ -39,7 +39,7 @@ def test_modes() -> None:
 
 
 def test_a_flag_set_before_binding() -> None:
-    """K8: a submodule constructed with `eval()` stays in evaluation mode."""
+    """A submodule constructed with `eval()` stays in evaluation mode."""
     assert not MLP().eval().training
     assert not MLP().eval().init_bind(RNG, X).training
     model = MLP(training=False).init_bind(RNG, X)
@@ -54,7 +54,7 @@ def test_a_flag_set_before_binding() -> None:
 
 @pytest.mark.slow
 def test_layers_follow_the_flag() -> None:
-    """K8: Klinen's layers need no argument, wherever they are."""
+    """Klinen's layers need no argument, wherever they are."""
     x = jnp.ones((64, 16))
     dropped = knn.Dropout(0.5).init_bind(RNG, x).with_rng(RNG)
     assert set(np.unique(dropped(x))) == {0.0, 2.0}
@@ -83,7 +83,6 @@ class Flagged(nn.Module):
 
 
 def test_converted_modules_get_the_flag() -> None:
-    """K2, K8."""
     model = AutoEncoder(knn.convert(Flagged)(), MLP()).init_bind(RNG, X).with_rng(RNG)
     assert not same(model.encoder(X), X)
     assert same(model.decoder(model.encoder(X)), model(X))
@@ -107,7 +106,7 @@ class Guide(nn.Module):
 
 
 def test_linen_classes_with_names_of_the_interface() -> None:
-    """K2, K8: on a bound model the interface wins; the module's own code sees its members."""
+    """On a bound model the interface wins; the module's own code sees its members."""
     variables = Guide(train=False).init(RNG, X)
     fixed = bind_for_notebook(as_functional(Guide()), variables)
     for model in (fixed, knn.bind(Guide(), variables), knn.convert(Guide)().init_bind(RNG, X)):
@@ -120,20 +119,20 @@ def test_linen_classes_with_names_of_the_interface() -> None:
 
 
 def test_names_that_would_override_the_interface() -> None:
-    """K8: fields and methods of a Klinen class."""
+    """Fields and methods of a Klinen class."""
 
-    def made(**names: Any) -> type:
+    def make_class(**names: Any) -> type:
         return type('Wrong', (knn.Module,), names)
 
     with pytest.raises(TypeError, match=r'Wrong\.train would override .* rename it'):
-        made(train=True, __annotations__={'train': bool})
+        make_class(train=True, __annotations__={'train': bool})
     with pytest.raises(TypeError, match=r'Wrong\.params would override'):
-        made(__annotations__={'params': int})
+        make_class(__annotations__={'params': int})
     with pytest.raises(TypeError, match=r'Wrong\.eval would override'):
-        made(eval=lambda self, x: x)
+        make_class(eval=lambda self, x: x)
 
 
-class Tell(knn.Module):
+class ReturnFlag(knn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> bool:
         return self.training
@@ -146,13 +145,13 @@ class Wrap(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
-        return (self.part or Tell())(x)
+        return (self.part or ReturnFlag())(x)
 
 
 class WithDefault(knn.Module):
     """Its submodule was created with the class, outside of any model."""
 
-    part: knn.Module = Tell()
+    part: knn.Module = ReturnFlag()
 
     def __call__(self, x: jax.Array) -> Any:
         return self.part(x)
@@ -173,27 +172,27 @@ class Around(knn.Module):
     def __call__(self, x: jax.Array) -> Any:
         return [
             self.training,
-            Tell()(x),
+            ReturnFlag()(x),
             WithDefault()(x),
             Wrap()(x),
-            Wrap(Tell())(x),
-            nn.jit(Tell)()(x),
+            Wrap(ReturnFlag())(x),
+            nn.jit(ReturnFlag)()(x),
             nn.jit(Wrap)()(x),
-            nn.remat(Tell)()(x),
+            nn.remat(ReturnFlag)()(x),
             nn.remat(Wrap)()(x),
-            nn.remat(Wrap)(Tell())(x),
+            nn.remat(Wrap)(ReturnFlag())(x),
         ]
 
 
 def test_the_flag_reaches_every_submodule() -> None:
-    """K8: within Linen modules and lifted ones."""
+    """Within Linen modules and lifted ones."""
     model = Around().init_bind(RNG, X)
     assert model(X) == [True] * 10
     assert model.eval()(X) == [False] * 10
     assert model(X) == [True] * 10
     part = AutoEncoder(MLP(), InField()).init_bind(RNG, X).eval().decoder
     assert [part(X), part.train()(X), part.train().eval()(X)] == [False, True, False]
-    inside = AutoEncoder(Wrap(Around().eval()), Tell()).init_bind(RNG, X)
+    inside = AutoEncoder(Wrap(Around().eval()), ReturnFlag()).init_bind(RNG, X)
     assert inside.encoder(X)[:4] == [False] * 4
 
 

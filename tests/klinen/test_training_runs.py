@@ -132,7 +132,7 @@ def test_a_klinen_model_trains_like_its_linen_twin(tmp_path: pathlib.Path) -> No
     assert same(module.apply(variables, x, train=False), bound.features(x))
 
 
-class Keeping(Features):
+class Stored(Features):
     """Stores its output and a count of its calls, which restarts in each call."""
 
     outputs: knn.Intermediate[list[jax.Array]] = dataclasses.field(init=False, default_factory=list)
@@ -154,9 +154,9 @@ def quiet(model: Any, batch: Any) -> TaskOutput:
 
 @pytest.mark.slow
 def test_a_task_reads_intermediate_fields(tmp_path: pathlib.Path) -> None:
-    """K12: in training, evaluation and captures; a task that does not read them pays nothing."""
+    """In training, evaluation and captures; a task that does not read them pays nothing."""
     trainer = trainer_of(
-        model('Classifier', 'Keeping'), tmp_path, task={'ref': f'{__name__}:quiet'},
+        model('Classifier', 'Stored'), tmp_path, task={'ref': f'{__name__}:quiet'},
         capture={'outputs': {'match': 'features/outputs'}},
     )  # fmt: skip
     metrics = trainer.fit().metrics
@@ -164,7 +164,7 @@ def test_a_task_reads_intermediate_fields(tmp_path: pathlib.Path) -> None:
     assert metrics['train/features'] > 0
     assert metrics['eval/test/loss'] > 0
     programs = [
-        trainer_of(model('Classifier', n)).set_up().programs for n in ('Keeping', 'Features')
+        trainer_of(model('Classifier', n)).set_up().programs for n in ('Stored', 'Features')
     ]
     assert computation(programs[0].step.executable()) == computation(programs[1].step.executable())
 

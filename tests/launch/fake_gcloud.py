@@ -123,12 +123,14 @@ class Cloud:
         (self.root / f'fail_{verb}').write_text(''.join(f'{failure}\n' for failure in failures))
 
     def run(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        # With the tests' PYTHONPATH, the workers would import the real trainer.
+        inherited = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
         return subprocess.run(
             [sys.executable, LAUNCHER, verb, 'pod', '--zone=z', *arguments],
             capture_output=True,
             text=True,
             timeout=120,
-            env={**os.environ, 'PATH': f'{self.root}/bin:{os.environ["PATH"]}'},
+            env={**inherited, 'PATH': f'{self.root}/bin:{os.environ["PATH"]}'},
         )
 
     def train(self, *arguments: str) -> subprocess.CompletedProcess[str]:

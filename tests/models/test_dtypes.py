@@ -174,11 +174,11 @@ def test_recurrent(way: str) -> None:
     model = seq2seq(dropout_rate=0.1, **own)
     assert dtypes(model, precision, tokens(), lengths, tokens()) == {half}
 
-    def written(bound: Any, inputs: Any, lengths: Any) -> Any:
-        bound(inputs, lengths, inputs)  # It makes the parameters.
+    def decode(bound: Any, inputs: Any, lengths: Any) -> Any:
+        bound(inputs, lengths, inputs)  # Creates the parameters.
         return bound.greedy(inputs, lengths, 4)
 
-    assert dtypes(model, precision, tokens(), lengths, mode='eval', call=written) == {half}
+    assert dtypes(model, precision, tokens(), lengths, mode='eval', call=decode) == {half}
 
     def state(equation: Any, around: None) -> None:
         if equation.primitive.name == 'scan':
@@ -275,7 +275,7 @@ def test_the_option_rows_cover_every_pair() -> None:
         assert {(row[one], row[two]) for row in PAIRWISE} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
-def trained(module: Any, precision: Precision, task: Any, batch: Any, **options: Any) -> None:
+def check_step(module: Any, precision: Precision, task: Any, batch: Any, **options: Any) -> None:
     """Runs a step, and checks that every parameter changes to a finite value."""
     step = TrainStep(StepContext(
         model=as_functional(module, precision), task=TaskRunner.from_task(task), seed=0,
@@ -323,7 +323,9 @@ def test_a_step_of_a_transformer(row: list[int]) -> None:
         return loss(model(batch['tokens'], **rest).astype(jnp.float32), batch['tokens'])
 
     scale = 2.0**10 if given['float16'] else None
-    trained(model, precision, task, batch, accumulate=1 + given['micro-batches'], loss_scale=scale)
+    check_step(
+        model, precision, task, batch, accumulate=1 + given['micro-batches'], loss_scale=scale
+    )
 
 
 OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -352,4 +354,4 @@ def test_a_step_of_another_model(name: str) -> None:
         return (output - aim) ** 2
 
     scale = 2.0**10 if half == 'float16' else None
-    trained(module, Precision(compute=half, output='float32'), task, batch, loss_scale=scale)
+    check_step(module, Precision(compute=half, output='float32'), task, batch, loss_scale=scale)

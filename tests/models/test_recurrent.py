@@ -39,7 +39,7 @@ def greedy(variables: Any, count: int = 4) -> np.ndarray:
 
 @pytest.mark.slow
 def test_padding_is_not_read() -> None:
-    """O1: padding does not change the output in either direction; the lengths matter."""
+    """Padding does not change the output in either direction; the lengths matter."""
     logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)
     assert logits.shape == (6, 4, 12)
     for row, length in enumerate(LENGTHS):
@@ -55,7 +55,7 @@ def test_padding_is_not_read() -> None:
 
 @pytest.mark.slow
 def test_the_padding_of_an_empty_text_is_not_read() -> None:
-    """O1: with length 0 the output does not depend on the padding."""
+    """With length 0 the output does not depend on the padding."""
     lengths = np.array([0, 1, 3, 5, 2, 7], 'i4')
     logits, other = (
         MODEL.apply(VARIABLES, inputs, lengths, TARGETS)
@@ -66,7 +66,7 @@ def test_the_padding_of_an_empty_text_is_not_read() -> None:
 
 @pytest.mark.slow
 def test_the_encoder_is_bidirectional() -> None:
-    """O1: each direction has its own parameters, and the decoder starts from both."""
+    """Each direction has its own parameters, and the decoder starts from both."""
     params = VARIABLES['params']
     forward, backward = (params['encoder'][name] for name in ('forward_rnn', 'backward_rnn'))
     assert jax.tree.structure(forward) == jax.tree.structure(backward)
@@ -88,12 +88,12 @@ def test_greedy_decoding_equals_teacher_forcing() -> None:
         again[:, place] = logits[:, place].argmax(-1)
     assert np.array_equal(written, again)
     future = again.copy()
-    future[:, 2:] = 5  # What comes later is not seen.
+    future[:, 2:] = 5  # Later targets are not read.
     logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, future)
     assert np.array_equal(logits[:, :3].argmax(-1), written[:, :3])
 
 
-def measured(mode: Any, targets: np.ndarray, **options: Any) -> TaskOutput:
+def measure(mode: Any, targets: np.ndarray, **options: Any) -> TaskOutput:
     task, batch = Answer(**options), {**BATCH, 'targets': targets}
     model = as_functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode=mode))
     return task(model, {name: jnp.asarray(x) for name, x in batch.items()})
@@ -109,7 +109,7 @@ def test_an_answer_counts_up_to_its_end() -> None:
     logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, targets)
     each = -jax.nn.log_softmax(logits)[0, [0, 1], [5, 0]]
     for mode in ('train', 'eval'):
-        one, two = (measured(mode, x) for x in (targets, other))
+        one, two = (measure(mode, x) for x in (targets, other))
         np.testing.assert_allclose(one.loss, two.loss, rtol=1e-6)
         np.testing.assert_allclose(one.loss[0], each.sum(), rtol=1e-5)
         assert one.loss.shape == one.metrics['exact_match'].shape == (6,)
@@ -124,9 +124,9 @@ def test_tokens_after_the_end_are_ignored() -> None:
     targets = written.copy()
     targets[3, 2:] = (written[3, 2:] + 1) % 12
     for mode in ('train', 'eval'):
-        assert measured(mode, targets, end=end).metrics['exact_match'][3]
+        assert measure(mode, targets, end=end).metrics['exact_match'][3]
         other = (end + 1) % 12 if (end + 1) % 12 not in written[3] else (end + 2) % 12
-        assert not measured(mode, targets, end=other).metrics['exact_match'][3]
+        assert not measure(mode, targets, end=other).metrics['exact_match'][3]
 
 
 class Parrot:
@@ -155,7 +155,7 @@ def test_teacher_forced_and_free_answers_agree() -> None:
     """An answer that is correct with teacher forcing is correct without it."""
     written = greedy(VARIABLES)
     for targets in (written, (written + np.eye(6, 4, dtype='i4')) % 12):
-        forced, free = (measured(mode, targets).metrics for mode in ('train', 'eval'))
+        forced, free = (measure(mode, targets).metrics for mode in ('train', 'eval'))
         assert np.array_equal(forced['exact_match'], free['exact_match'])
         assert bool(free['exact_match'].all()) == (targets is written)
 
@@ -187,7 +187,7 @@ def test_dropout() -> None:
 
 @pytest.mark.slow
 def test_dtypes() -> None:
-    """O4: the computation has the requested dtype, the parameters keep theirs."""
+    """The computation has the requested dtype, the parameters keep theirs."""
     model = MODEL.clone(dtype=jnp.bfloat16)
     variables = model.init(jax.random.key(0), INPUTS, LENGTHS, TARGETS)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}

@@ -32,14 +32,14 @@ def size(tree: Any) -> int:
 
 
 def test_parameter_counts() -> None:
-    """U5: the numbers of parameters that torchvision states for ResNet-18 and ResNet-50."""
+    """The numbers of parameters that torchvision states for ResNet-18 and ResNet-50."""
     assert size(shapes(ResNet(stages=(2, 2, 2, 2)))['params']) == 11_689_512
     deep = ResNet(stages=(3, 4, 6, 3), block='bottleneck')
     assert size(shapes(deep)['params']) == 25_557_032
 
 
 def test_names() -> None:
-    """U5, U9: layers by partial, with names; convolutions without biases; statistics."""
+    """Layers by partial, with names; convolutions without biases; statistics."""
     variables = shapes(SMALL)
     assert set(variables) == {'params', 'batch_stats'}
     blocks = {'stage1_block0', 'stage2_block0'}
@@ -78,7 +78,7 @@ def test_stems(stem: Any, side: int) -> None:
 
 @pytest.mark.slow
 def test_statistics_are_updated_in_training_only() -> None:
-    """U9: `mutable=['batch_stats']` returns them; without it training mode is an error."""
+    """`mutable=['batch_stats']` returns them; without it training mode is an error."""
     variables = SMALL.init(jax.random.key(0), X)
     logits, new = SMALL.apply(variables, X, True, mutable=['batch_stats'])
     assert logits.shape == (4, 10)
@@ -97,7 +97,7 @@ def test_unknown_options_are_errors() -> None:
 
 
 def test_half_precision() -> None:
-    """O4: bfloat16 computation, float32 parameters and statistics."""
+    """Bfloat16 computation, float32 parameters and statistics."""
     model = SMALL.clone(dtype=jnp.bfloat16)
     logits, variables = model.init_with_output(jax.random.key(0), X)
     assert logits.dtype == jnp.bfloat16

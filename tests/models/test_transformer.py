@@ -28,7 +28,7 @@ def variables(model: Transformer) -> Any:
     return nn.meta.unbox(model.init(KEY, TOKENS))
 
 
-def looped(params: Any) -> dict[str, Any]:
+def unstack_layers(params: Any) -> dict[str, Any]:
     """Converts the parameters of scanned layers to those of a loop over layers."""
     rest = {name: x for name, x in params.items() if name != 'blocks'}
     blocks = {
@@ -54,23 +54,25 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize('options', OPTIONS)
 def test_options_of_the_layers(options: dict[str, Any]) -> None:
-    """N4, N5, U13: scanned layers, unrolled or rematerialized, equal those of a loop."""
+    """Scanned layers, unrolled or rematerialized, equal those of a loop."""
     scanned = Transformer(**SMALL, scan_layers=True, **options)
     params = variables(scanned)['params']
     remat = {'remat': options['remat']} if 'remat' in options else {}
     value, grads = gradient(scanned, params)
-    plain, theirs = gradient(Transformer(**SMALL), looped(params))
-    again, _ = gradient(Transformer(**SMALL, **remat), looped(params))
+    plain, theirs = gradient(Transformer(**SMALL), unstack_layers(params))
+    again, _ = gradient(Transformer(**SMALL, **remat), unstack_layers(params))
     assert float(value) == pytest.approx(float(plain), rel=1e-5)
     assert float(again) == pytest.approx(float(plain), rel=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), looped(grads), theirs
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        unstack_layers(grads),
+        theirs,
     )
 
 
 @pytest.mark.slow
 def test_scanned_layers_have_different_dropout_masks() -> None:
-    """N4: each layer has its own masks, for attention and for the MLP."""
+    """Each layer has its own masks, for attention and for the MLP."""
     model = Transformer(**SMALL, scan_layers=True, dropout_rate=0.5)
     _, state = model.apply(
         variables(model), TOKENS, train=True, rngs={'dropout': KEY},
@@ -96,7 +98,7 @@ def program(**options: Any) -> Any:
 
 @pytest.mark.slow
 def test_options_reduce_program_size_and_memory() -> None:
-    """N4, N5: a scan makes the program many times smaller, remat saves memory."""
+    """A scan makes the program many times smaller, remat saves memory."""
     loop, scan = (len(program(scan_layers=form).as_text()) for form in (False, True))
     assert scan < loop / 8
     unrolled = len(program(scan_layers=True, unroll=8).as_text())
@@ -133,7 +135,7 @@ def test_invalid_options_are_errors(options: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize('scan_layers', [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize('dtype', [None, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_cached_decoding_equals_a_full_pass(scan_layers: bool, dtype: Any) -> None:
-    """O2: token by token, after a prompt of five tokens, the logits equal those of one pass."""
+    """Token by token, after a prompt of five tokens, the logits equal those of one pass."""
     model = Transformer(**SMALL, scan_layers=scan_layers, dtype=dtype)
     params = variables(model)['params']
     whole = model.apply({'params': params}, TOKENS)
@@ -154,7 +156,7 @@ def test_cached_decoding_equals_a_full_pass(scan_layers: bool, dtype: Any) -> No
 
 @pytest.mark.slow
 def test_the_cache_of_flax_s_own_attention() -> None:
-    """O2: keys, values and an index; five steps equal one causal pass."""
+    """Keys, values and an index; five steps equal one causal pass."""
     x = np.random.default_rng(1).normal(size=(2, 5, 8)).astype('f4')
     layer = nn.MultiHeadDotProductAttention(num_heads=2)
     params = layer.init(KEY, x)['params']

@@ -72,7 +72,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize('name', slow_after(1, RUNS))
 def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -> None:
-    """M6: equal to those of the trainer; the function takes only the fields they depend on."""
+    """Equal to those of the trainer; the function takes only the fields they depend on."""
     trainer, state = trained(**RUNS[name])
     about, function = written(tmp_path, trainer, state)
     assert about['arguments'] == ['batch']
@@ -91,7 +91,7 @@ def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -
 
 @pytest.mark.slow
 def test_variables_are_written_exactly(tmp_path: pathlib.Path) -> None:
-    """H21: as msgpack and as safetensors, in their own dtypes; a run can start from both."""
+    """As msgpack and as safetensors, in their own dtypes; a run can start from both."""
     options = {'precision': {'params': 'bfloat16'}, 'model__batch_norm': True}
     trainer, state = trained(**options)
     about, _ = written(tmp_path, trainer, state)

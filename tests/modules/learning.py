@@ -47,7 +47,7 @@ def trainer(model: dict[str, Any], *, steps: int = 60, **options: Any) -> Traine
     return Trainer(build(LoadedConfig(config=config, name=path.stem, arg='', path=path)))
 
 
-def learned(model: dict[str, Any], **options: Any) -> TrainState:
+def train_and_check(model: dict[str, Any], **options: Any) -> TrainState:
     """Trains; checks that accuracy is above chance, and that evaluation needs no keys."""
     run = trainer(model, **options)
     result = run.fit()

@@ -86,7 +86,7 @@ def assert_close(found: Any, expected: Any) -> None:
 
 
 def test_it_adds_four_variables() -> None:
-    """C2: mean and var among the statistics, scale and bias among the parameters."""
+    """Mean and var among the statistics, scale and bias among the parameters."""
     state = programs(MLP()).abstract
     shapes = jax.tree.map(lambda x: x.shape, {**state.variables})
     assert shapes == {
@@ -101,7 +101,7 @@ def test_it_adds_four_variables() -> None:
 
 @pytest.mark.slow
 def test_initial_statistics_do_not_depend_on_the_batch() -> None:
-    """C6: initialization updates nothing, and does not need the axis that training has."""
+    """Initialization updates nothing, and does not need the axis that training has."""
     state = programs(MLP(momentum=0.5)).init()
     statistics = state.collections['batch_stats']['BatchNorm_0']
     assert statistics['mean'].tolist() == [0.0] * 4
@@ -112,7 +112,7 @@ def test_initial_statistics_do_not_depend_on_the_batch() -> None:
 
 @pytest.mark.slow
 def test_training_and_evaluation_use_different_statistics() -> None:
-    """C1: `train` is passed automatically; training uses the batch, evaluation the averages."""
+    """`train` is passed automatically; training uses the batch, evaluation the averages."""
     model = MLP(momentum=0.5)
     program = programs(model)
     variables = jax.device_get(program.init().variables)
@@ -141,7 +141,7 @@ class Norm(nn.Module):
 
 
 def test_the_momentum_of_a_constant() -> None:
-    """C5: mean and variance move by a tenth of the way to those of a constant input."""
+    """Mean and variance move by a tenth of the way to those of a constant input."""
     state = run_step(programs(Norm()), {'x': np.full((16, 3), 2, np.float32)})
     statistics = state.collections['batch_stats']['BatchNorm_0']
     np.testing.assert_allclose(statistics['mean'], np.full(3, 0.2), rtol=1e-6)
@@ -149,7 +149,7 @@ def test_the_momentum_of_a_constant() -> None:
 
 
 def test_immutable_statistics_are_an_error_in_training() -> None:
-    """C4, C10, U9: training mode with `mutable=False` raises."""
+    """Training mode with `mutable=False` raises."""
     model = MLP()
     variables = model.init(jax.random.key(0), rows(), train=False)
     before = jax.device_get(variables)
@@ -159,7 +159,7 @@ def test_immutable_statistics_are_an_error_in_training() -> None:
         model.apply(variables, rows(), train=True, mutable=False)
 
 
-def on_devices(model: nn.Module, variables: Any, x: np.ndarray) -> tuple[Any, Any]:
+def run_pmap(model: nn.Module, variables: Any, x: np.ndarray) -> tuple[Any, Any]:
     """Returns outputs and statistics of `pmap` with a shard of the batch on each device."""
 
     def run(variables: Any, x: jax.Array) -> Any:
@@ -170,13 +170,13 @@ def on_devices(model: nn.Module, variables: Any, x: np.ndarray) -> tuple[Any, An
 
 
 def test_statistics_over_devices() -> None:
-    """C7: equal for a batch over eight devices, `pmap` with an axis, and one device."""
+    """Equal for a batch over eight devices, `pmap` with an axis, and one device."""
     x = rows()
     variables = MLP().init(jax.random.key(0), x, train=False)
     whole, moved = MLP().apply(variables, x, train=True, mutable=['batch_stats'])
-    outputs, statistics = on_devices(MLP(axis_name='batch'), variables, x)
+    outputs, statistics = run_pmap(MLP(axis_name='batch'), variables, x)
     np.testing.assert_allclose(outputs.reshape(-1, 1), whole, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(on_devices(MLP(), variables, x)[0].reshape(-1, 1), whole, atol=1e-3)
+    assert not np.allclose(run_pmap(MLP(), variables, x)[0].reshape(-1, 1), whole, atol=1e-3)
     state = run_step(programs(MLP()), {'x': x}, variables)
     for found in (jax_utils.unreplicate(statistics), state.collections):
         assert_close(found['batch_stats'], moved['batch_stats'])
@@ -184,7 +184,7 @@ def test_statistics_over_devices() -> None:
 
 @pytest.mark.slow
 def test_statistics_of_groups() -> None:
-    """C7: two halves of a batch, in a step over eight devices and with `axis_index_groups`."""
+    """Two halves of a batch, in a step over eight devices and with `axis_index_groups`."""
     x = rows()
     variables = MLP().init(jax.random.key(0), x, train=False)
 
@@ -198,7 +198,7 @@ def test_statistics_of_groups() -> None:
 
     outputs, moved = halves(variables['params'])
     devices = [list(range(DEVICES // 2)), list(range(DEVICES // 2, DEVICES))]
-    replicas, statistics = on_devices(MLP(axis_name='batch', groups=devices), variables, x)
+    replicas, statistics = run_pmap(MLP(axis_name='batch', groups=devices), variables, x)
     np.testing.assert_allclose(replicas.reshape(-1, 1), outputs, rtol=1e-4, atol=1e-5)
     model = MLP(norm=functools.partial(GroupedBatchNorm, groups=2))
     state = run_step(programs(model), {'x': x}, variables)
@@ -216,7 +216,7 @@ def test_statistics_of_groups() -> None:
 
 
 def test_groups_compared_with_flax() -> None:
-    """C7: with one group, in evaluation and in a first call it is `nn.BatchNorm`; masks count."""
+    """With one group, in evaluation and in a first call it is `nn.BatchNorm`; masks count."""
     x, mask = rows(), np.arange(16)[:, None] % 3 > 0
     plain = nn.BatchNorm(use_running_average=False)
     variables = plain.init(jax.random.key(0), x)
@@ -255,7 +255,7 @@ def test_a_grouped_layer_is_recorded_once() -> None:
 
 
 def test_a_pmap_axis_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
-    """C7: the statistics of a step are those of the global batch without it."""
+    """The statistics of a step are those of the global batch without it."""
     x = {'x': rows()}
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -271,7 +271,7 @@ def test_a_pmap_axis_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.slow
 def test_statistics_under_vmap() -> None:
-    """C7: a `vmap` axis synchronizes the statistics, which are returned once."""
+    """A `vmap` axis synchronizes the statistics, which are returned once."""
     x = rows()
     model = MLP(axis_name='batch')
     variables = MLP().init(jax.random.key(0), x, train=False)
@@ -287,7 +287,7 @@ def test_statistics_under_vmap() -> None:
 
 @pytest.mark.slow
 def test_statistics_stay_float32() -> None:
-    """C8: also for a model that computes in bfloat16."""
+    """Also for a model that computes in bfloat16."""
     program = programs(MLP(), precision=Precision(compute='bfloat16'))
     state = run_step(program, {'x': rows()})
     assert {x.dtype for x in jax.tree.leaves(state.collections)} == {np.dtype('float32')}

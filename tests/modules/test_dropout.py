@@ -47,7 +47,7 @@ class Fitted(nn.Module):
 
 
 def test_each_stream_has_its_own_keys() -> None:
-    """D1: one seed gives a key for each stream, mode, step and micro-batch."""
+    """One seed gives a key for each stream, mode, step and micro-batch."""
     names = ('params', 'dropout', 'noise')
     places = [
         Keys(seed=seed, mode=mode, step=step, index=index).stream(name)
@@ -61,7 +61,7 @@ def test_each_stream_has_its_own_keys() -> None:
 
 
 def test_initialization_needs_no_dropout() -> None:
-    """D2: parameters do not depend on it, and no key for it is requested."""
+    """Parameters do not depend on it, and no key for it is requested."""
     batch = {'x': jnp.zeros((4, 8))}
     keys = Keys(seed=0, mode='init')
     found = [as_functional(Net(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
@@ -79,7 +79,7 @@ def task(model: Any, batch: Any) -> TaskOutput:
 
 
 def test_deterministic_is_passed_once() -> None:
-    """D3: in the constructor or in the call; in none or in both it is an error."""
+    """In the constructor or in the call; in none or in both it is an error."""
     x = jnp.ones((4, 8))
     rngs = {'dropout': jax.random.key(0)}
     in_call = nn.Dropout(0.5).apply({}, x, deterministic=False, rngs=rngs)
@@ -91,16 +91,16 @@ def test_deterministic_is_passed_once() -> None:
     ):
         with pytest.raises(ValueError, match='deterministic'):
             layer.apply({}, x, rngs=rngs, **given)
-    for said in (0, 1, 2):
-        model = as_functional(Said(said)).bind({'params': {}}, Keys(seed=0, mode='train'))
-        if said == 1:
+    for times in (0, 1, 2):
+        model = as_functional(FlagTimes(times)).bind({'params': {}}, Keys(seed=0, mode='train'))
+        if times == 1:
             assert (model(x) == 0).any()
             continue
         with pytest.raises(ValueError, match='deterministic'):
             model(x)
 
 
-class Said(nn.Module):
+class FlagTimes(nn.Module):
     """Passes the flag to its dropout zero, one or two times."""
 
     times: int
@@ -113,7 +113,7 @@ class Said(nn.Module):
 
 
 def test_kept_units_are_scaled_up() -> None:
-    """D4: with a rate of one half ones become zeros and twos; `rate` is what is dropped."""
+    """With a rate of one half ones become zeros and twos; `rate` is what is dropped."""
     keys = Keys(seed=0, mode='train')
     for rate, kept in ((0.5, 2.0), (0.2, 1.25)):
         model = as_functional(Net(rate)).bind({'params': {'scale': jnp.ones(())}}, keys)
@@ -128,7 +128,7 @@ def test_kept_units_are_scaled_up() -> None:
 
 @pytest.mark.slow
 def test_shards_of_a_batch_have_different_masks() -> None:
-    """D7: parameters and masks equal those on one device."""
+    """Parameters and masks equal those on one device."""
     x = np.ones((16, 64), 'f4')
     zeros, parameters = [], []
     cut = ByPath(rules=(('shifts', ('model',)),))
@@ -197,7 +197,7 @@ class Texts(nn.Module):
 
 @pytest.mark.slow
 def test_word_dropout_has_its_own_stream() -> None:
-    """D8, U12: two undeclared streams, new in each step, none in evaluation."""
+    """Two undeclared streams, new in each step, none in evaluation."""
     model = as_functional(Texts())
     tokens = jnp.full((64, 20), 5)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1.P, U1: every name in Flax's API reference, or its successor, can be imported."""
+"""Every name in Flax's API reference, or its successor, can be imported."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ NAMES = {
     """,
 }
 
-# What the documents use and is gone, and what is there in its place.
+# Names in the documentation that were removed, with their successors.
 GONE = {
     'flax:nn': 'flax:linen',
     'flax:optim': 'optax:sgd',
@@ -214,7 +214,7 @@ def test_an_update_of_early_stopping_is_an_object() -> None:
 
 
 def test_common_utilities() -> None:
-    """M4: what they do, and the global arrays that replace them here."""
+    """What they do, and the global arrays that replace them here."""
     from flax import jax_utils
     from flax.training import common_utils
 
@@ -238,7 +238,7 @@ def test_common_utilities() -> None:
 
 
 def test_prefetching_keeps_the_order() -> None:
-    """M2: Flax's iterator and ours give the same batches, ours as sharded global arrays."""
+    """Flax's iterator and ours give the same batches, ours as sharded global arrays."""
     from flax import jax_utils
 
     from trainer.input.prefetch import Prefetcher

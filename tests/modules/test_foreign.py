@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.modules.learning import learned, trainer
+from tests.modules.learning import train_and_check, trainer
 from trainer.config.errors import UserError, full_text
 from trainer.modules.functional import as_functional
 
@@ -28,13 +28,13 @@ class Callable4:
         return x @ self.weight
 
 
-def of_library(package: str, base: type = object) -> Any:
+def class_of_library(package: str, base: type = object) -> Any:
     """Returns a subclass of a class of another library."""
     return type('Net', (type('Module', (base,), {'__module__': f'{package}.core'}),), {})
 
 
-equinox = of_library('equinox', Callable4)
-torch = of_library('torch', Callable4)
+equinox = class_of_library('equinox', Callable4)
+torch = class_of_library('torch', Callable4)
 
 
 class Wrapper:
@@ -80,7 +80,7 @@ def makes_foreign(rngs: Any) -> Any:
     return equinox()
 
 
-def makes_without() -> nn.Module:
+def no_rngs() -> nn.Module:
     return nn.Dense(4)
 
 
@@ -104,12 +104,12 @@ REFUSED = {
     'target:forward': r'model\.x is missing: .*called once, with the other keys .*not with inputs',
     'ref:instance': rf'{EXPECTED}Callable4\.',
     'ref:Callable4': rf'{EXPECTED}the class Callable4\.',
-    'ref:Wrapper': r'is a Flax module: set config\.model\.target to flax\.linen\.linear:Dense',
+    'ref:Wrapper': r'is a Flax module: set config\.model\.target to flax\.linen\.linear',
     'ref:forward': rf'{EXPECTED}the function forward\(x\)\. A model has parameters',
     'ref:jitted': rf'{EXPECTED}the function forward\(x',
     'ref:bound': rf'{EXPECTED}the function with_params\(x',
     'ref:with_params': rf'{EXPECTED}the function with_params\(params',
-    'ref:makes_without': rf'{EXPECTED}the function makes_without\(\).*set config\.model\.target to',
+    'ref:no_rngs': rf'{EXPECTED}the function no_rngs\(\).*set config\.model\.target',
     'ref:method': r"got the method 'apply' of a module \(Dense\)\. Set config\.model to the module",
     'ref:linen_class': r'got the flax\.linen module class Dense; use it as config\.model\.target',
     'ref:array': rf'{EXPECTED}ndarray\.',
@@ -131,10 +131,10 @@ def test_haiku_functions_can_be_wrapped_in_linen() -> None:
     made = type('Transformed', (Transformed,), {'__module__': 'haiku._src.transform'})
     with pytest.raises(TypeError, match=r'got Transformed of Haiku\..* self\.param\("net", net.i'):
         as_functional(made(*transformed()))
-    learned({'target': f'{__name__}:OfHaiku'}, steps=100)
+    train_and_check({'target': f'{__name__}:HaikuParams'}, steps=100)
 
 
-class OfHaiku(nn.Module):
+class HaikuParams(nn.Module):
     """Holds the parameters of another library's functions."""
 
     @nn.compact
@@ -158,7 +158,7 @@ class Factory:
         return nnx.Linear(8, 4, rngs=rngs)
 
 
-def of_one(streams: nnx.Rngs) -> nnx.Module:
+def make_part(streams: nnx.Rngs) -> nnx.Module:
     return nnx.Linear(8, 4, rngs=streams)
 
 
@@ -168,7 +168,8 @@ by_key = functools.partial(OnlyByName)
 
 
 @pytest.mark.parametrize(
-    'name', ['OnlyByName', 'factory', 'of_one', 'part', 'by_key', 'by_position', 'only_by_position']
+    'name',
+    ['OnlyByName', 'factory', 'make_part', 'part', 'by_key', 'by_position', 'only_by_position'],
 )
 def test_factories_are_accepted(name: str) -> None:
     parameters = trainer({'ref': f'{__name__}:{name}'}).set_up().programs.abstract.params
@@ -203,7 +204,7 @@ def test_a_failing_factory_explains_its_error() -> None:
 
     with pytest.raises(UserError, match=r'got the function make\(streams.*called with `rngs`: '):
         as_functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
-    with pytest.raises(TypeError) as raised:  # A mistake in the module, and not in what makes it.
+    with pytest.raises(TypeError) as raised:  # An error in the module, not in its factory.
         as_functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     assert not isinstance(raised.value, UserError)
     with pytest.raises(ZeroDivisionError):

@@ -46,7 +46,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])
 def test_a_task_reads_sown_values(mode: str) -> None:
-    """1.K4: a tuple with one value per `sow`; a custom reduction; nothing in the state."""
+    """A tuple with one value per `sow`; a custom reduction; nothing in the state."""
     model = bind(Twice(), mode)
     assert model.intermediates == {}
     output = model(X)
@@ -98,7 +98,7 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize('kind', ['plain', 'remat', 'scan', 'open scan', 'remat open scan'])
 def test_unread_values_cost_nothing(kind: str) -> None:
-    """1.K4: the compiled gradient of a model that sows is that of one that does not."""
+    """The compiled gradient of a model that sows is that of one that does not."""
     texts = []
     for sows in (False, True):
         model = as_functional(Stack(kind, sows))
@@ -176,7 +176,7 @@ def reconstruction(model: Any, batch: Any) -> TaskOutput:
 @pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_sown_loss_is_a_penalty(accumulate: int, tmp_path: pathlib.Path) -> None:
-    """1.K4: the KL loss of a VAE, sown by its module, is trained on."""
+    """The KL loss of a VAE, sown by its module, is trained on."""
     made = load_and_build(
         str(ROOT / 'configs' / 'mnist_mlp.py'), train_for='60 steps', log__every='20 steps',
         evals={}, checkpoint__every='never', data__source__limit=960, accumulate=accumulate,
@@ -210,7 +210,7 @@ class Features(nn.Module):
 
 
 def test_features_of_a_submodule() -> None:
-    """1.K5: `model.features(x)` is what `apply(method=...)` gives."""
+    """`model.features(x)` is what `apply(method=...)` gives."""
     model = bind(Refactored())
     expected = Refactored().apply(model.variables, X, method=lambda m, x: m.features(x))
     assert same(model.features(X), expected)
@@ -218,7 +218,7 @@ def test_features_of_a_submodule() -> None:
 
 
 def test_features_of_a_sequential() -> None:
-    """1.K7: a slice of a Sequential uses the parameters of the whole."""
+    """A slice of a Sequential uses the parameters of the whole."""
     layers = (nn.Dense(8), nn.relu, nn.Dense(6), nn.relu, nn.Dense(2), nn.log_softmax)
     whole = nn.Sequential(layers)
     variables = init(whole)
@@ -226,7 +226,7 @@ def test_features_of_a_sequential() -> None:
     first, second = (variables['params'][f'layers_{i}'] for i in (0, 2))
     hidden = jax.nn.relu(X @ first['kernel'] + first['bias'])
     np.testing.assert_allclose(model(X), hidden @ second['kernel'] + second['bias'], rtol=1e-5)
-    # What is called by its name needs no slice.
+    # A layer with a name needs no slice.
     assert same(bind(whole).layers[0](X), X @ first['kernel'] + first['bias'])
 
 
@@ -240,7 +240,7 @@ class AutoEncoder(nn.Module):
 
 
 def test_a_bound_model_in_a_notebook() -> None:
-    """1.K9: bind, call submodules, unbind; also with the model of Trainer.model()."""
+    """Bind, call submodules, unbind; also with the model of Trainer.model()."""
     variables = init(AutoEncoder())
     bound = AutoEncoder().bind(variables)
     again = bind_for_notebook(as_functional(AutoEncoder()), variables)

@@ -17,7 +17,7 @@ from flax.core import scope as scope_lib
 
 from tests.modules.examples import X as INPUT
 from tests.modules.examples import bind
-from tests.modules.learning import learned
+from tests.modules.learning import train_and_check
 
 X = np.random.default_rng(1).normal(size=(4, 8)).astype('f4')
 KEY = jax.random.key(0)
@@ -48,9 +48,9 @@ class Branches(nn.Module):
 
 @pytest.mark.slow
 def test_branches_by_vmap() -> None:
-    """N3: separate parameters have a branch dimension and differ; shared ones have none."""
-    one = learned({'target': f'{__name__}:Branches', 'shared': True}).params['branches']
-    three = learned({'target': f'{__name__}:Branches'}).params['branches']
+    """Separate parameters have a branch dimension and differ; shared ones have none."""
+    one = train_and_check({'target': f'{__name__}:Branches', 'shared': True}).params['branches']
+    three = train_and_check({'target': f'{__name__}:Branches'}).params['branches']
     assert one['kernel'].shape == (8, 8)
     assert three['kernel'].shape == (3, 8, 8)
     assert not np.allclose(three['kernel'][0], three['kernel'][1])
@@ -58,8 +58,8 @@ def test_branches_by_vmap() -> None:
 
 @pytest.mark.slow
 def test_statistics_of_branches() -> None:
-    """N3: each branch has the statistics of its own inputs."""
-    state = learned({'target': f'{__name__}:Branches', 'batch_norm': True})
+    """Each branch has the statistics of its own inputs."""
+    state = train_and_check({'target': f'{__name__}:Branches', 'batch_norm': True})
     means = state.collections['batch_stats']['norms']['mean']
     assert means.shape == (3, 8)
     assert not np.allclose(means[0], means[1], atol=1e-3)
@@ -106,7 +106,7 @@ class Stack(nn.Module):
         return nn.Dense(4, name='head')(x)
 
 
-def looped(params: Any, length: int = 4) -> dict[str, Any]:
+def unstack_layers(params: Any, length: int = 4) -> dict[str, Any]:
     """Converts the parameters of the scan to those of the loop."""
     each = {
         f'layer_{index}': jax.tree.map(lambda x, i=index: x[i], params['layers'])
@@ -125,22 +125,24 @@ def gradient(model: nn.Module, params: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize('unroll', [1, 2])
 def test_a_scan_equals_the_loop(unroll: int) -> None:
-    """N4: equal outputs and gradients, the parameters stacked; and it trains."""
+    """Equal outputs and gradients, the parameters stacked; and it trains."""
     model = Stack('scan', unroll=unroll)
     params = model.init(KEY, X)['params']
     assert params['layers']['Dense_0']['kernel'].shape == (4, 16, 8)
     assert not np.allclose(*params['layers']['Dense_0']['kernel'][:2])
     value, grads = gradient(model, params)
-    expected, theirs = gradient(Stack('loop'), looped(params))
+    expected, theirs = gradient(Stack('loop'), unstack_layers(params))
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), looped(grads), theirs
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        unstack_layers(grads),
+        theirs,
     )
-    learned({'target': f'{__name__}:Stack', 'form': 'scan', 'rate': 0.1, 'unroll': unroll})
+    train_and_check({'target': f'{__name__}:Stack', 'form': 'scan', 'rate': 0.1, 'unroll': unroll})
 
 
 def test_a_scan_is_compiled_once() -> None:
-    """N4: with 32 layers instead of four, a scan's program hardly grows, a loop's eightfold."""
+    """With 32 layers instead of four, a scan's program hardly grows, a loop's eightfold."""
 
     def size(form: str, length: int) -> int:
         model = Stack(form, length=length)
@@ -153,7 +155,7 @@ def test_a_scan_is_compiled_once() -> None:
 
 
 def test_scanned_layers_have_different_dropout_masks() -> None:
-    """N4: with `split_rngs` each layer has its own mask; without it all share one."""
+    """With `split_rngs` each layer has its own mask; without it all share one."""
 
     class Masks(nn.Module):
         split: bool
@@ -180,19 +182,19 @@ POLICIES = (None, jax.checkpoint_policies.nothing_saveable, jax.checkpoint_polic
 
 @pytest.mark.parametrize('policy', POLICIES)
 def test_remat_does_not_change_results(policy: Any) -> None:
-    """N5: loss and gradients of `nn.remat`, alone and within a scan."""
+    """Loss and gradients of `nn.remat`, alone and within a scan."""
     params = Stack('scan').init(KEY, X)['params']
     value, grads = gradient(Stack('scan'), params)
     again, same = gradient(Stack('remat_scanned', policy=policy), params)
     assert float(again) == pytest.approx(float(value), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), same, grads)
-    alone, _ = gradient(Stack('remat', policy=policy), looped(params))
+    alone, _ = gradient(Stack('remat', policy=policy), unstack_layers(params))
     assert float(alone) == pytest.approx(float(value), rel=1e-6)
 
 
 @pytest.mark.slow
 def test_remat_saves_memory() -> None:
-    """N5: less temporary memory, as the compiler reports; and it trains, with dropout."""
+    """Less temporary memory, as the compiler reports; and it trains, with dropout."""
 
     def temporaries(form: str) -> int:
         model = Stack(form, length=24)
@@ -205,7 +207,7 @@ def test_remat_saves_memory() -> None:
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries('remat_scanned') < 0.7 * temporaries('scan')
-    learned({'target': f'{__name__}:Stack', 'form': 'remat_scanned', 'rate': 0.1})
+    train_and_check({'target': f'{__name__}:Stack', 'form': 'remat_scanned', 'rate': 0.1})
 
 
 class Deep(nn.Module):
@@ -227,8 +229,8 @@ class Shift(nn.Module):
 
 @pytest.mark.slow
 def test_nested_scans() -> None:
-    """N6: parameters have a dimension for each scan; equal to a loop; and it trains."""
-    state = learned({'target': f'{__name__}:Deep'})
+    """Parameters have a dimension for each scan; equal to a loop; and it trains."""
+    state = train_and_check({'target': f'{__name__}:Deep'})
     assert state.params['layers']['Dense_0']['kernel'].shape == (3, 2, 8, 8)
     x = X
     for place in np.ndindex(3, 2):
@@ -240,7 +242,7 @@ def test_nested_scans() -> None:
 
 
 def test_nested_scans_save_memory() -> None:
-    """N6: two nested scans of ten layers need less memory than one scan of a hundred."""
+    """Two nested scans of ten layers need less memory than one scan of a hundred."""
 
     def temporaries(lengths: tuple[int, ...]) -> int:
         model, x = Deep(lengths), jnp.zeros((4096, 8))
@@ -294,8 +296,8 @@ class Tied(nn.Module):
 
 @pytest.mark.slow
 def test_map_variables() -> None:
-    """N7: a causal kernel, and tied weights."""
-    params = learned({'target': f'{__name__}:Causal'}).params
+    """A causal kernel, and tied weights."""
+    params = train_and_check({'target': f'{__name__}:Causal'}).params
     (kernel,) = jax.tree.leaves(params['causal'])
     head = params['Dense_0']
     expected = X @ np.triu(kernel) @ head['kernel'] + head['bias']
@@ -303,7 +305,7 @@ def test_map_variables() -> None:
     np.testing.assert_allclose(
         Causal().apply({'params': params}, X), expected, rtol=1e-4, atol=1e-5
     )
-    params = learned({'target': f'{__name__}:Tied'}).params
+    params = train_and_check({'target': f'{__name__}:Tied'}).params
     assert set(params) == {'encoder', 'Dense_0'} and set(params['encoder']) == {'kernel'}
     kernel, head = params['encoder']['kernel'], params['Dense_0']
     assert kernel.shape == (8, 5)
@@ -348,8 +350,8 @@ class Derivatives(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize('form', ['jvp', 'vjp', 'custom_vjp'])
 def test_derivatives_within_a_module(form: str) -> None:
-    """N8: forward and reverse mode, and a custom gradient; each trains."""
-    learned({'target': f'{__name__}:Derivatives', 'form': form})
+    """Forward and reverse mode, and a custom gradient; each trains."""
+    train_and_check({'target': f'{__name__}:Derivatives', 'form': form})
     params = Derivatives(form).init(KEY, X)['params']
     inner, head = params['inner'], params['Dense_0']
     y = np.tanh(X @ inner['kernel'] + inner['bias'])
@@ -364,7 +366,7 @@ def test_derivatives_within_a_module(form: str) -> None:
 
 
 def test_a_custom_gradient_is_used() -> None:
-    """N8: the gradient of the inner parameters consists of signs."""
+    """The gradient of the inner parameters consists of signs."""
     model = Derivatives('custom_vjp')
     params = model.init(KEY, X)['params']
     _, grads = gradient(model, params)
@@ -397,8 +399,8 @@ class Choices(nn.Module):
 
 @pytest.mark.slow
 def test_branches_and_loops_by_value() -> None:
-    """N9: all branches have parameters from the start; values select the branch."""
-    params = learned({'target': f'{__name__}:Choices'}).params
+    """All branches have parameters from the start; values select the branch."""
+    params = train_and_check({'target': f'{__name__}:Choices'}).params
     assert {'head_0', 'head_1', 'head_2'} <= set(params)
     for sign in (1, -1):
         x = X * sign * np.sign(X[0, 0])
@@ -411,7 +413,7 @@ def test_branches_and_loops_by_value() -> None:
 
 
 def test_transformations_of_jax_within_a_module() -> None:
-    """N1: they do not know variables and raise; a module passed as an argument works."""
+    """They do not know variables and raise; a module passed as an argument works."""
 
     class Wrong(nn.Module):
         @nn.compact
@@ -444,14 +446,14 @@ def scanned(module: nn.Module, x: jax.Array) -> jax.Array:
     return scan(module, 0, x)[1]
 
 
-def with_a_backward_of_its_own(module: nn.Module, x: jax.Array) -> jax.Array:
+def with_custom_gradient(module: nn.Module, x: jax.Array) -> jax.Array:
     lifted = nn.custom_vjp(
         call, forward_fn=lambda m, x: nn.vjp(call, m, x), backward_fn=lambda pull, y: pull(y)
     )
     return lifted(module, x)
 
 
-def looped_once(module: nn.Module, x: jax.Array) -> jax.Array:
+def run_loop(module: nn.Module, x: jax.Array) -> jax.Array:
     def body(m: nn.Module, carry: Any) -> Any:
         return carry[0] + 1, m(x)
 
@@ -467,8 +469,8 @@ LIFTED: dict[str, Callable[[nn.Module, jax.Array], jax.Array]] = {
     'jit': lambda m, x: nn.jit(call)(m, x),
     'jvp': lambda m, x: nn.jvp(call, m, (x,), (0 * x,), variable_tangents={})[0],
     'vjp': lambda m, x: nn.vjp(call, m, x)[0],
-    'custom_vjp': with_a_backward_of_its_own,
-    'while_loop': looped_once,
+    'custom_vjp': with_custom_gradient,
+    'while_loop': run_loop,
     'cond': lambda m, x: nn.cond(x[0, 0] < 9, call, lambda m, x: 0 * m(x), m, x),
     'switch': lambda m, x: nn.switch(1, [lambda m, x: 0 * m(x), call], m, x),
 }
@@ -476,7 +478,7 @@ LIFTED: dict[str, Callable[[nn.Module, jax.Array], jax.Array]] = {
 
 @pytest.mark.parametrize('name', list(LIFTED))
 def test_transformations_that_can_be_lifted(name: str) -> None:
-    """N2: around a dense layer, each has the layer's output and gradients."""
+    """Around a dense layer, each has the layer's output and gradients."""
 
     class Around(nn.Module):
         @nn.compact
@@ -501,7 +503,7 @@ def test_transformations_that_cannot_be_lifted(name: str) -> None:
 
 
 def test_collections_go_to_the_first_matching_group() -> None:
-    """N10: `lift.pack` with filters, including a deny list."""
+    """`lift.pack` with filters, including a deny list."""
     seen: list[Any] = []
 
     def outer(scope: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import errors
 
-from tests.modules.learning import learned
+from tests.modules.learning import train_and_check
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(4).normal(size=(3, 4)).astype('f4')
@@ -20,7 +20,7 @@ X = np.random.default_rng(4).normal(size=(3, 4)).astype('f4')
 
 @pytest.mark.slow
 def test_shapes_of_branches() -> None:
-    """N3: the shapes in the guide, and statistics over a named axis."""
+    """The shapes in the guide, and statistics over a named axis."""
     x = np.random.default_rng(0).normal(size=(3, 4, 4)).astype('f4')
 
     def dense(axis: int | None, split: bool) -> Any:
@@ -72,7 +72,7 @@ class Cumulative(nn.Module):
 
 
 def test_reverse_scans_with_carried_variables() -> None:
-    """N4: they cannot be created within the scan; `in_axes` and `reverse` apply to the data."""
+    """They cannot be created within the scan; `in_axes` and `reverse` apply to the data."""
     with pytest.raises(TypeError, match='same pytree structure'):
         Cumulative().init(KEY, X)
     started = {'counts': {'steps': jnp.int32(0)}}
@@ -85,7 +85,7 @@ def test_reverse_scans_with_carried_variables() -> None:
 
 
 def test_data_transform_of_a_scan() -> None:
-    """N4: `data_transform` changes the variables of each iteration."""
+    """`data_transform` changes the variables of each iteration."""
 
     class Layer(nn.Module):
         @nn.compact
@@ -97,12 +97,12 @@ def test_data_transform_of_a_scan() -> None:
         scan = nn.scan(Layer, variable_axes=axes, split_rngs={'params': True}, length=2, **options)
         return scan()
 
-    def doubled(variables: Any, rngs: Any) -> Any:
+    def double(variables: Any, rngs: Any) -> Any:
         return jax.tree.map(lambda x: 2 * x, variables), rngs
 
     variables = stack().init(KEY, X, None)
     once = stack().apply(variables, X, None)[0]
-    twice = stack(data_transform=doubled).apply(variables, X, None)[0]
+    twice = stack(data_transform=double).apply(variables, X, None)[0]
     np.testing.assert_allclose(twice, 4 * once, rtol=1e-5)
 
 
@@ -125,14 +125,14 @@ class Heads(nn.Module):
 
 @pytest.mark.slow
 def test_a_switch_of_heads() -> None:
-    """N9: each head has parameters from the start; the number selects one; and it trains."""
+    """Each head has parameters from the start; the number selects one; and it trains."""
     variables = Heads().init(KEY, X)
     assert set(variables['params']) == {'heads_0', 'heads_1', 'heads_2'}
     for index in range(3):
         chosen = jax.jit(Heads().apply)(variables, X, index)
         kernel = variables['params'][f'heads_{index}']['kernel']
         np.testing.assert_allclose(chosen, X @ kernel, rtol=1e-4, atol=1e-5)
-    state = learned({'target': f'{__name__}:Heads'})
+    state = train_and_check({'target': f'{__name__}:Heads'})
     biases = [np.abs(state.params[f'heads_{index}']['bias']).max() for index in range(3)]
     assert biases[1] > 0 and biases[0] == biases[2] == 0
 
@@ -159,7 +159,7 @@ class Pulled(nn.Module):
 
 
 def test_vjp_of_several_modules() -> None:
-    """N8: `vjp` returns the gradients of all of them with `multi_scope`, and raises without."""
+    """`vjp` returns the gradients of all of them with `multi_scope`, and raises without."""
     variables = Pulled().init(KEY, X)
     _, grads, slope = Pulled().apply(variables, X)
 
@@ -179,7 +179,7 @@ def test_vjp_of_several_modules() -> None:
 
 
 def test_cross_attention() -> None:
-    """O2: masks, dropout and sown attention weights."""
+    """Masks, dropout and sown attention weights."""
     memory = np.random.default_rng(1).normal(size=(2, 6, 8)).astype('f4')
     x = np.random.default_rng(2).normal(size=(2, 3, 8)).astype('f4')
     layer = nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.5, deterministic=True)
@@ -202,7 +202,7 @@ def test_cross_attention() -> None:
 
 
 def test_names_follow_the_order_of_calls() -> None:
-    """O6: a layer that only one branch creates shifts the names after it."""
+    """A layer that only one branch creates shifts the names after it."""
 
     class Wrong(nn.Module):
         @nn.compact
@@ -227,7 +227,7 @@ def test_names_follow_the_order_of_calls() -> None:
 
 
 def test_two_compact_methods() -> None:
-    """O6: a class may have several; each creates its own submodules."""
+    """A class may have several; each creates its own submodules."""
 
     class Both(nn.Module):
         @nn.compact
@@ -243,9 +243,9 @@ def test_two_compact_methods() -> None:
 
 
 def test_parameters_that_depend_on_values() -> None:
-    """O8: parameters that depend on values of the input cannot be created from its shape.
+    """Parameters that depend on values of the input cannot be created from its shape.
 
-    Newer versions of Flax make them of zeros, and say nothing.
+    Newer versions of Flax silently create them from zeros.
     """
 
     class Data(nn.Module):
@@ -277,13 +277,13 @@ class Peak(nn.Module):
 
 @pytest.mark.slow
 def test_put_variable() -> None:
-    """O9, O11, U8: without a declaration; the trainer treats them like any other."""
-    state = learned({'target': f'{__name__}:Peak'}, steps=150)
+    """Without a declaration; the trainer treats them like any other."""
+    state = train_and_check({'target': f'{__name__}:Peak'}, steps=150)
     assert float(state.collections['seen']['peak']) > 2
 
 
 def test_sequential_layers_that_return_tuples_and_dicts() -> None:
-    """O10: `Sequential` passes a tuple as positional and a dict as keyword arguments."""
+    """`Sequential` passes a tuple as positional and a dict as keyword arguments."""
 
     class Split(nn.Module):
         @nn.compact

@@ -15,7 +15,7 @@ from flax import errors
 from flax.core import unfreeze
 from flax.core.scope import DenyList
 
-from tests.modules.learning import learned
+from tests.modules.learning import train_and_check
 from trainer.data.sources import ArraySource
 from trainer.modules.functional import as_functional
 from trainer.modules.precision import Precision
@@ -71,10 +71,10 @@ def reading(model: Any, batch: Any) -> Any:
     ],
 )
 def test_a_bidirectional_rnn_with_lengths(cell: str) -> None:
-    """O1: it learns from sequences padded with random values."""
+    """It learns from sequences padded with random values."""
     source = {'target': f'{__name__}:Sequences'}
     data = {'source': source, 'batch_size': 64}
-    learned(
+    train_and_check(
         {'target': f'{__name__}:Reader', 'cell': cell}, steps=120,
         task={'ref': f'{__name__}:reading'}, data=data,
         evals={'test': {'data': {'source': source, 'batch_size': 256}, 'every': 'never'}},
@@ -83,7 +83,7 @@ def test_a_bidirectional_rnn_with_lengths(cell: str) -> None:
 
 @pytest.mark.slow
 def test_recurrent_layers() -> None:
-    """O1: shapes, lengths, reversal, and cells whose parameters are the same."""
+    """Shapes, lengths, reversal, and cells whose parameters are the same."""
     x = np.random.default_rng(3).normal(size=(10, 50, 32)).astype('f4')
     rnn = nn.RNN(nn.LSTMCell(64))
     variables = rnn.init(KEY, x)
@@ -109,7 +109,7 @@ def test_recurrent_layers() -> None:
 
 
 def test_dtypes() -> None:
-    """O4: a layer follows its inputs and parameters, a run its config."""
+    """A layer follows its inputs and parameters, a run its config."""
     half = X.astype(jnp.bfloat16)
     variables = nn.Dense(4).init(KEY, half)
     assert nn.Dense(4).apply(variables, half).dtype == jnp.float32
@@ -151,17 +151,17 @@ class ByCompact(nn.Module):
 
 @pytest.mark.slow
 def test_setup_and_compact() -> None:
-    """O6, U2, U4: equal names give equal parameters; `apply(method=...)` for another method."""
+    """Equal names give equal parameters; `apply(method=...)` for another method."""
     one, two = BySetup().init(KEY, X), ByCompact().init(KEY, X)
     assert jax.tree.structure(one) == jax.tree.structure(two)
     np.testing.assert_allclose(BySetup().apply(two, X), ByCompact().apply(two, X), rtol=1e-6)
     assert BySetup().apply(one, X, method=BySetup.encode).shape == (3, 8)
     for name in ('BySetup', 'ByCompact'):
-        learned({'target': f'{__name__}:{name}'})
+        train_and_check({'target': f'{__name__}:{name}'})
 
 
 def test_the_module_lifecycle() -> None:
-    """O7, O8, O9, U6: init is an apply without variables; shapes suffice; `mutable` is explicit."""
+    """Init is an apply without variables; shapes suffice; `mutable` is explicit."""
     model = ByCompact()
     variables = model.init(KEY, X)
     _, same = model.apply({}, X, rngs={'params': KEY}, mutable=True)
@@ -182,7 +182,7 @@ def test_the_module_lifecycle() -> None:
 
 
 class Counter(nn.Module):
-    """U8: a variable of another collection."""
+    """A variable of another collection."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -198,7 +198,7 @@ class Counter(nn.Module):
 
 
 def test_helpers_and_sequences() -> None:
-    """O5, O10, O11: keyword-only fields, tuples and dicts between layers, nowrap methods."""
+    """Keyword-only fields, tuples and dicts between layers, nowrap methods."""
 
     class Keyworded(nn.Module, kw_only=True):
         width: int = 4
@@ -240,7 +240,7 @@ def test_helpers_and_sequences() -> None:
 
 
 class ResNetBlock(nn.Module):
-    """U5: layers by `functools.partial`, with explicit names where they matter."""
+    """Layers by `functools.partial`, with explicit names where they matter."""
 
     conv: Any
     norm: Any
@@ -270,7 +270,7 @@ class ResNet(nn.Module):
 
 @pytest.mark.slow
 def test_layers_by_partial() -> None:
-    """U5, U9, U10: automatic and explicit names, statistics; and it trains."""
+    """Automatic and explicit names, statistics; and it trains."""
     variables = jax.eval_shape(ResNet().init, KEY, X)
     assert set(variables) == {'params', 'batch_stats'}
     names = {'conv_init', 'bn_init', 'ResNetBlock_0', 'ResNetBlock_1', 'Dense_0'}
@@ -278,11 +278,11 @@ def test_layers_by_partial() -> None:
     assert set(variables['params']['ResNetBlock_0']) == {
         'Conv_0', 'Conv_1', 'BatchNorm_0', 'BatchNorm_1',
     }  # fmt: skip
-    learned({'target': f'{__name__}:ResNet'})
+    train_and_check({'target': f'{__name__}:ResNet'})
 
 
 def test_a_shared_submodule_has_one_set_of_parameters() -> None:
-    """U4: an instance that is called twice has one set of parameters."""
+    """An instance that is called twice has one set of parameters."""
 
     class Twice(nn.Module):
         @nn.compact
@@ -294,7 +294,7 @@ def test_a_shared_submodule_has_one_set_of_parameters() -> None:
 
 
 def test_removed_features_are_errors() -> None:
-    """U1, U12: no `flax.nn`; a stream without a key is an error that names it."""
+    """No `flax.nn`; a stream without a key is an error that names it."""
     with pytest.raises(ImportError):
         __import__('flax.nn')
     with pytest.raises(errors.InvalidRngError, match='dropout'):
@@ -302,7 +302,7 @@ def test_removed_features_are_errors() -> None:
 
 
 def test_arguments_of_initializers() -> None:
-    """U3, U7: `self.param(name, init, *args)`; no collection without parameters."""
+    """`self.param(name, init, *args)`; no collection without parameters."""
 
     class Scale(nn.Module):
         @nn.compact

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NNX modules as functions of their variables (X1 to X14)."""
+"""NNX modules as functions of their variables."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make(rngs: nnx.Rngs) -> Model:
 
 
 def test_variables_by_collection_and_path() -> None:
-    """X1, X7: nested dicts by name, without RNG state."""
+    """Nested dicts by name, without RNG state."""
     variables = init(make)
     assert set(variables) == {'params', 'batch_stats', 'count'}
     assert set(variables['params']) == {'first', 'norm'}
@@ -63,7 +63,7 @@ def test_variables_by_collection_and_path() -> None:
 
 
 def test_training_updates_variables() -> None:
-    """X1, X13: training updates counter and statistics, evaluation neither."""
+    """Training updates counter and statistics, evaluation neither."""
     model = bind(make)
     model(X), model(X)
     assert model.collections['count']['calls'] == 2
@@ -76,7 +76,7 @@ def test_training_updates_variables() -> None:
 
 
 def test_dropout_keys() -> None:
-    """X2: reproducible, and different for each layer, call, step and micro-batch."""
+    """Reproducible, and different for each layer, call, step and micro-batch."""
     one, other = bind(make), bind(make)
     a, b = one(X), one(X)
     assert same(a, other(X))
@@ -92,12 +92,12 @@ def test_dropout_keys() -> None:
 
 @pytest.mark.filterwarnings("ignore:\\s*Using 'Module")
 def test_intermediates_are_not_in_the_state() -> None:
-    """X10: sown and assigned values."""
+    """Sown and assigned values."""
     model: Any = bind(make)
     model(X)
     assert set(model.intermediates) == {'sown', 'assigned'}
     assert len(model.intermediates['sown']) == 1
-    model(X)  # What the first call has left is gone.
+    model(X)  # Replaces the intermediates of the first call.
     assert len(model.intermediates['sown']) == 1
     module: Any = bind_for_notebook(as_functional(make), model.variables)
     assert not hasattr(module, 'assigned')
@@ -134,7 +134,7 @@ def test_views() -> None:
 
 
 class Shared(nnx.Module):
-    """X13: a linear layer that is used twice."""
+    """A linear layer that is used twice."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.one = nnx.Linear(4, 4, rngs=rngs)
@@ -159,7 +159,7 @@ def test_a_shared_module_has_one_set_of_parameters() -> None:
 
 
 class Stacked(nnx.Module):
-    """X12: five layers created by `nnx.vmap` and run by `nnx.scan`, each with its own dropout."""
+    """Five layers created by `nnx.vmap` and run by `nnx.scan`, each with its own dropout."""
 
     def __init__(self, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=5)
@@ -206,7 +206,7 @@ class Growing(nnx.Module):
 @pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['as it is', 'traced'])
 @pytest.mark.parametrize('new', [Count, lambda x: x], ids=['variable', 'array'])
 def test_variables_created_in_a_call_are_an_error(new: Any, run: Any) -> None:
-    """X10: they would be missing in the next step."""
+    """They would be missing in the next step."""
     with pytest.raises(ValueError, match=r'that a call creates must be nnx\.Intermediate'):
         run(lambda x: bind(lambda rngs: Growing(new, rngs))(x))(X)
 

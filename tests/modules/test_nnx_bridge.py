@@ -69,7 +69,7 @@ def with_views(model: Any, batch: Any) -> Any:
 
 @pytest.mark.parametrize('task', [twice, with_views])
 def test_initialization_updates_nothing(task: Any) -> None:
-    """X14: bridges are initialized by a call, which leaves all other variables unchanged."""
+    """Bridges are initialized by a call, which leaves all other variables unchanged."""
     variables = init(Moving, task)
     made = Moving(nnx.Rngs(0))
     assert variables['count']['count'] == 0
@@ -102,7 +102,7 @@ class NNXInside(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['LinenInside', 'NNXInside'])
 def test_bridges_train(name: str, tmp_path: pathlib.Path) -> None:
-    """X14: either system within the other."""
+    """Either system within the other."""
     made = experiment(f'{__name__}:{name}', checkpoint__every='10 steps')
     result = Trainer(made, str(tmp_path)).fit()
     assert result.metrics['train/loss'] < 2.3
@@ -132,7 +132,7 @@ class NamedInside(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize('rules', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_names_of_dimensions_within_a_linen_module(rules: bool) -> None:
-    """X14, J8: they follow the rules; without rules they are not taken for mesh axes."""
+    """They follow the rules; without rules they are not taken for mesh axes."""
     by_name = {
         'target': 'trainer.sharding:ByName',
         'rules': (('embed', None), ('mlp', 'model')),
@@ -192,7 +192,7 @@ def layers() -> nn.Module:
 @pytest.mark.parametrize('depth', [0, 1])
 @pytest.mark.parametrize('mode', ['train', 'eval'])
 def test_a_linen_module_in_nnx_gets_the_training_flag(linen: Any, depth: int, mode: str) -> None:
-    """X14: outputs, batch statistics and intermediates equal those of the module alone."""
+    """Outputs, batch statistics and intermediates equal those of the module alone."""
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
         return Around(linen(), rngs) if depth else nnx.bridge.ToNNX(linen(), rngs=rngs)
@@ -225,7 +225,7 @@ def test_dropout_of_a_linen_module_in_nnx() -> None:
     assert same(evaluated(X), evaluated(X)) and not (evaluated(X) == 0).any()
 
 
-class Told(nnx.Module):
+class Flagged(nnx.Module):
     """An NNX module with layers that follow the mode, a flag in its call, and noise."""
 
     def __init__(self, rngs: nnx.Rngs):
@@ -242,15 +242,15 @@ class Told(nnx.Module):
         return self.linear(x)
 
 
-class AroundTold(nn.Module):
+class AroundFlagged(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
-        return nnx.bridge.to_linen(Told, name='told')(x)
+        return nnx.bridge.to_linen(Flagged, name='inner')(x)
 
 
-@pytest.mark.parametrize('module', [nnx.bridge.to_linen(Told), AroundTold()])
+@pytest.mark.parametrize('module', [nnx.bridge.to_linen(Flagged), AroundFlagged()])
 def test_an_nnx_module_in_linen_gets_the_training_flag(module: nn.Module) -> None:
-    """X14: batch statistics and dropout follow the flag."""
+    """Batch statistics and dropout follow the flag."""
     model, evaluated = bind(module), bind(module, 'eval')
     before = jax.tree.map(np.asarray, evaluated.collections)
     (first, noise), (second, other) = model(X), model(X)
@@ -268,7 +268,7 @@ def test_an_nnx_module_in_linen_gets_the_training_flag(module: nn.Module) -> Non
 
 
 def test_methods_of_an_nnx_module_in_linen() -> None:
-    model = bind(nnx.bridge.to_linen(Told))
+    model = bind(nnx.bridge.to_linen(Flagged))
     linear = model.params['linear']
     expected = X @ linear['kernel'] + linear['bias']
     np.testing.assert_allclose(model.plain(X), expected, rtol=1e-5)

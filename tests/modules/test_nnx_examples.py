@@ -41,7 +41,7 @@ class MLP(nnx.Module):
 
 
 def test_01_functional_api() -> None:
-    """X3, X7, X8: split into parameters and the rest, run a pure step, merge."""
+    """Split into parameters and the rest, run a pure step, merge."""
     graph, params, counts = nnx.split(MLP(16, rngs=nnx.Rngs(0)), nnx.Param, Count)
     with pytest.raises(ValueError, match='Non-exhaustive'):
         nnx.split(MLP(16, rngs=nnx.Rngs(0)), nnx.Param)
@@ -65,7 +65,7 @@ def test_01_functional_api() -> None:
 
 
 def test_02_lifted_transforms() -> None:
-    """X4, X6, X11: the module goes through the transforms, and nothing is returned."""
+    """The module goes through the transforms, and nothing is returned."""
     model = MLP(16, rngs=nnx.Rngs(0))
 
     @nnx.jit
@@ -163,7 +163,7 @@ def losses(made: Experiment, tmp_path: pathlib.Path) -> list[float]:
 
 @pytest.mark.slow
 def test_05_a_vae(tmp_path: pathlib.Path) -> None:
-    """X10: the task reads the KL loss as an intermediate; the noise depends on the run's seed."""
+    """The task reads the KL loss as an intermediate; the noise depends on the run's seed."""
     made = experiment('VAE', plain(reconstruction))
     found = losses(made, tmp_path)
     assert found[-1] < 0.6 * found[0]
@@ -195,7 +195,7 @@ class ScanMLP(nnx.Module):
         self.last = nnx.Linear(width, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # What all layers share goes from each to the next one.
+        # The shared module is carried from layer to layer.
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         def run(carry: Any, layer: Layer) -> Any:
             x, norm = carry
@@ -207,7 +207,6 @@ class ScanMLP(nnx.Module):
 
 @pytest.mark.slow
 def test_06_scan_over_layers(tmp_path: pathlib.Path) -> None:
-    """X12, X13."""
     made = experiment('ScanMLP', {'target': 'trainer.tasks:Classification'})
     assert losses(made, tmp_path)[-1] < 1.5
     state = Trainer(made).init_state()

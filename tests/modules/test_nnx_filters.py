@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""X6 to X9 of NNX's first README: modules as pytrees, and filters of their states."""
+"""The filters of NNX's first README: modules as pytrees, and filters of their states."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def net() -> Net:
 
 
 def test_a_module_goes_through_jax_jit() -> None:
-    """X6: it is a pytree today, with what it changes in it: the changes go with what is returned,
-    and the module outside stays as it is."""
+    """It is a pytree: changes within are returned, and the module outside is unchanged."""
     model = nnx.view(net(), deterministic=True, use_running_average=False)
     assert isinstance(model, nnx.Pytree)
     assert len(jax.tree.leaves(model)) == len(ALL)
@@ -65,7 +64,7 @@ def test_a_module_goes_through_jax_jit() -> None:
 
 
 def test_the_ellipsis_filter() -> None:
-    """X8: `...` matches everything that no earlier filter matches; a split must be complete."""
+    """`...` matches everything that no earlier filter matches; a split must be complete."""
     graph, params, rest = nnx.split(net(), nnx.Param, ...)
     assert (paths(params), paths(rest)) == (PARAMS, ALL - PARAMS)
     assert jax.tree.leaves(nnx.merge(graph, params, rest)(X))
@@ -76,7 +75,7 @@ def test_the_ellipsis_filter() -> None:
 
 
 def test_several_states_are_merged() -> None:
-    """X7, X8: merging the states in any order restores the module."""
+    """Merging the states in any order restores the module."""
     model = net()
     graph, stats, params, rest = nnx.split(model, nnx.BatchStat, nnx.Param, ...)
     for parts in ((stats, params, rest), (rest, stats, params)):
@@ -93,7 +92,7 @@ def test_several_states_are_merged() -> None:
 
 
 def test_states_are_filtered_and_split() -> None:
-    """X8: `nnx.filter_state` returns a part, `nnx.split_state` must be complete."""
+    """`nnx.filter_state` returns a part, `nnx.split_state` must be complete."""
     state = nnx.state(net())
     assert paths(nnx.filter_state(state, nnx.Param)) == PARAMS
     found = nnx.filter_state(state, nnx.Param, nnx.BatchStat)
@@ -104,7 +103,7 @@ def test_states_are_filtered_and_split() -> None:
         nnx.split_state(state, nnx.Param)
 
 
-def of_norms(path: Any, value: Any) -> bool:
+def is_in_norm(path: Any, value: Any) -> bool:
     return 'norm' in path
 
 
@@ -121,11 +120,11 @@ def of_norms(path: Any, value: Any) -> bool:
         (False, set()),
         (nnx.Nothing(), set()),
         (nnx.PathContains('norm'), STATS | {'norm/scale', 'norm/bias'}),
-        (of_norms, STATS | {'norm/scale', 'norm/bias'}),
+        (is_in_norm, STATS | {'norm/scale', 'norm/bias'}),
         ((nnx.BatchStat, nnx.RngState), STATS | RNGS),
-        ([nnx.BatchStat, of_norms], STATS | {'norm/scale', 'norm/bias'}),
+        ([nnx.BatchStat, is_in_norm], STATS | {'norm/scale', 'norm/bias'}),
         (nnx.Any(nnx.BatchStat, 'counted'), STATS | COUNT),
-        (nnx.All(nnx.Param, of_norms), {'norm/scale', 'norm/bias'}),
+        (nnx.All(nnx.Param, is_in_norm), {'norm/scale', 'norm/bias'}),
         (nnx.Not(nnx.Param), ALL - PARAMS),
         (nnx.Not(nnx.Any(nnx.Param, nnx.RngState)), STATS | COUNT),
         (nnx.WithTag('counted'), COUNT),
@@ -133,5 +132,5 @@ def of_norms(path: Any, value: Any) -> bool:
     ],
 )
 def test_filters(chosen: Any, expected: set[str]) -> None:
-    """X9: the variables that each filter matches."""
+    """The variables that each filter matches."""
     assert paths(nnx.state(net(), chosen)) == expected

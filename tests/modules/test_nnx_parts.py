@@ -23,7 +23,7 @@ class Count(nnx.Variable):
 
 
 class Buffers(nnx.Module):
-    """X5: arrays outside of variables, static values, and a variable that is a dict."""
+    """Arrays outside of variables, static values, and a variable that is a dict."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 4, rngs=rngs)
@@ -39,7 +39,7 @@ class Buffers(nnx.Module):
 
 @pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['as it is', 'traced'])
 def test_arrays_outside_of_variables(run: Any) -> None:
-    """X5: they are part of the state, and a training call can assign them."""
+    """They are part of the state, and a training call can assign them."""
     system = as_functional(Buffers)
     variables = run(lambda: system.init(lambda *_: None, {}, Keys(seed=0, mode='init')))()
     assert set(variables) == {'params', 'buffers', 'count'}
@@ -58,7 +58,7 @@ def test_arrays_outside_of_variables(run: Any) -> None:
 
 
 def test_a_list_of_modules_is_an_error() -> None:
-    """X5: with NNX's own advice."""
+    """With NNX's own advice."""
 
     class Listed(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -69,7 +69,7 @@ def test_a_list_of_modules_is_an_error() -> None:
 
 
 class Lifted(nnx.Module):
-    """X11: an NNX transform around a layer with statistics and dropout."""
+    """An NNX transform around a layer with statistics and dropout."""
 
     def __init__(self, lift: Any, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 5, rngs=rngs)
@@ -83,7 +83,7 @@ class Lifted(nnx.Module):
 
 @pytest.mark.parametrize('lift', [nnx.remat, nnx.jit])
 def test_transforms_within_a_module(lift: Any) -> None:
-    """X11: outputs, statistics and masks equal those without the transform."""
+    """Outputs, statistics and masks equal those without the transform."""
     plain = bind(lambda rngs: Lifted(lambda f: f, rngs))
     lifted = bind(lambda rngs: Lifted(lift, rngs))
     x = jax.random.normal(jax.random.key(0), (16, 4))
@@ -92,7 +92,7 @@ def test_transforms_within_a_module(lift: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
-class Left(nnx.Module):
+class PresetMode(nnx.Module):
     """The constructor sets a mode."""
 
     def __init__(self, training: bool, rngs: nnx.Rngs):
@@ -103,12 +103,12 @@ class Left(nnx.Module):
         return self.drop(self.norm(x))
 
 
-@pytest.mark.parametrize('left', [True, False])
-def test_the_mode_set_by_the_constructor_is_ignored(left: bool) -> None:
-    """X13: in evaluation, initial statistics and no dropout leave the input unchanged."""
+@pytest.mark.parametrize('training', [True, False])
+def test_the_mode_set_by_the_constructor_is_ignored(training: bool) -> None:
+    """In evaluation, initial statistics and no dropout leave the input unchanged."""
 
-    def make(rngs: nnx.Rngs) -> Left:
-        return Left(left, rngs)
+    def make(rngs: nnx.Rngs) -> PresetMode:
+        return PresetMode(training, rngs)
 
     np.testing.assert_allclose(bind(make, 'eval')(X), X, rtol=1e-4)
     trained = bind(make)
@@ -153,7 +153,7 @@ class MayDraw(nnx.Module):
 
 
 def test_random_numbers_of_the_call() -> None:
-    """X2, X12: a call gets `rngs` if it requires them, or takes them and has no others."""
+    """A call gets `rngs` if it requires them, or takes them and has no others."""
     system = as_functional(Noise)
     x = jnp.ones((32, 4))
 
@@ -229,7 +229,7 @@ class BatchStats(nnx.BatchStat):
 
 @pytest.mark.parametrize(('kind', 'refused'), [(Params, True), (BatchStats, False)])
 def test_a_class_of_variables_with_a_reserved_name(kind: Any, refused: bool) -> None:
-    """X1: otherwise they would be trained."""
+    """Otherwise they would be trained."""
 
     class Extra(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -294,7 +294,7 @@ def test_a_variable_of_an_ensemble_is_an_error() -> None:
 
 @pytest.mark.parametrize('name', ['train', 'eval'])
 def test_an_attribute_that_hides_train_or_eval(name: str) -> None:
-    """X13: the message names it."""
+    """The message names it."""
 
     class Switched(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import command
-from tests.modules.test_nnx_trainer import EVALS, experiment, trained
+from tests.modules.test_nnx_trainer import EVALS, experiment, train
 from tests.parallel import group
 from trainer.trainer import Trainer
 
@@ -21,7 +21,7 @@ CONFIG = ('--config=configs/mnist_nnx.py', '--config.train_for=20steps', *comman
 
 def final(**options: Any) -> tuple[list[float], Any, Trainer]:
     trainer = Trainer(experiment(MLP, **options))
-    found, state = trained(trainer, trainer.init_state())
+    found, state = train(trainer, trainer.init_state())
     return found, state, trainer
 
 

@@ -43,7 +43,7 @@ def experiment(target: str, **options: Any) -> Experiment:
     return load_and_build(str(ROOT / 'configs' / 'mnist.py'), **{**small, **options})
 
 
-def trained(trainer: Trainer, state: Any) -> tuple[list[float], Any]:
+def train(trainer: Trainer, state: Any) -> tuple[list[float], Any]:
     found = []
     with trainer.batches(0, [1] * 20) as batches:
         for batch in batches:
@@ -53,7 +53,7 @@ def trained(trainer: Trainer, state: Any) -> tuple[list[float], Any]:
 
 
 def losses(trainer: Trainer, state: Any) -> list[float]:
-    return trained(trainer, state)[0]
+    return train(trainer, state)[0]
 
 
 @pytest.mark.slow
@@ -74,23 +74,23 @@ def test_nnx_and_linen_have_the_same_losses() -> None:
 
 @pytest.mark.slow
 def test_batch_statistics_equal_those_of_linen() -> None:
-    """X13: an MLP with batch norm and copied parameters: twenty steps, then an evaluation."""
+    """An MLP with batch norm and copied parameters: twenty steps, then an evaluation."""
     linen, mine = (
         Trainer(experiment(model, model__batch_norm=True, evals=EVALS))
         for model in ('trainer.models.mlp:MLP', 'trainer.models.mlp_nnx:MLP')
     )
     state, other = linen.init_state(), mine.init_state()
 
-    def renamed(tree: Any) -> Any:
+    def rename(tree: Any) -> Any:
         names = {'Dense_0': ('dense', '0'), 'Dense_1': ('dense', '1'), 'BatchNorm_0': ('norm', '0')}
         moved = {names[name]: jax.tree.map(jnp.copy, value) for name, value in tree.items()}
         return traverse_util.unflatten_dict(moved)
 
-    other = dataclasses.replace(other, params=renamed(state.params))
-    expected, state = trained(linen, state)
-    found, other = trained(mine, other)
+    other = dataclasses.replace(other, params=rename(state.params))
+    expected, state = train(linen, state)
+    found, other = train(mine, other)
     assert found == pytest.approx(expected, rel=1e-4)
-    statistics = renamed(state.collections['batch_stats'])
+    statistics = rename(state.collections['batch_stats'])
     assert jax.tree.structure(statistics) == jax.tree.structure(other.collections['batch_stats'])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
@@ -203,7 +203,7 @@ class Layer(nnx.Module):
 
 @pytest.mark.slow
 def test_names_of_stacked_layers_and_a_counter() -> None:
-    """X3, J3 in NNX: stacking adds a dimension name; the counter counts the steps."""
+    """In NNX too, stacking adds a dimension name; the counter counts the steps."""
     rules = {
         'target': 'trainer.sharding:ByName',
         'rules': (('batch', 'data'), ('mlp', 'model')),
@@ -215,7 +215,7 @@ def test_names_of_stacked_layers_and_a_counter() -> None:
     assert kernel.shape == (4, 16, 16)
     assert kernel.sharding.spec == P(None, None, 'model')
     assert {s.data.shape for s in kernel.addressable_shards} == {(4, 16, 8)}
-    _, state = trained(trainer, state)
+    _, state = train(trainer, state)
     assert state.collections['calls']['layers']['calls'].tolist() == [20] * 4
 
 
@@ -240,7 +240,7 @@ def test_patterns_match_paths() -> None:
     made = experiment('trainer.models.mlp_nnx:MLP', optimizer__freeze=('dense/0/.*',))
     trainer = Trainer(made)
     before = jax.tree.map(np.asarray, trainer.init_state().params)
-    _, state = trained(trainer, trainer.init_state())
+    _, state = train(trainer, trainer.init_state())
     assert np.array_equal(before['dense']['0']['kernel'], state.params['dense']['0']['kernel'])
     assert not np.array_equal(before['dense']['1']['kernel'], state.params['dense']['1']['kernel'])
     assert not any(x.shape == (784, 64) for x in jax.tree.leaves(state.opt_state))
@@ -248,13 +248,13 @@ def test_patterns_match_paths() -> None:
 
 @pytest.mark.slow
 def test_the_trained_module_is_returned() -> None:
-    """X6, X9: as the user's class, in evaluation mode; works with `jax.jit` and `nnx.state`."""
+    """As the user's class, in evaluation mode; works with `jax.jit` and `nnx.state`."""
     options = {'model__batch_norm': True, 'model__dropout_rate': 0.5}
     made = experiment(
         'trainer.models.mlp_nnx:MLP', evals=EVALS, precision={'compute': 'bfloat16'}, **options
     )
     trainer = Trainer(made)
-    _, state = trained(trainer, trainer.init_state())
+    _, state = train(trainer, trainer.init_state())
     model = trainer.model(state)
     x = jax.random.uniform(jax.random.key(0), (8, 784))
     exact = experiment('trainer.models.mlp_nnx:MLP', **options).model

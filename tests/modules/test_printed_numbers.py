@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers printed in Flax's documentation, with the random number generator of that time.
 
-They were drawn with `jax_threefry_partitionable=False`. What is training there is training here:
-the same data and first parameters go through the trainer's own step.
+They were drawn with `jax_threefry_partitionable=False`. Where the documentation trains, the tests
+train with the trainer's own step, on the same data and initial parameters.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 from trainer.weights import restore
 
-# Whether a processor rounds between a product and its sum moves what layers give by as much as the
-# float32 spacing of their terms, which are below 1.
+# With or without fused multiply-add, outputs of layers differ by up to the float32 spacing of their
+# terms, which are below 1.
 ROUNDING = 1e-7
 
 
@@ -53,7 +53,7 @@ class Samples(ArraySource):
     """The twenty examples, as a data source."""
 
     def __init__(self) -> None:
-        with jax.threefry_partitionable(False):  # Whoever's thread this is.
+        with jax.threefry_partitionable(False):  # The flag is local to a thread.
             _, _, x, y = regression()
         super().__init__({'x': np.asarray(x), 'y': np.asarray(y)})
 
@@ -161,7 +161,7 @@ class SimpleMLP(nn.Module):
 
 @pytest.mark.parametrize('form', [ExplicitMLP, SimpleMLP])
 def test_a_perceptron(form: Any) -> None:
-    """O6: Flax Basics prints the same output for both ways to declare it."""
+    """Flax Basics prints the same output for both ways to declare it."""
     key, x = square()
     found, variables = form((3, 4, 5)).init_with_output(key, x)
     shapes = {
@@ -189,7 +189,7 @@ class SimpleDense(nn.Module):
 
 
 def test_parameters_of_a_module() -> None:
-    """U3: Flax Basics, "Module parameters": initial parameters and output."""
+    """Flax Basics, "Module parameters": initial parameters and output."""
     key, x = square()
     found, variables = SimpleDense(3).init_with_output(key, x)
     kernel = [
@@ -210,8 +210,8 @@ def test_parameters_of_a_module() -> None:
 
 
 @pytest.mark.slow
-def test_what_the_checkpoint_guide_saves(tmp_path: pathlib.Path) -> None:
-    """H1: its array and its layer after one step of SGD, before and after a checkpoint."""
+def test_the_checkpoint_guide(tmp_path: pathlib.Path) -> None:
+    """Its array and its layer after one step of SGD, before and after a checkpoint."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))
     x = jax.random.normal(key1, (5,))
     params = nn.Dense(3).init(key2, x)['params']
@@ -240,7 +240,7 @@ def test_what_the_checkpoint_guide_saves(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_true_parameters() -> None:
-    """O12: their loss is not 0, because of the noise."""
+    """Their loss is not 0, because of the noise."""
     w, b, x, y = regression()
     loss = ((y - x @ w - b) ** 2).sum(-1).mean() / 2
     assert float(loss) == pytest.approx(0.023639796, rel=1e-6)
@@ -248,7 +248,7 @@ def test_the_true_parameters() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_and_one_steps_from_zeros() -> None:
-    """O12: linear regression of "JAX for the impatient"."""
+    """Linear regression of "JAX for the impatient"."""
     zeros = {'kernel': np.zeros((10, 5), 'f4'), 'bias': np.zeros(5, 'f4')}
     found, params = losses(zeros, 202, GRADIENT_DESCENT)
     # There the loss after step i is printed; here it is the one before the step behind it.
@@ -271,7 +271,7 @@ def test_a_hundred_and_one_steps_from_zeros() -> None:
 
 @pytest.mark.slow
 def test_gradient_descent_and_adam_on_a_dense_layer() -> None:
-    """O12: Flax Basics, from the layer's initial parameters; Adam continues from there."""
+    """Flax Basics, from the layer's initial parameters; Adam continues from there."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))
     first = nn.Dense(5).init(key2, jax.random.normal(key1, (10,)))['params']
     found, params = losses(first, 101, GRADIENT_DESCENT)
@@ -286,7 +286,7 @@ def test_gradient_descent_and_adam_on_a_dense_layer() -> None:
         0.011577619, 0.26143155, 0.07675066, 0.036440928, 0.022013078, 0.01617866,
         0.013002755, 0.012026124, 0.011764515, 0.011646035, 0.011585519,
     ]  # fmt: skip
-    # Adam divides by the root of what is almost nothing here, so a digit or two are lost.
+    # Adam divides by the root of very small numbers here, which loses a digit or two.
     assert found[::10] == pytest.approx(printed, rel=1e-4)
 
 
@@ -317,7 +317,7 @@ def squares(model: Any, batch: Any) -> TaskOutput:
 
 
 def test_a_running_mean() -> None:
-    """C11, U8: by hand for 1, 2, 3, and in the trainer; in a custom collection."""
+    """By hand for 1, 2, 3, and in the trainer; in a custom collection."""
     model = BiasAdderWithRunningMean()
     variables = model.init(jax.random.PRNGKey(0), jnp.ones((10, 5)))
     for value, mean in ((1.0, 0.01), (2.0, 0.0299), (3.0, 0.059601)):

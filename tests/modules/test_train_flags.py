@@ -100,8 +100,10 @@ class Around(nn.Module):
 
 
 def test_modules_in_fields_get_the_flag() -> None:
-    once, told = InConstructor(), InConstructor(training=True)
-    module = Around(once, (InConstructorInverted(), told), {'b': once, 'a': Around(once, [], {})})
+    once, explicit = InConstructor(), InConstructor(training=True)
+    module = Around(
+        once, (InConstructorInverted(), explicit), {'b': once, 'a': Around(once, [], {})}
+    )
     assert bind(module, 'train')(X) == [True, True, True, True, [True]]
     assert bind(module, 'eval')(X) == [False, False, True, False, [False]]
     assert once.training is False
@@ -151,7 +153,7 @@ def test_a_module_that_passes_the_flag_itself() -> None:
     assert bind(nn.Sequential([Frozen()]))(X) is False
 
 
-class Tells(nn.Module):
+class PassesFlag(nn.Module):
     """Passes the flag to a module in a field, in the call."""
 
     part: nn.Module
@@ -162,7 +164,7 @@ class Tells(nn.Module):
 
 def test_a_flag_of_the_call_is_not_set_in_fields() -> None:
     """Flax refuses a flag that is set in both the constructor and the call."""
-    assert set(bind(Tells(nn.Dropout(0.5)))(jnp.ones(99)).tolist()) == {0.0, 2.0}
+    assert set(bind(PassesFlag(nn.Dropout(0.5)))(jnp.ones(99)).tolist()) == {0.0, 2.0}
 
 
 class Static(nn.Module):

@@ -60,7 +60,7 @@ class Images(ArraySource):
 
 @pytest.mark.slow
 def test_partial_in_a_config() -> None:
-    """U5: `functools.partial` in place of `Module.partial`, written in the config."""
+    """`functools.partial` in place of `Module.partial`, written in the config."""
     partial = {'target': 'functools:partial', 'accepts_any': True}
     config = ml_collections.ConfigDict()
     config.train_for = '1 step'
@@ -89,8 +89,7 @@ def test_partial_in_a_config() -> None:
 
 
 def test_initialization_runs_no_forward_pass() -> None:
-    """U6: initialisation is compiled, and of the forward pass nothing remains; shapes alone cost
-    no computation at all, as `init_by_shape` had it."""
+    """The compiled initialization contains no forward pass; shapes need no computation."""
 
     def task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=model(batch['x']).mean(-1))
@@ -123,7 +122,7 @@ class Counter(nn.Module):
 
 @pytest.mark.parametrize(('mode', 'count'), [('train', 2), ('eval', 0)])
 def test_custom_collections(mode: str, count: int) -> None:
-    """U8, U9: collections of any name are updated in training, and not in evaluation."""
+    """Collections of any name are updated in training, and not in evaluation."""
     assert set(init(Counter())) == {'params', 'counts'}
     model = bind(Counter(), mode)
     model(X)

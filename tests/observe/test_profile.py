@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""M3: a window of steps is traced, and the trace has the names of the modules."""
+"""A window of steps is traced, and the trace has the names of the modules."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def names_matter() -> Iterator[None]:
 def test_a_window_of_a_run(
     calls: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """M3: the files of the trace name the program and, forward and backward, its modules."""
+    """The files of the trace name the program and, forward and backward, its modules."""
     made = build(profile={'start': '6 steps', 'steps': 3}, steps_per_call=calls)
     trainer = Trainer(made, str(tmp_path))
     assert trainer.fit().step == 20

@@ -99,7 +99,7 @@ def boxes() -> list[Any]:
 
 @pytest.mark.parametrize('index', [0, 1, 2])
 def test_an_axis_that_is_added_can_be_removed(index: int) -> None:
-    """J10: the two are inverse, and the value does not change."""
+    """The two are inverse, and the value does not change."""
     for box in boxes():
         params = {nn.PARTITION_NAME: 'layers', 'label': 'layers'}
         grown = box.add_axis(index, params)
@@ -114,7 +114,7 @@ def test_an_axis_that_is_added_can_be_removed(index: int) -> None:
 
 @pytest.mark.slow
 def test_training_with_a_custom_box(tmp_path: pathlib.Path) -> None:
-    """J10, J5: modules see the value; the state and the checkpoints contain no boxes."""
+    """Modules see the value; the state and the checkpoints contain no boxes."""
     trainer = Trainer(
         experiment(f'{__name__}:CustomBox', train_for='3 steps', checkpoint__every='3 steps'),
         str(tmp_path),
@@ -132,7 +132,7 @@ def test_training_with_a_custom_box(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_branches_by_vmap_are_sharded() -> None:
-    """J11: the new dimension of parameters and of constrained activations has the mesh axis."""
+    """The new dimension of parameters and of constrained activations has the mesh axis."""
     losses = {}
     for mesh in ({'data': 8, 'model': 1}, {'data': 4, 'model': 2}):
         options = {f'mesh__{name}': size for name, size in mesh.items()}
@@ -158,7 +158,7 @@ def first_dimensions(shardings: Any) -> set[Any]:
 
 @pytest.mark.slow
 def test_batches_of_training_are_sharded_over_examples() -> None:
-    """J6: inputs are sharded over the axis 'data'; the state keeps its sharding."""
+    """Inputs are sharded over the axis 'data'; the state keeps its sharding."""
     trainer = Trainer(experiment('cnn', mesh__data=8, train_for='1 steps'))
     with trainer.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
@@ -177,7 +177,7 @@ def test_batches_of_training_are_sharded_over_examples() -> None:
 
 @pytest.mark.slow
 def test_batches_of_evaluation_are_sharded_over_examples() -> None:
-    """J6: the same for evaluations, whose sums are replicated, and predictions."""
+    """The same for evaluations, whose sums are replicated, and predictions."""
     test = {
         'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 77},
         'device_transforms': ({'target': 'trainer.data.transforms:ToFloat'},),

@@ -87,7 +87,7 @@ measure('init_from', other.init_state)
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs Linux')
 def test_memory_is_little_more_than_the_shards(tmp_path: pathlib.Path) -> None:
-    """J4: the state exists once over all devices, and once on the host, even at the peak."""
+    """The state exists once over all devices, and once on the host, even at the peak."""
     environment = {
         **os.environ,
         'JAX_PLATFORMS': 'cpu',

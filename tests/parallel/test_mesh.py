@@ -128,7 +128,7 @@ CASES = [
 def test_the_loss_curve_is_that_of_one_device(
     kind: str, rules: Any, mesh: str, losses: dict[str, list[float]], tmp_path: pathlib.Path
 ) -> None:
-    """J8: data, fully sharded and tensor parallelism differ only in rules."""
+    """Data, fully sharded and tensor parallelism differ only in rules."""
     placed = on_mesh(experiment(kind, sharding=rules), MESHES[mesh])
     trainer = Trainer(placed, str(tmp_path))
     state, found = train(trainer)
@@ -155,7 +155,7 @@ def sharded() -> Trainer:
 
 
 def test_the_state_is_initialized_in_shards(sharded: Trainer) -> None:
-    """J4: each leaf of the state has its spec, and each device has only its shards."""
+    """Each leaf of the state has its spec, and each device has only its shards."""
     specs = jax.tree.map(lambda x: x.sharding.spec, sharded.set_up().programs.abstract)
     block = specs.params['block_0']
     assert block['mlp_in']['kernel'] == P('fsdp', 'model')
@@ -174,7 +174,7 @@ def test_the_state_is_initialized_in_shards(sharded: Trainer) -> None:
 
 
 def test_initialization_needs_no_whole_parameter(sharded: Trainer) -> None:
-    """J4: the program that creates the state needs little more memory than its shards."""
+    """The program that creates the state needs little more memory than its shards."""
     analysis = sharded.set_up().programs.init.executable().memory_analysis()
     assert analysis is not None
     abstract = sharded.set_up().programs.abstract
@@ -185,7 +185,7 @@ def test_initialization_needs_no_whole_parameter(sharded: Trainer) -> None:
 
 
 class Stacked(nn.Module):
-    """J3: scanned layers whose new dimension has a name; J2: both kernels of a layer sharded."""
+    """Scanned layers whose new dimension has a name; both kernels of a layer sharded."""
 
     width: int = 64
     hidden: int = 128
@@ -221,7 +221,7 @@ def layer_of(params: Any) -> Any:
 
 @pytest.mark.slow
 def test_names_that_are_mesh_axes_need_no_rules(tmp_path: pathlib.Path) -> None:
-    """J1 to J3, J5: `nn.with_partitioning`, scanned layers, constraints; checkpoints unboxed."""
+    """`nn.with_partitioning`, scanned layers, constraints; checkpoints unboxed."""
     options = {'train_for': '3 steps', 'mesh__data': 2, 'mesh__model': 4}
     stacked = experiment('Stacked', **options, checkpoint__every='3 steps')
     trainer = Trainer(stacked, str(tmp_path))
@@ -236,7 +236,7 @@ def test_names_that_are_mesh_axes_need_no_rules(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_scanned_dimension_without_a_name_is_refused() -> None:
-    """J3: Flax asks for the name before anything is compiled."""
+    """Flax asks for the name before anything is compiled."""
     model = {'target': f'{__name__}:Stacked', 'named': False}
     stacked = experiment('Stacked', mesh__data=2, mesh__model=4, model=model)
     with pytest.raises(errors.PartitioningUnspecifiedError, match='partition_name'):
@@ -245,7 +245,7 @@ def test_a_scanned_dimension_without_a_name_is_refused() -> None:
 
 @pytest.mark.slow
 def test_the_network_of_the_guide_on_eight_devices() -> None:
-    """J7, J4: four layers of 1024 x 1024, scanned over, on 2 x 4 devices, each of which holds
+    """Four layers of 1024 x 1024, scanned over, on 2 x 4 devices, each of which holds
     (4, 1024, 256) of a kernel and of its moments. (The guide times the step; no time is asserted.)
     """
     model = {'target': f'{__name__}:Stacked', 'width': 1024, 'hidden': 1024}
@@ -275,7 +275,7 @@ def test_a_missing_axis_is_named() -> None:
 
 
 def test_an_unused_axis_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """J1: an axis may have any name; a misspelled one must not silently repeat the work."""
+    """An axis may have any name; a misspelled one must not silently repeat the work."""
     assert Trainer(experiment('cnn', mesh={'dada': 8})).set_up().programs.abstract
     assert 'config.mesh.dada=8: no parameter is sharded over this axis' in caplog.text
     caplog.clear()
@@ -341,7 +341,7 @@ def test_rules_are_checked_before_the_model_is_traced() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', ['8 fsdp', '2 x 2 x 2'])
 def test_float16_with_a_sharded_state(mesh: str, tmp_path: pathlib.Path) -> None:
-    """F9: after an overflow on any device, no shard changes, and the scale is halved."""
+    """After an overflow on any device, no shard changes, and the scale is halved."""
     options = {'precision': {'compute': 'float16', 'loss_scale': 2.0**30}, 'train_for': '16 steps'}
     rows = []
     for name, where in (('whole', {'data': 8}), ('sharded', MESHES[mesh])):

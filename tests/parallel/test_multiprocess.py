@@ -189,7 +189,7 @@ def split(examples: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_uneven_evaluations_are_exact(long_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """B7: 4,097 examples, and fewer examples than processes."""
+    """4,097 examples, and fewer examples than processes."""
     evals = {'many': split(4097), 'few': split(2)}
     found = []
     for count in (1, 2, 3):
@@ -213,7 +213,7 @@ def test_uneven_evaluations_are_exact(long_run: pathlib.Path, tmp_path: pathlib.
 def test_the_state_of_each_process_is_in_one_checkpoint(
     two_by_two: tuple[pathlib.Path, list[str]],
 ) -> None:
-    """H15: all processes take part in a save; one process restores it, without flags."""
+    """All processes take part in a save; one process restores it, without flags."""
     workdir, _ = two_by_two
     finished = command.run(
         command.MLP, *command.SMALL, *SHORT, f'--workdir={workdir}', '--mode=eval'

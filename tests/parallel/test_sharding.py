@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of `config.sharding`, one parameter at a time (rows J1, J2, J4, J8).
+"""The rules of `config.sharding`, one parameter at a time.
 
-J9, whether to name mesh axes or to have rules for names of one's own, is guidance: both ways are
+Whether to name mesh axes or to have rules for names of one's own, is guidance: both ways are
 tested (`test_names_that_are_mesh_axes_need_no_rules`, `test_the_loss_curve_is_that_of_one_device`
 of `test_mesh`), and there is nothing else to assert.
 """

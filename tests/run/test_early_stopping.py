@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""M1: early stopping counts as Flax does, and continues counting after a resume."""
+"""Early stopping counts as Flax does, and continues counting after a resume."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def filtered() -> list[str]:
 
 @pytest.mark.slow
 def test_a_filtered_evaluation_on_processes(tmp_path: pathlib.Path) -> None:
-    """B7: with 1, 2 and 3 processes, whose parts differ in length, the metrics equal numpy's."""
+    """With 1, 2 and 3 processes, whose parts differ in length, the metrics equal numpy's."""
     options = (*filtered(), '--config.train_for=20steps', '--config.data.batch_size=48')
     for count in (1, 2, 3):
         workdir = tmp_path / str(count)

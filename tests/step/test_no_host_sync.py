@@ -46,7 +46,7 @@ def fetches(patch: pytest.MonkeyPatch, steps: int, every: int) -> int:
 
 @pytest.mark.slow
 def test_steps_between_rows_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """M7: the number of waits depends on the number of rows, not of steps."""
+    """The number of waits depends on the number of rows, not of steps."""
     one_row = fetches(monkeypatch, 3, 3)
     assert one_row > 0
     assert fetches(monkeypatch, 12, 12) == one_row

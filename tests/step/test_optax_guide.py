@@ -86,7 +86,7 @@ def fitted(name: str, index: int) -> tuple[float, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_accuracies_of_the_guide(name: str) -> None:
-    """F1, F2, F3, F4, F5, E5: within .012 of the guide; all forms of an optimizer are bit-equal."""
+    """Within .012 of the guide; all forms of an optimizer are bit-equal."""
     printed, forms = OPTIMIZERS[name]
     accuracy, params = fitted(name, 0)
     assert accuracy == pytest.approx(printed, abs=0.012)
@@ -98,7 +98,7 @@ def test_accuracies_of_the_guide(name: str) -> None:
 
 @pytest.mark.slow
 def test_multiplier_equals_a_smaller_rate() -> None:
-    """F4: up to rounding, because the product is computed in two operations."""
+    """Up to rounding, because the product is computed in two operations."""
     accuracy, params = fitted('F4', 0)
     other, same = fitted('F4, F5', 0)
     assert accuracy == pytest.approx(other, abs=2e-4)
@@ -113,7 +113,7 @@ def test_initial_parameters_have_chance_accuracy() -> None:
 
 
 def test_unmasked_updates_pass_through() -> None:
-    """F5: updates that no mask covers are not zeroed; the masks of the chain above cover all."""
+    """Updates that no mask covers are not zeroed; the masks of the chain above cover all."""
     made = perceptron.trainer(chain(masked(SGD, 'kernels'))).experiment.optimizer
     params = {'Dense_0': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
     tx = made.transformation(params)
@@ -147,7 +147,7 @@ DROP_IN = {
 
 @pytest.mark.parametrize('name', slow_after(2, DROP_IN))
 def test_drop_in_replacements(name: str) -> None:
-    """F6, F8: they train from a config, and their rate is logged."""
+    """They train from a config, and their rate is logged."""
     trainer = perceptron.trainer(DROP_IN[name])
     before = float(trainer.evaluate(trainer.init_state())['test']['loss'])
     state = steps(trainer, 20)
@@ -176,7 +176,7 @@ def look(event: Event) -> None:
 
 @pytest.mark.slow
 def test_hyperparameters_and_counts_are_in_the_state(tmp_path: pathlib.Path) -> None:
-    """E4, F7: numeric arguments of an optimizer are in its state, next to its count."""
+    """Numeric arguments of an optimizer are in its state, next to its count."""
     SEEN.clear()
     trainer = perceptron.trainer(
         {'target': f'{__name__}:injected', 'accepts_any': True,
@@ -202,7 +202,7 @@ def test_hyperparameters_and_counts_are_in_the_state(tmp_path: pathlib.Path) -> 
 
 
 def test_scale_by_schedule_needs_a_negative_schedule() -> None:
-    """E4: `scale_by_schedule` only scales; `scale_by_learning_rate` also negates."""
+    """`scale_by_schedule` only scales; `scale_by_learning_rate` also negates."""
     up = chain({'target': 'optax:scale_by_schedule', 'step_size_fn': GROWTH})
     down = chain({'target': 'optax:scale_by_learning_rate', 'learning_rate': GROWTH})
     params = {'w': jnp.zeros(3)}
@@ -232,7 +232,7 @@ def norms_of_each(model: Any, batch: Mapping[str, jax.Array]) -> TaskOutput:
 
 @pytest.mark.slow
 def test_per_example_code_with_vmap() -> None:
-    """F10: code for one example is mapped over the batch inside the task."""
+    """Code for one example is mapped over the batch inside the task."""
     task = {'ref': f'{__name__}:norms_of_each'}
     trainer = perceptron.trainer(SGD, task=task, evals={})
     with trainer.batches(0, [1]) as batches:
@@ -256,7 +256,7 @@ def test_per_example_code_with_vmap() -> None:
 
 @pytest.mark.slow
 def test_gradient_norms_are_logged_before_clipping(tmp_path: pathlib.Path) -> None:
-    """F3: the row has the norm of the original gradient; the update uses the clipped one."""
+    """The row has the norm of the original gradient; the update uses the clipped one."""
     options = {
         'data__source__limit': 320,
         'evals': {},

@@ -61,7 +61,7 @@ def test_clipping_uses_the_global_norm() -> None:
 
 
 def test_frozen_parameters_do_not_change_and_have_no_state() -> None:
-    """G4, G5: bit-identical after training, no slots, and clipping sees the trained ones only."""
+    """Bit-identical after training, no slots, and clipping sees the trained ones only."""
     optimizer = Optimizer(base=optax.adam(0.1), freeze=('backbone/.*',), clip_norm=1.0)
     new, state = updates(optimizer, steps=5)
     jax.tree.map(np.testing.assert_array_equal, new['backbone'], PARAMS['backbone'])
@@ -74,7 +74,7 @@ def test_frozen_parameters_do_not_change_and_have_no_state() -> None:
 
 
 def test_multipliers_scale_the_learning_rate() -> None:
-    """F4: equal to two optimizers with different rates."""
+    """Equal to two optimizers with different rates."""
     pairs = (('.*/bias', 0.1), ('head/.*', 2.0), ('.*', 1.0))
     new, _ = updates(Optimizer(base=optax.sgd(0.5, momentum=0.9), lr_multipliers=pairs), steps=3)
     for rate, place in ((0.05, 'bias'), (0.5, 'kernel')):
@@ -105,7 +105,7 @@ def test_single_pattern_of_a_decay_mask_may_match_nothing() -> None:
 
 
 def test_decay_mask() -> None:
-    """F2: no decay on biases, as optax's own mask does it."""
+    """No decay on biases, as optax's own mask does it."""
     mask = RegexMask(('.*/kernel',))
     assert mask(PARAMS)['head'] == {'kernel': True, 'bias': False}
     experiment = load_and_build(
@@ -209,7 +209,7 @@ def test_decay_mask_without_decay_is_warned_about(caplog: pytest.LogCaptureFixtu
     ],
 )
 def test_learning_rates_with_durations(node: str, rates: list[float]) -> None:
-    """E1, E2: 10 epochs of 5 steps."""
+    """10 epochs of 5 steps."""
     experiment = load_and_build(
         str(ROOT / 'configs' / 'mnist_mlp.py'),
         data__source__limit=160, optimizer__learning_rate=node,
@@ -226,7 +226,7 @@ def test_learning_rates_with_durations(node: str, rates: list[float]) -> None:
 
 
 def test_learning_rate_of_a_chain_is_logged() -> None:
-    """F1: a chain of building blocks equals its alias."""
+    """A chain of building blocks equals its alias."""
     chain = {
         'target': 'optax:chain',
         'args': (
@@ -247,7 +247,7 @@ def test_learning_rate_of_a_chain_is_logged() -> None:
 
 
 def test_schedule_inside_a_chain_is_logged() -> None:
-    """F1: the schedule stays in the chain, and is logged."""
+    """The schedule stays in the chain, and is logged."""
     schedule = {
         'target': 'optax:linear_schedule', 'init_value': 0.4, 'end_value': 0.0,
         'transition_steps': 4,

@@ -212,7 +212,7 @@ def test_nothing_is_cast_by_default() -> None:
 
 @pytest.mark.slow
 def test_overflow_keeps_the_state_and_halves_the_scale() -> None:
-    """F9: parameters, optimizer state, average and statistics are kept; `step` increases."""
+    """Parameters, optimizer state, average and statistics are kept; `step` increases."""
     adam = Optimizer(base=optax.adam(0.1), learning_rate=lambda count: count)
     made = programs(Watched(), loss_scale=2.0**10, ema_decay=0.5, optimizer=adam)
     before, after = train(made, 2), train(made, 3, bad=(2,))
@@ -234,7 +234,7 @@ def test_overflow_keeps_the_state_and_halves_the_scale() -> None:
 
 
 def test_scale_doubles_after_2000_finite_steps() -> None:
-    """F9: an overflow restarts the count; the scale is never below 1 and never infinite."""
+    """An overflow restarts the count; the scale is never below 1 and never infinite."""
     scale = LossScale.from_value(65536.0)
     after = jax.jit(lambda s, finite: s.update(finite))
     for _ in range(1999):

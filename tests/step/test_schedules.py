@@ -115,7 +115,7 @@ OPTAX: dict[str, tuple[dict[str, Any], Schedule]] = {
 
 @pytest.mark.parametrize('name', OPTAX)
 def test_schedules_of_optax(name: str) -> None:
-    """E1, E3, E5: each by its name, with durations where it takes steps."""
+    """Each by its name, with durations where it takes steps."""
     arguments, expected = OPTAX[name]
     assert_same(from_config({'target': f'optax:{name}', **arguments}), expected)
 
@@ -127,7 +127,7 @@ def test_every_schedule_of_optax_is_tested() -> None:
 
 
 def test_warmup_and_cosine_decay_in_epochs() -> None:
-    """E1: as in the guide: ten steps per epoch, ten epochs with two of warmup, base rate 0.1."""
+    """As in the guide: ten steps per epoch, ten epochs with two of warmup, base rate 0.1."""
     node = {
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': '2 epochs', 'decay_steps': '10 epochs',
@@ -292,7 +292,7 @@ LEGACY: dict[str, tuple[dict[str, Any], Schedule]] = {
 
 @pytest.mark.parametrize('name', LEGACY)
 def test_the_legacy_schedules_and_their_successors(name: str) -> None:
-    """E3: those of `flax.training`, which a config can still name, equal those of optax."""
+    """Those of `flax.training`, which a config can still name, equal those of optax."""
     arguments, successor = LEGACY[name]
     function = f'create_{name}_learning_rate_schedule'
     node = {
@@ -307,7 +307,7 @@ def test_the_legacy_schedules_and_their_successors(name: str) -> None:
 
 
 def test_rsqrt_and_scaled() -> None:
-    """E3: schedules that optax does not have."""
+    """Schedules that optax does not have."""
     node = {'target': 'trainer.schedules:rsqrt', 'peak_value': 0.1, 'warmup_steps': '1 epoch'}
     schedule = from_config(node)
     found = [float(schedule(step)) for step in (0, 1, 5, 20, 45)]
@@ -376,7 +376,7 @@ def made(optimizer: Mapping[str, Any], *logged: str, **groups: Any) -> Optimizer
 
 @pytest.mark.parametrize('name', NESTED)
 def test_learning_rate_of_a_nested_optimizer(name: str) -> None:
-    """E2: the logged rate is minus the update for a gradient of 1."""
+    """The logged rate is minus the update for a gradient of 1."""
     node, key = NESTED[name]
     assert key is None or made(node).learning_rates is None
     optimizer = made(node, *() if key is None else (key,))
@@ -408,7 +408,7 @@ def bias_or_kernel(params: Any) -> Any:
 
 @pytest.mark.slow
 def test_several_rates_have_distinct_names(tmp_path: pathlib.Path) -> None:
-    """E2: the names are the differing parts of their key paths; within a group, too."""
+    """The names are the differing parts of their key paths; within a group, too."""
     keys = ('transforms.bias.args[0]', 'transforms.kernel.learning_rate')
     options = {**SMALL, 'train_for': '3 steps', 'log__every': '1 steps'}
     options['log__learning_rates'] = keys
@@ -523,7 +523,7 @@ def test_rate_that_is_not_a_scalar_is_rejected(name: str) -> None:
 
 
 def test_logged_rate_is_the_applied_rate(tmp_path: pathlib.Path) -> None:
-    """E2, E5: each row has the rate of the last update; here it grows exponentially."""
+    """Each row has the rate of the last update; here it grows exponentially."""
     node = {
         'target': 'optax:exponential_decay', 'init_value': 0.01, 'transition_steps': 1000,
         'decay_rate': float(np.e),

@@ -30,7 +30,7 @@ def state_of(tx: optax.GradientTransformation) -> TrainState:
 
 
 def test_apply_gradients_replaces_everything_at_once() -> None:
-    """A4: parameters, optimizer state, step + 1 and the statistics, through a donating jit."""
+    """Parameters, optimizer state, step + 1 and the statistics, through a donating jit."""
     tx = optax.sgd(0.5, momentum=0.9)
     update = jax.jit(
         lambda state, grads, mean: state.apply_gradients(
@@ -66,7 +66,7 @@ class Walker(nn.Module):
 
 
 def test_every_field_is_saved_and_restored(tmp_path: pathlib.Path) -> None:
-    """A5: statistics, a typed key, metrics, the average of the parameters, the loss scale."""
+    """Statistics, a typed key, metrics, the average of the parameters, the loss scale."""
 
     def trainer() -> Trainer:
         experiment = load_and_build(

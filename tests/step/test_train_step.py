@@ -75,7 +75,7 @@ def assert_trees_close(a: Any, b: Any, **tolerance: float) -> None:
 
 
 def test_one_update_equals_the_handwritten_update() -> None:
-    """A4, A6: the mean gradient, optax's update, step + 1, one compilation."""
+    """The mean gradient, optax's update, step + 1, one compilation."""
     model, tx = MLP((8, 10)), optax.sgd(0.1, momentum=0.9)
     program = programs(model, optimizer=Optimizer(base=tx))
     state = program.init()
@@ -97,7 +97,7 @@ def test_one_update_equals_the_handwritten_update() -> None:
 
 @pytest.mark.slow
 def test_metrics_are_means_over_all_steps() -> None:
-    """A3: accumulated on the devices, weighted, equal to numpy's mean over the batches."""
+    """Accumulated on the devices, weighted, equal to numpy's mean over the batches."""
     model = MLP((8, 10))
     program = programs(
         model, optimizer=Optimizer(base=optax.sgd(0.0), learning_rate=lambda s: 1.0 * s)
@@ -220,7 +220,7 @@ def test_same_update_on_one_and_on_eight_devices() -> None:
 
 
 def test_batch_norm_statistics_are_of_the_global_batch() -> None:
-    """C3, C5, C7: they are updated as one device would with the whole batch."""
+    """They are updated as one device would with the whole batch."""
     model = MLP((8, 10), batch_norm=True)
     program = programs(model)
     state = program.init()
@@ -234,7 +234,7 @@ def test_batch_norm_statistics_are_of_the_global_batch() -> None:
 
 
 def test_dropout_depends_on_seed_and_step_only() -> None:
-    """D5: the same step drops the same units in a second run, another step other units."""
+    """The same step drops the same units in a second run, another step other units."""
     seen: list[Any] = []
 
     class Probe(nn.Module):
@@ -259,7 +259,7 @@ def test_dropout_depends_on_seed_and_step_only() -> None:
 
 
 def test_undeclared_rng_streams_and_collections() -> None:
-    """C11: a collection with another name; D7: an RNG stream that was not declared."""
+    """A collection with another name; an RNG stream that was not declared."""
 
     class Counter(nn.Module):
         @nn.compact

@@ -57,6 +57,12 @@ def test_what_does_not_count() -> None:
     assert compute(metrics.F1(), **given) == want
     want = compute(metrics.CalibrationError(), logits=LOGITS, labels=LABELS)
     assert compute(metrics.CalibrationError(), **given) == pytest.approx(want)
+    # Of predictions that are integers.
+    labels = jnp.array([0, -1, 2])
+    matrix = compute(metrics.ConfusionMatrix(classes=3), logits=labels + 0, labels=labels)
+    np.testing.assert_array_equal(matrix, np.diag([1, 0, 1]))
+    f1 = compute(metrics.F1(classes=3), logits=jnp.array([0, 1, 2]), labels=labels)
+    assert f1 == 1
     # Of some labels of an example.
     given = {'logits': jnp.array([[1.0, 1.0]]), 'labels': jnp.array([[1.0, jnp.nan]])}
     assert compute(metrics.F1(average='per_class'), **given).tolist() == [1, 0]
@@ -83,6 +89,18 @@ def test_calibration_error_of_classes() -> None:
     assert got == pytest.approx(want, abs=1e-6)
 
 
+def test_probabilities_at_the_border_of_bins_fall_as_in_float64() -> None:
+    """The float32 of 0.3 is above 0.3, that of 0.7 below; each is alone in its bin, or is not."""
+    share = np.repeat(np.arange(1, 10, dtype=np.float32) / 10, 2)
+    share[1::2] -= 0.05
+    hit = np.arange(18) % 3 == 0
+    number = np.searchsorted(np.linspace(0, 1, 11)[1:-1], share.astype(np.float64))
+    want = sum(abs((share - hit)[number == i].sum()) for i in range(10)) / 18
+    metric = metrics.CalibrationError(bins=10, from_logits=False)
+    got = compute(metric, logits=jnp.asarray(share), labels=jnp.asarray(hit))
+    assert got == pytest.approx(want, abs=1e-6)
+
+
 def test_perplexity_is_exp_of_the_mean_of_all_batches() -> None:
     metric = metrics.Perplexity()
     loss = jnp.array([[1.0, 2.0], [3.0, jnp.nan]])
@@ -103,6 +121,10 @@ def test_counts_are_exact_beyond_what_a_float32_holds() -> None:
     total = add(add(add(start)))
     assert total.compute()[1, 1] == 2**24 + 3
     assert float(total.total[1, 1]) != 2**24 + 3
+    # The rounding errors, too, add up to more than a float32 holds.
+    large, odd = (metric.empty().replace(total=jnp.float32(x)) for x in (2**40, 2**15 + 1))
+    add_often = jax.jit(lambda x: jax.lax.fori_loop(0, 1000, lambda _, x: x.merge(odd), x))
+    assert add_often(large).sums == 2**40 + 1000 * (2**15 + 1)
     tenths = metric.empty()
     add = jax.jit(lambda x: x.merge(metric.from_model_output(**one, weights=jnp.array([0.1]))))
     tenths = empty_like(tenths, jax.eval_shape(add, tenths))

@@ -52,5 +52,5 @@ def test_a_metric_that_collects_what_the_task_does_not_return() -> None:
 
 def test_a_metric_that_collects_no_rows() -> None:
     made, output = runner(pixels=jnp.zeros((2, 2)))
-    with pytest.raises(UserError, match=r"'pixels', which is float32\[2, 2\]; expected one row"):
+    with pytest.raises(UserError, match=r"'pixels', which is float32\[2, 2\]; expected one entry"):
         made.collect(output)

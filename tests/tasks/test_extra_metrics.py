@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import small
 from tests.command import ROOT
 from trainer import metrics
 from trainer.config.errors import UserError
+from trainer.data.mnist import MNIST
 from trainer.experiment import load_and_build
 from trainer.tasks import Classification, NextToken, Regression
 from trainer.tasks.runner import TaskRunner
@@ -97,6 +101,7 @@ def test_metrics_of_a_whole_split_by_config() -> None:
         'ece': made('CalibrationError', bins=10),
         'perplexity': made('Perplexity'),
         'hits': {'ref': 'clu.metrics:Accuracy'},
+        'auc': made('AUC', average='weighted'),
     }
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
     trainer = Trainer(load_and_build(config, task__extra_metrics=extra, **OPTIONS))
@@ -113,7 +118,38 @@ def test_metrics_of_a_whole_split_by_config() -> None:
     occurs = matrix.sum(0) + matrix.sum(1) > 0
     assert found['f1'] == pytest.approx(each[occurs].mean())
     assert found['perplexity'] == pytest.approx(np.exp(found['loss']))
+
+    batch = MNIST('test').gather(np.arange(100))
+    images = jnp.asarray(batch['image'], jnp.float32) / 255
+    shares = jax.nn.softmax(trainer.model(state)(images))
+    want = metrics.auc(batch['label'], shares, average='weighted')
+    assert found['auc'] == pytest.approx(want, abs=1e-6)
     assert 0 < found['ece'] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options', [{}, {'ensemble__size': 2}])
+def test_a_run_resumes_with_other_metrics(
+    options: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its parameters are those of a run that always had them, and it can be measured later."""
+    given = {**options, 'checkpoint__every': '4 steps', 'log__every': '3 steps'}
+    first = small.trainer_in(tmp_path, train_for='4 steps', **given)
+    state = first.fit().state
+    extra = {'f1': made('F1'), 'matrix': made('ConfusionMatrix')}
+    measured = small.trainer_in(tmp_path, task__extra_metrics=extra, **given)
+    found = measured.evaluate(measured.restore('latest'))['test']
+    assert found['loss'] == first.evaluate(state)['test']['loss']
+    assert found.arrays['matrix'].sum() == 100
+    caplog.clear()
+    more = {**given, 'train_for': '8 steps', 'task__extra_metrics': extra}
+    resumed = small.trainer_in(tmp_path, allow=True, **more).fit()
+    assert (
+        'are not those of the checkpoint of step 4: a resumed run starts them anew' in caplog.text
+    )
+    whole = small.trainer_in(None, **more).fit()
+    jax.tree.map(np.testing.assert_array_equal, resumed.state.params, whole.state.params)
+    assert resumed.metrics['train/f1'] == whole.metrics['train/f1']  # Of the steps from 6 to 8.
 
 
 @pytest.mark.slow
@@ -132,7 +168,7 @@ def test_rows_of_training_have_them_too() -> None:
     ('extra', 'message'),
     [
         ({'accuracy': made('F1')}, "the task has a metric 'accuracy'; choose another name"),
-        ({'f-1': made('F1')}, "extra_metrics: a name is a Python identifier, got 'f-1'"),
+        ({'f-1': made('F1')}, "extra_metrics: expected Python identifiers as names, got 'f-1'"),
         ({'f1': 'f1'}, r"extra_metrics\.f1: expected a metric, such as dict\(target=.* got str"),
         ({'f1': {'ref': 'trainer.metrics:F1'}},
          "got the function trainer.metrics:F1: name it by 'target', not by 'ref'$"),

@@ -26,7 +26,7 @@ def model() -> Any:
 
 @pytest.mark.slow
 def test_packed_sequence_equals_the_sequence_alone(model: Any) -> None:
-    """O3: its logits do not depend on its neighbors, and its positions begin at 0."""
+    """Its logits do not depend on its neighbors, and its positions begin at 0."""
     a, b = np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8, 9])
     row = {
         'tokens': np.concatenate([a, b, np.zeros(3, np.int64)])[None],

@@ -40,7 +40,7 @@ def test_softmax_labels_of_both_kinds_agree() -> None:
 
 
 def test_sigmoid_loss_and_accuracy() -> None:
-    """A7: binary cross-entropy summed over the classes, accuracy averaged over them."""
+    """Binary cross-entropy summed over the classes, accuracy averaged over them."""
     labels = np.array([[1, 0, 0], [0, 1, 1]], np.float32)
     result = output(Classification(loss='sigmoid'), labels)
     probability = 1 / (1 + np.exp(-LOGITS))

@@ -103,7 +103,7 @@ def torch_layer(weights: Any, at: str) -> Any:
 
 
 def test_embeddings_equal_those_of_torch(tmp_path: pathlib.Path) -> None:
-    """1.L, G1: within 1e-4 of the torch reference; similar sentences are close to each other."""
+    """Within 1e-4 of the torch reference; similar sentences are close to each other."""
     directory = model_directory()
     tokens = tokenized(directory)
     file = directory / 'model.safetensors'
@@ -128,7 +128,7 @@ def lengths(model: Any, batch: Any) -> Any:
 
 
 def test_a_classifier_on_the_frozen_encoder(tmp_path: pathlib.Path) -> None:
-    """G1 to G6: the encoder does not change by a bit, and the new head learns the texts."""
+    """The encoder does not change by a bit, and the new head learns the texts."""
     path = str(model_directory() / 'model.safetensors')
     run = trainer(
         tmp_path, 'texts', train_for='30 steps', seed=1,

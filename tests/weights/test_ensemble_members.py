@@ -21,7 +21,7 @@ MESH = {'ensemble': 2, 'data': -1}
 
 @pytest.mark.slow
 def test_all_members_start_from_one_checkpoint(tmp_path: pathlib.Path) -> None:
-    """I1: members differ in what is not loaded; each one trains as a single run does."""
+    """Members differ in what is not loaded; each one trains as a single run does."""
     path, old = pretrain(tmp_path)
     init_from = {'path': path, 'exclude': 'head/.*'}
     # The bias before a normalisation has a gradient of mere rounding, which Adam would follow.

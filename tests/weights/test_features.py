@@ -36,7 +36,7 @@ class Tuned(nn.Module):
 
 @pytest.mark.slow
 def test_features_computed_once(tmp_path: pathlib.Path) -> None:
-    """G7: the same head after the same steps, without the backbone in the step."""
+    """The same head after the same steps, without the backbone in the step."""
     whole = trainer(
         tmp_path, train_for='40 steps', model={'target': f'{__name__}:Tuned'},
         optimizer__freeze='backbone/.*', optimizer__target='optax:sgd',

@@ -32,7 +32,7 @@ def docstrings(**options: Any) -> Trainer:
 
 @pytest.mark.slow
 def test_a_new_head_on_the_frozen_encoder() -> None:
-    """G1 to G6: it learns eight classes, and the encoder equals the loaded one, bit for bit."""
+    """It learns eight classes, and the encoder equals the loaded one, bit for bit."""
     trainer = docstrings(optimizer__freeze='encoder/.*', train_for='80 steps')
     before = jax.device_get(trainer.init_state().params)
     result = trainer.fit()
@@ -47,7 +47,7 @@ def test_a_new_head_on_the_frozen_encoder() -> None:
 
 @pytest.mark.slow
 def test_the_whole_encoder_learns_faster() -> None:
-    """G5: with a small learning rate for the encoder, 30 steps are better than from scratch."""
+    """With a small learning rate for the encoder, 30 steps are better than from scratch."""
     tuned = docstrings(train_for='30 steps').fit()
     options = {'init_from': None, 'optimizer__lr_multipliers': None}
     fresh = docstrings(train_for='30 steps', optimizer__learning_rate__peak_value=3e-4, **options)

@@ -34,7 +34,7 @@ def adam_of_flax(grads: list[Any]) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize('layout', ['flax', 'pre_linen'])
 def test_adam_of_flax_optim(tmp_path: pathlib.Path, layout: str) -> None:
-    """U11, F6: Adam continues in optax, under the names of Linen or of `flax.nn`."""
+    """Adam continues in optax, under the names of Linen or of `flax.nn`."""
     rng = np.random.default_rng(0)
     variables = jax.device_get(Net().init(jax.random.key(3), jnp.ones((2, 8))))
     params, stats = variables['params'], variables['batch_stats']
@@ -66,7 +66,7 @@ def test_adam_of_flax_optim(tmp_path: pathlib.Path, layout: str) -> None:
 
 @pytest.mark.slow
 def test_momentum_of_flax_optim(tmp_path: pathlib.Path) -> None:
-    """F6: its momentum is the trace of `optax.sgd`, and is missing for Adam."""
+    """Its momentum is the trace of `optax.sgd`, and is missing for Adam."""
     variables = jax.device_get(Net().init(jax.random.key(3), jnp.ones((2, 8))))
     states = jax.tree.map(lambda x: {'momentum': x + 1}, variables['params'])
     old = {'optimizer': {'target': variables['params'], 'state': {

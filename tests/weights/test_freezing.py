@@ -50,7 +50,7 @@ def head_only(learning_rate: float) -> optax.GradientTransformation:
     ids=['stop_gradient', 'freeze', 'multi_transform'],
 )  # fmt: skip
 def test_three_ways_to_freeze(tmp_path: pathlib.Path, options: dict[str, Any]) -> None:
-    """G4: each keeps the loaded backbone, bit for bit, and trains the same head."""
+    """Each keeps the loaded backbone, bit for bit, and trains the same head."""
     path, old = pretrain(tmp_path)
     common = {'train_for': '50 steps', 'init_from': {'path': path}, 'log__every': '50 steps'}
     task = {'task': {'ref': f'{__name__}:plain'}}
@@ -82,7 +82,7 @@ NNX = {
 def test_statistics_of_a_frozen_part(
     tmp_path: pathlib.Path, options: dict[str, Any], frozen: str
 ) -> None:
-    """G4: they do not change by a bit, in the default step or in a custom one."""
+    """They do not change by a bit, in the default step or in a custom one."""
     options = {'train_for': '5 steps', 'optimizer__freeze': frozen, **options}
     run = trainer(tmp_path, **options, optimizer__freeze_statistics=frozen)
     start, end = jax.device_get(run.init_state()), run.fit().state

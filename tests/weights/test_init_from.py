@@ -24,7 +24,7 @@ FOUR = {'model__classes': 4, 'data__source__classes': 4}
 
 @pytest.mark.slow
 def test_a_checkpoint_is_loaded_onto_a_mesh(tmp_path: pathlib.Path) -> None:
-    """G3, C9: parameters and batch statistics are sharded as in the new run; a new optimizer."""
+    """Parameters and batch statistics are sharded as in the new run; a new optimizer."""
     path, old = pretrain(tmp_path)
     new = trainer(tmp_path, init_from={'path': path}, mesh={'fsdp': 4}, sharding=(
         {'target': 'trainer.sharding:FSDP', 'min_bytes': 64},
@@ -103,7 +103,7 @@ def test_steps_and_directories(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
-    """H21: files of other programs have the same weights; a shard reads a slice of a file."""
+    """Files of other programs have the same weights; a shard reads a slice of a file."""
     _, old = pretrain(tmp_path)
     file = tmp_path / 'state.msgpack'
     file.write_bytes(flax.serialization.to_bytes(old.variables))
@@ -145,7 +145,7 @@ def test_floats_are_cast_to_the_dtype_of_the_model(tmp_path: pathlib.Path) -> No
 
 @pytest.mark.slow
 def test_another_head(tmp_path: pathlib.Path) -> None:
-    """G2, G6: an error names arrays that do not fit, unless they are excluded."""
+    """An error names arrays that do not fit, unless they are excluded."""
     path, old = pretrain(tmp_path)
     with pytest.raises(UserError) as caught:
         trainer(tmp_path, init_from={'path': path}, **FOUR).init_state()
@@ -195,7 +195,7 @@ def test_rename(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_missing_arrays(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    """H9: an error by default; `on_missing='init'` keeps initial values, with a warning."""
+    """An error by default; `on_missing='init'` keeps initial values, with a warning."""
     _, old = pretrain(tmp_path)
     file = tmp_path / 'params.msgpack'
     file.write_bytes(flax.serialization.to_bytes({**old.params, 'old_head': jnp.ones(3)}))
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
 
 
 def test_frozen_backbone_and_new_head(tmp_path: pathlib.Path) -> None:
-    """G4, G5, G6: after 50 steps the backbone is the loaded one, bit for bit; the head learns."""
+    """After 50 steps the backbone is the loaded one, bit for bit; the head learns."""
     path, old = pretrain(tmp_path)
     run = trainer(
         tmp_path, 'tuned', train_for='50 steps',
@@ -272,7 +272,7 @@ def test_frozen_backbone_and_new_head(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_differential_learning_rates_from_loaded_weights(tmp_path: pathlib.Path) -> None:
-    """G5: with plain SGD the first update of the backbone is a tenth of what it would be."""
+    """With plain SGD the first update of the backbone is a tenth of what it would be."""
     path, old = pretrain(tmp_path)
     common = {'init_from': {'path': path}, 'optimizer__target': 'optax:sgd', 'train_for': '1 step'}
     slow = trainer(
@@ -315,7 +315,7 @@ def test_the_moments_of_adam_are_loaded_on_request(tmp_path: pathlib.Path) -> No
 
 @pytest.mark.slow
 def test_moments_of_a_differently_nested_optimizer(tmp_path: pathlib.Path) -> None:
-    """G5: unfrozen or clipped: trained parameters keep their moments, others have none."""
+    """Unfrozen or clipped: trained parameters keep their moments, others have none."""
     path, old = pretrain(tmp_path, optimizer__freeze='backbone/.*')
     run = trainer(tmp_path, optimizer__clip_norm=1.0)
     with pytest.raises(UserError, match=r'Missing:\n  opt_state\.1\.0\.mu/backbone/') as caught:

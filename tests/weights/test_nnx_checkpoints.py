@@ -52,7 +52,7 @@ def save(path: pathlib.Path, tree: Any) -> None:
 
 @pytest.mark.slow
 def test_states_of_nnx(tmp_path: pathlib.Path) -> None:
-    """H1, H14: the outputs are those of the module, batch statistics included."""
+    """The outputs are those of the module, batch statistics included."""
     module = NNXNet(rngs=nnx.Rngs(5))
     for _ in range(3):  # In training: the statistics move.
         module(X)
@@ -81,7 +81,7 @@ def test_states_of_nnx(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_boxes_of_linen(tmp_path: pathlib.Path) -> None:
-    """H14: around all or some parameters, in either format, with optimizer slots."""
+    """Around all or some parameters, in either format, with optimizer slots."""
     variables = Net().init(jax.random.key(7), X)
     variables['batch_stats'] = jax.tree.map(lambda x: x + 0.3, variables['batch_stats'])
 
@@ -135,7 +135,7 @@ class Scaled(nn.Module):
 
 
 def test_step_numbers_padded_with_zeros(tmp_path: pathlib.Path) -> None:
-    """H19: a manager's `step_format_fixed_length`."""
+    """A manager's `step_format_fixed_length`."""
     options = ocp.CheckpointManagerOptions(step_format_fixed_length=8)
     with ocp.CheckpointManager(tmp_path / 'manager', options=options) as manager:
         for step in (9, 10):
@@ -149,7 +149,7 @@ def test_step_numbers_padded_with_zeros(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_items_that_are_one_state(tmp_path: pathlib.Path) -> None:
-    """H14: with an item 'params', all items of the step are one training state."""
+    """With an item 'params', all items of the step are one training state."""
     variables = Net().init(jax.random.key(7), X)
     opt_state = optax.adam(0.1).init(variables['params'])
     items = {**variables, 'opt': opt_state, 'info': {'name': 'net'}}
@@ -168,7 +168,7 @@ def test_items_that_are_one_state(tmp_path: pathlib.Path) -> None:
 
 
 def test_typed_keys(tmp_path: pathlib.Path) -> None:
-    """H7: of any kind and shape, into keys or their shapes; a raw key takes their data."""
+    """Of any kind and shape, into keys or their shapes; a raw key takes their data."""
     keys = {
         'key': jax.random.key(3),
         'rbg': jax.random.key(1, impl='rbg'),
@@ -195,7 +195,7 @@ def test_typed_keys(tmp_path: pathlib.Path) -> None:
 
 
 def test_restore_into_shapes(tmp_path: pathlib.Path) -> None:
-    """H7: arrays get the shardings of the shapes; missing ones have no value to keep."""
+    """Arrays get the shardings of the shapes; missing ones have no value to keep."""
     save(tmp_path / 'tree', {'w': np.arange(8.0, dtype='f4'), 'n': np.arange(4)})
     mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])  # fmt: skip

@@ -83,7 +83,7 @@ def msgpack() -> Any:
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_a_directory_of_flax_checkpoints(tmp_path: pathlib.Path, msgpack: None) -> None:
-    """H18, H19: numbers are compared as numbers, '10' after '9'; a run takes all variables."""
+    """Numbers are compared as numbers, '10' after '9'; a run takes all variables."""
     states = {step: net_state(step) for step in (1, 9, 10)}
     for step, state in states.items():
         checkpoints.save_checkpoint(tmp_path / 'old', state, step, keep=9)
@@ -109,7 +109,7 @@ def test_fractional_steps(tmp_path: pathlib.Path, msgpack: None) -> None:
 
 @pytest.mark.slow
 def test_flax_checkpoints_that_orbax_wrote(tmp_path: pathlib.Path) -> None:
-    """H18: later versions of the same function write directories of Orbax."""
+    """Later versions of the same function write directories of Orbax."""
     state = net_state()
     checkpoints.save_checkpoint(tmp_path / 'old', state, 3, keep=9)
     new = trainer(tmp_path, init_from={'path': str(tmp_path / 'old'), 'step': 3}).init_state()
@@ -118,7 +118,7 @@ def test_flax_checkpoints_that_orbax_wrote(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_other_layouts_of_orbax(tmp_path: pathlib.Path) -> None:
-    """H1, H14: a state beside other values, bare parameters, a manager's step, strings."""
+    """A state beside other values, bare parameters, a manager's step, strings."""
     state = net_state()
     whole = {'model': state, 'config': {'dims': np.array([5, 3]), 'name': 'dense'},
              'data': [jnp.arange(4)]}  # fmt: skip
@@ -146,7 +146,7 @@ def test_other_layouts_of_orbax(tmp_path: pathlib.Path) -> None:
 
 
 def test_before_linen(tmp_path: pathlib.Path) -> None:
-    """U10, U11, H22: a training state with the weights of a pre-Linen checkpoint; same logits."""
+    """A training state with the weights of a pre-Linen checkpoint; same logits."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32)
     model = ConvNet()
     variables = dict(model.init(jax.random.key(1), x))
@@ -188,7 +188,7 @@ def test_a_run_from_before_linen(tmp_path: pathlib.Path) -> None:
 
 
 def test_raw_without_a_target(tmp_path: pathlib.Path) -> None:
-    """H6, H17: everything that was saved, as its library restores it, as numpy arrays."""
+    """Everything that was saved, as its library restores it, as numpy arrays."""
     state = net_state()
     tree = {'model': state, 'data': [jnp.arange(10), np.arange(3.0)], 'name': 'net'}
     ocp.PyTreeCheckpointer().save(tmp_path / 'orbax', tree)
@@ -212,7 +212,7 @@ def test_raw_without_a_target(tmp_path: pathlib.Path) -> None:
     ids=['sgd', 'momentum', 'adam'],
 )
 def test_the_raw_state_of_an_optimizer(tx: Any, expected: Any, tmp_path: pathlib.Path) -> None:
-    """H6: Orbax restores named tuples as dicts and empty ones as None, in a list."""
+    """Orbax restores named tuples as dicts and empty ones as None, in a list."""
     ocp.PyTreeCheckpointer().save(tmp_path / 'orbax', {'opt_state': tx.init({'w': jnp.zeros(())})})
     found = restore.raw(tmp_path / 'orbax')['opt_state']
     assert jax.tree.map(float, found) == expected
@@ -223,7 +223,7 @@ def test_the_raw_state_of_an_optimizer(tx: Any, expected: Any, tmp_path: pathlib
 def test_multiprocess_checkpoints_of_flax(
     orbax: bool, tmp_path: pathlib.Path, msgpack: None
 ) -> None:
-    """H16: `save_checkpoint_multiprocess` with sharded arrays, in the formats of Flax and of Orbax;
+    """`save_checkpoint_multiprocess` with sharded arrays, in the formats of Flax and of Orbax;
     a run starts from the checkpoint."""
     flax.config.update('flax_use_orbax_checkpointing', orbax)
     state = net_state()
@@ -256,7 +256,7 @@ checkpoints.save_checkpoint_multiprocess(directory, {'params': {'w': w}}, 5)
 
 @pytest.mark.slow
 def test_a_checkpoint_of_two_processes(tmp_path: pathlib.Path) -> None:
-    """H16: each of two processes saves half of an array; one process reads all of it."""
+    """Each of two processes saves half of an array; one process reads all of it."""
     flags = {'XLA_FLAGS': command.xla_flags(2), 'JAX_PLATFORMS': 'cpu'}
     arguments = (f'127.0.0.1:{free_port()}', str(tmp_path / 'old'))
     running = [
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_two_processes(tmp_path: pathlib.Path) -> None:
 
 
 def test_editing_a_raw_checkpoint(tmp_path: pathlib.Path) -> None:
-    """H6, H10: Flax restores a state from the edited dict."""
+    """Flax restores a state from the edited dict."""
     state, file = net_state(), tmp_path / 'state.msgpack'
     file.write_bytes(serialization.to_bytes(state))
     raw = restore.raw(file)
@@ -288,7 +288,7 @@ def test_editing_a_raw_checkpoint(tmp_path: pathlib.Path) -> None:
 
 
 def test_into_a_dataclass(tmp_path: pathlib.Path) -> None:
-    """H7: the target gives structure, functions and shardings; its values do not matter."""
+    """The target gives structure, functions and shardings; its values do not matter."""
     state, target = net_state(), net_state(5)
     ocp.PyTreeCheckpointer().save(tmp_path / 'orbax', {'model': state})
     mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,),
@@ -307,7 +307,7 @@ def test_into_a_dataclass(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_into_a_target_with_strings(tmp_path: pathlib.Path, msgpack: None) -> None:
-    """H1, H7: the target of the guide: a state, a config with a string, a list of arrays."""
+    """The target of the guide: a state, a config with a string, a list of arrays."""
     state, target = net_state(), net_state(5)
     saved = {'model': state, 'config': {'dims': np.array([5, 3]), 'name': 'dense'},
              'data': [jnp.arange(4)]}  # fmt: skip
@@ -326,7 +326,7 @@ def test_into_a_target_with_strings(tmp_path: pathlib.Path, msgpack: None) -> No
 
 
 def test_a_single_array(tmp_path: pathlib.Path) -> None:
-    """H17: saved by the handler for arrays, and as a tree of one leaf."""
+    """Saved by the handler for arrays, and as a tree of one leaf."""
     array = ocp.Checkpointer(ocp.ArrayCheckpointHandler())
     array.save(tmp_path / 'handler', args=ocp.args.ArraySave(jnp.arange(10)))
     ocp.PyTreeCheckpointer().save(tmp_path / 'tree', jnp.arange(10))
@@ -339,7 +339,7 @@ def test_a_single_array(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_items_of_a_step(tmp_path: pathlib.Path) -> None:
-    """H14: a single tree is used whatever its name; one of two has to be named."""
+    """A single tree is used whatever its name; one of two has to be named."""
     state = net_state()
     tree = ocp.args.StandardSave({'params': state.params, 'batch_stats': state.batch_stats})
     for name, items in (('one', {'net': tree}), ('two', {'net': tree, 'teacher': tree})):
@@ -356,7 +356,7 @@ def test_items_of_a_step(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_extra_and_missing_fields(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    """H8, H9: extra fields are ignored; missing ones are an error, or keep the target's values."""
+    """Extra fields are ignored; missing ones are an error, or keep the target's values."""
     state = net_state()
     plain = train_state.TrainState.create(
         apply_fn=state.apply_fn, params=jax.tree.map(jnp.zeros_like, state.params), tx=state.tx

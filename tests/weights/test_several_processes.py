@@ -15,7 +15,7 @@ EDIT = "({'target': 'trainer.weights:Resize', 'pattern': 'Dense_1/kernel', 'size
 
 @pytest.mark.slow
 def test_two_processes_start_as_one_does(tmp_path: pathlib.Path) -> None:
-    """H14: with weights of another run, the first losses on 2 x 2 devices equal those on 1."""
+    """With weights of another run, the first losses on 2 x 2 devices equal those on 1."""
     command.train(tmp_path / 'old', '--config.train_for=40steps')
     args = (
         '--config.train_for=10steps', '--config.evals={}', '--config.mesh.fsdp=2',

@@ -27,7 +27,7 @@ REST: dict[str, Any] = {'head': {'kernel': np.ones((3, 2), 'f4')}}
 
 
 def test_round_trip() -> None:
-    """N4: in the order of the numbers, with the slots of the optimizer."""
+    """In the order of the numbers, with the slots of the optimizer."""
     params = {**LAYERS, **REST}
     tx = optax.adam(0.1)
     opt_state = tx.update(jax.tree.map(lambda x: x + 1, params), tx.init(params), params)[1]
@@ -56,7 +56,7 @@ def lm(workdir: pathlib.Path, **overrides: Any) -> Trainer:
 @pytest.mark.slow
 @pytest.mark.parametrize('scanned', [False, True])
 def test_training_continues_in_the_other_form(tmp_path: pathlib.Path, scanned: bool) -> None:
-    """N4, U13: a scan starts from parameters, averages and moments of a loop, and vice versa."""
+    """A scan starts from parameters, averages and moments of a loop, and vice versa."""
     old = lm(tmp_path / 'old', model__scan_layers=scanned).fit().state
     operation = 'Unstack' if scanned else 'Stack'
     new = lm(

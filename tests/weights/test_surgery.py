@@ -40,7 +40,7 @@ def train_one_step(params: Any) -> tuple[Any, Any]:
 
 @pytest.mark.slow
 def test_edit_one_parameter() -> None:
-    """1.K1: of the CNN's 8 arrays the norm of one kernel becomes 1; everything else stays."""
+    """Of the CNN's 8 arrays the norm of one kernel becomes 1; everything else stays."""
     cnn = CNN(hidden=16).init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))['params']
     tx, opt_state = train_one_step(cnn)
     params, slots = operate([Edit(pattern='Dense_1/kernel', function=unit)], cnn, opt_state, tx)
@@ -52,7 +52,7 @@ def test_edit_one_parameter() -> None:
 
 
 def test_optimizer_state_is_edited_too() -> None:
-    """1.K2: its tuples stay, its moments change with their parameters, and training continues."""
+    """Its tuples stay, its moments change with their parameters, and training continues."""
     tx, opt_state = train_one_step(PARAMS)
     operations = [
         Rename(pattern='^Dense_1/', replacement='head/'),
@@ -92,7 +92,7 @@ def matrices(params: Any) -> Any:
     ids=['frozen', 'masked', 'chain', 'accumulated'],
 )
 def test_states_of_masked_optimizers(tx: Any) -> None:
-    """1.K2: the structure is that of `tx.init`, and training continues."""
+    """The structure is that of `tx.init`, and training continues."""
     grads = jax.tree.map(lambda x: x + 1, PARAMS)
     opt_state = tx.update(grads, tx.init(PARAMS), PARAMS)[1]
     operations = [
@@ -147,7 +147,7 @@ def test_resize() -> None:
 
 
 def test_interpolate() -> None:
-    """1.K3: a line stays a line, a class token stays, a grid is resampled in both dimensions."""
+    """A line stays a line, a class token stays, a grid is resampled in both dimensions."""
     line = np.arange(4.0)[:, None] * np.ones(2)
     tables = {'positions': line}
     result, _ = operate([Interpolate(pattern='positions', size=8, method='linear')], tables)
@@ -214,7 +214,7 @@ def test_mistakes() -> None:
 
 @pytest.mark.slow
 def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
-    """1.K3: a larger head and more positions; old entries stay, with their moments."""
+    """A larger head and more positions; old entries stay, with their moments."""
     path, old = pretrain(tmp_path, model__positions=4)
     surgery = (
         {'target': f'{OPERATION}:Resize', 'pattern': 'head/(kernel|bias)', 'size': 4},

@@ -262,7 +262,7 @@ def sentence(tokens: np.ndarray, w: layers.Weights, sizes: dict[str, int]) -> np
 
 @pytest.mark.slow
 def test_a_sentence_encoder() -> None:
-    """1.L, G1: the names of Hugging Face's BERT, in small; padding is ignored."""
+    """The names of Hugging Face's BERT, in small; padding is ignored."""
     sizes = dict(vocab_size=20, layers=2, width=12, heads=3, mlp_width=24, max_length=10)
     tensors = weights(bert(sizes), at='')
     tokens = np.random.default_rng(0).integers(1, 20, (3, 8))

@@ -122,8 +122,13 @@ class Checkpoints:
 
     # ---- reading -------------------------------------------------------------------------------
 
-    def restore(self, step: int, abstract: Any) -> Any:
+    def restore(self, step: int, abstract: Any, *, free: str = '') -> Any:
         """Returns the state of a step, with the shardings of the abstract one.
+
+        Args:
+            step: step of the checkpoint.
+            abstract: shape, dtype and sharding of each leaf.
+            free: a field of the state whose leaves may differ: see `reading.read_state`.
 
         Raises:
             UserError: if there is no such checkpoint, or its leaves differ from `abstract`.
@@ -138,7 +143,7 @@ class Checkpoints:
         stored = meta.get('digest')
         directory = self.directory / str(step) / 'state'
         try:
-            state = reading.read_state(directory, abstract, empty.from_metadata(meta))
+            state = reading.read_state(directory, abstract, empty.from_metadata(meta), free)
         except reading.StateMismatch as error:
             advice = 'Use the config of that checkpoint, or set another --workdir.'
             if error.only_half_precision_slots:

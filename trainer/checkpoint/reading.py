@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from trainer.checkpoint import empty
 from trainer.checkpoint.empty import Names, names_of
@@ -25,7 +27,9 @@ class StateMismatch(Exception):
     only_half_precision_slots = False
 
 
-def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any]) -> Any:
+def read_state(
+    directory: epath.Path, abstract: Any, empties: Mapping[Names, Any], free: str = ''
+) -> Any:
     """Returns the state stored in a directory.
 
     Leaves are matched by key path, so containers without leaves may differ.
@@ -34,6 +38,8 @@ def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any
         directory: directory to which Orbax wrote the state.
         abstract: shape, dtype and sharding of each leaf.
         empties: the saved leaves without elements, which are not in the directory.
+        free: a field of the state whose leaves may differ. If they do, it is returned as it was
+            saved, in nested dicts.
 
     Raises:
         StateMismatch: if a leaf is missing or unexpected, or has another shape or dtype.
@@ -45,6 +51,10 @@ def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any
         stored = handler.metadata(directory).tree
         wanted = _leaves_by_names(abstract)
         saved = {**_leaves_by_names(stored), **empties}
+        if free and _differences(_leaves_of_field(free, saved), _leaves_of_field(free, wanted)):
+            as_saved = _nest(_leaves_of_field(free, saved), abstract)
+            abstract = dataclasses.replace(abstract, **{free: as_saved.get(free, {})})
+            wanted = _leaves_by_names(abstract)
         # Compared first, for one message about all leaves; and Orbax casts other dtypes silently.
         differences = _differences(saved, wanted)
         if differences:
@@ -67,6 +77,25 @@ def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any
 def _leaves_by_names(tree: Any) -> dict[Names, Any]:
     # Orbax stores named tuples as dicts, so only the names along the key paths agree.
     return {names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _leaves_of_field(field: str, leaves: dict[Names, Any]) -> dict[Names, Any]:
+    return {names: leaf for names, leaf in leaves.items() if names[0] == field}
+
+
+def _nest(leaves: dict[Names, Any], like: Any) -> dict[str, Any]:
+    """Returns the shapes of saved leaves in nested dicts, on every device of another tree."""
+    sharding = getattr(jax.tree.leaves(like)[0], 'sharding', None)
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    nested: dict[str, Any] = {}
+    for names, leaf in leaves.items():
+        inner = nested
+        for name in names[:-1]:
+            inner = inner.setdefault(name, {})
+        dtype = jax.numpy.dtype(leaf.dtype)
+        inner[names[-1]] = jax.ShapeDtypeStruct(tuple(leaf.shape), dtype, sharding=sharding)
+    return nested
 
 
 def _differences(stored: dict[Names, Any], wanted: dict[Names, Any]) -> list[str]:

@@ -44,8 +44,10 @@ def gather_rows(
     if batch.rows is not None:
         order, owned = batch.rows.indices, batch.rows.is_owned
     # Padding is left out before anything is sent.
-    mine = owned & (ids >= 0)
-    parts = messages.gather((order[mine], ids[mine], {name: x[mine] for name, x in arrays.items()}))
+    selected = owned & (ids >= 0)
+    parts = messages.gather(
+        (order[selected], ids[selected], {name: x[selected] for name, x in arrays.items()})
+    )
     if parts is None:
         return None
     if len(parts) == 1:

@@ -103,9 +103,9 @@ class HostScores:
             unchanged: predictions that are a field of the batch, unchanged: output to field.
             batch: the batch that they were computed from.
         """
-        asked = () if self._score is None else self._score.fields
+        requested = () if self._score is None else self._score.fields
         # A field that is also predicted under its own name, unchanged, is sent once.
-        fields = [name for name in asked if unchanged.get(name) != name]
+        fields = [name for name in requested if unchanged.get(name) != name]
         host = {f'{_FIELD}{name}': batch.host[name] for name in fields}
         host.update({f'{_PREDICTED}{output}': batch.host[n] for output, n in unchanged.items()})
         gathered = gather_rows(self._messages, rows, host, batch)

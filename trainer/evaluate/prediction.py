@@ -102,8 +102,8 @@ class Prediction:
             return {output: rows[field] for output, field in self.unchanged.items()}
         # An example that several processes hold comes from its owner only.
         owned = process_rows.is_owned
-        mine = (process_rows.indices[owned], {name: x[owned] for name, x in rows.items()})
-        parts = processes.gather_objects(mine)
+        own_rows = (process_rows.indices[owned], {name: x[owned] for name, x in rows.items()})
+        parts = processes.gather_objects(own_rows)
         # The parts arrive in the order of the processes, which need not be that of the batch.
         order = np.argsort(np.concatenate([indices for indices, _ in parts]))
         whole = {name: np.concatenate([x[name] for _, x in parts])[order] for name in rows}

@@ -30,7 +30,7 @@ _SCOPE = re.compile(rf'{SCOPE}([^/()]*)')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A module by itself, without its submodules, which have rows of their own.
+    """A module without its submodules, which have their own rows.
 
     Attributes:
         path: of the module.

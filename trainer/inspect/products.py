@@ -74,10 +74,10 @@ def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
     share = sum(wider.values()) / max(1.0, sum(operations.values()))
     if share < _MAX_SHARE:
         return None
-    named = select_wider(
+    by_module = select_wider(
         model_operations(programs.jaxpr(RecordedModel(model, ModuleRecorder()))), requested
     )
-    first = next(iter(named or wider))
+    first = next(iter(by_module or wider))
     return (
         f'config.precision.compute={requested.name}, but {100 * share:.0f} % of the '
         f"model's operations (matrix products and convolutions) are {first.dtype}, first in "

@@ -72,5 +72,5 @@ def non_finite_names(row: Mapping[str, float]) -> list[str]:
     With a loss scale, norms are ignored: a step with infinite gradients is skipped as intended.
     """
     watched = ('loss',) if 'train/loss_scale' in row else ('loss', '_norm')
-    mine = {name: value for name, value in row.items() if name.startswith('train/')}
-    return [n for n, value in mine.items() if n.endswith(watched) and not math.isfinite(value)]
+    training = {name: value for name, value in row.items() if name.startswith('train/')}
+    return [n for n, value in training.items() if n.endswith(watched) and not math.isfinite(value)]

@@ -28,7 +28,7 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
             kinds = [f'{key} {describe(array)}' for key, array in metrics.arrays.items()]
             print(f'{path}: {", ".join(kinds)}')
         # Only the main process has summaries.
-        named = {f'eval/{name}/{key}': summary for key, summary in metrics.summaries.items()}
-        for file in write_files(workdir_of(trainer).path, int(state.step), named):
+        by_name = {f'eval/{name}/{key}': summary for key, summary in metrics.summaries.items()}
+        for file in write_files(workdir_of(trainer).path, int(state.step), by_name):
             print(file)
     return 0

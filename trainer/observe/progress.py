@@ -120,8 +120,8 @@ class Progress:
         if 'loss' in row:
             parts['loss'] = f'loss {row["loss"]:.4f}'
         else:
-            named = {name: value for name, value in row.items() if name.endswith('_loss')}
-            parts.update({name: f'{name} {value:.4f}' for name, value in named.items()})
+            losses = {name: value for name, value in row.items() if name.endswith('_loss')}
+            parts.update({name: f'{name} {value:.4f}' for name, value in losses.items()})
         if 'accuracy' in row:
             parts['accuracy'] = f'accuracy {row["accuracy"]:.4f}'
         if 'learning_rate' in row:

@@ -19,8 +19,8 @@ class Line:
 
     Attributes:
         path: of the entry, or of all that are folded: 'block_0..23/attention/kernel'.
-        entry: index of the first entry that the line stands for.
-        count: the number of entries that it stands for.
+        entry: index of the first entry on this line.
+        count: number of entries on this line.
     """
 
     path: str

@@ -28,9 +28,9 @@ def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
         params: arrays or their shapes, with or without shardings.
         collections: the other variables, of which only the totals are shown.
     """
-    named = [(param_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
-    named.sort(key=lambda item: _numeric_key(item[0]))  # JAX has block_10 before block_2.
-    paths, leaves = [path for path, _ in named], [leaf for _, leaf in named]
+    by_path = [(param_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    by_path.sort(key=lambda item: _numeric_key(item[0]))  # JAX has block_10 before block_2.
+    paths, leaves = [path for path, _ in by_path], [leaf for _, leaf in by_path]
     sharded = any(map(_axes, leaves))
     # Without a sharded parameter both columns would only repeat the others.
     more = ('per device', 'axes') if sharded else ()
@@ -44,8 +44,8 @@ def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
         row = (line.path, shape, str(leaf.dtype), size, total)
         rows.append((*row, each, _axes(leaf)) if sharded else row)
     lines = align_columns(rows, right=(3, 4, 5))
-    here = f', {human_bytes(bytes_per_device(params))} per device' if sharded else ''
-    lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{here}')
+    per_device = f', {human_bytes(bytes_per_device(params))} per device' if sharded else ''
+    lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{per_device}')
     for name, tree in collections.items():
         lines.append(f'{name}: {count(tree):,} values, {human_bytes(nbytes(tree))}')
     return '\n'.join(lines)

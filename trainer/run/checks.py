@@ -204,8 +204,8 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
     )
     # Saving as often as evaluating ranks every checkpoint. An evaluation that is never due before
     # the end has to become more frequent itself, unless saves are not due either.
-    wanted = periods[0].partition('=')[2]
-    fix = f'set --config.checkpoint.every={wanted}'
+    eval_period = periods[0].partition('=')[2]
+    fix = f'set --config.checkpoint.every={eval_period}'
     if evals.period_steps is None or evals.period_steps > total:
         fix = f'set --config.evals.{name}.every={periods[1].partition("=")[2]}'
         if save.period_steps is None or save.period_steps > total:
@@ -244,10 +244,24 @@ def watched_metrics(experiment: Experiment) -> dict[str, str]:
     return {path: metric for path, metric in metrics.items() if metric is not None}
 
 
+def expect_from_hooks(experiment: Experiment, path: str, metric: str) -> bool:
+    """Whether a metric that no evaluation has may come from a hook, with one line of notice."""
+    if not experiment.hooks:
+        return False
+    _log.warning(
+        '%s: evaluation %r has no %r; a hook (%s) must return it at each of its evaluations',
+        path,
+        metric.split('/')[1],
+        metric.split('/', 2)[2],
+        ', '.join(experiment.hooks),
+    )
+    return True
+
+
 def check_watched(experiment: Experiment, evaluation: str, measured: Mapping[str, float]) -> None:
     """Checks that an evaluation has measured what early stopping and retention watch.
 
-    Only its first run can tell this of metrics that are computed on the host.
+    Only its first run can tell this of values that the host computes, or that hooks return.
 
     Raises:
         UserError: naming the metrics that there are.

@@ -36,12 +36,12 @@ def describe(error: BaseException, step: int) -> dict[str, Any]:
         step: number of completed updates when it was raised.
     """
     lines = str(error).splitlines()
-    shown = [line[:_MAX_LINE] for line in lines[:_MAX_LINES]]
-    if len(lines) > len(shown):
-        shown.append('...')
+    first_lines = [line[:_MAX_LINE] for line in lines[:_MAX_LINES]]
+    if len(lines) > len(first_lines):
+        first_lines.append('...')
     return {
         'type': type(error).__name__,
-        'message': '\n'.join(shown),
+        'message': '\n'.join(first_lines),
         'where': _location(error),
         'step': step,
     }

@@ -48,7 +48,7 @@ class Reporter:
 
     Attributes:
         step: number of steps that have been dispatched.
-        row: the newest row as it was written: 'step' and values by flat name.
+        row: the newest row: 'step' and values by flat name.
         latest: the newest value of each metric, by flat name.
         time: seconds spent in each part of the run.
         progress: prints messages and the progress line.
@@ -79,6 +79,7 @@ class Reporter:
         self._batch_size = batch_size
         self._members = members
         self._pending: _Pending | None = None
+        self._held: HeldRow | None = None
         self._evaluated: set[tuple[str, int]] = set()
         # Of the newest row: its step and the seconds of the loop until then.
         self._mark = (0, 0.0)
@@ -170,6 +171,14 @@ class Reporter:
 
     def flush(self) -> None:
         """Writes the pending row, if there is one; blocks until its step is done."""
+        self.hold_row()
+        self.write_row()
+
+    def hold_row(self) -> None:
+        """Computes the pending row, if there is one, so that hooks can read and extend it.
+
+        Blocks until its step is done. `write_row` writes it.
+        """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -179,29 +188,61 @@ class Reporter:
         (began_step, began), self._mark = self._mark, (step, self._loop_secs())
         steps, secs = step - began_step, self._mark[1] - began
         rate = steps / secs if secs > 0 else math.nan
-        row['train/steps_per_sec'] = rate
-        row['train/examples_per_sec'] = rate * self._batch_size
-        row['train/data_wait_secs'] = pending.data_wait_secs
-        kept = self._write_arrays(f'train_{step}', row.arrays)
-        kept += self.record_summaries(step, row.summaries, 'train/')
-        self._add(step, row)
-        # After the file, so that no printed value is missing there if the run is killed.
-        self.progress.update(step, row)
-        if kept:
-            self.progress.message(f'step {step:,}:{kept}')
+        row.update(
+            steps_per_sec=rate,
+            examples_per_sec=rate * self._batch_size,
+            data_wait_secs=pending.data_wait_secs,
+        )
+        self._hold(HeldRow(step, row))
+
+    def hold_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Holds the row of an evaluation, so that hooks can read and extend it.
+
+        Args:
+            name: of the evaluation.
+            step: number of completed steps.
+            metrics: its values; the arrays and summaries of a `MetricValues` are written too.
+        """
+        values = metrics if isinstance(metrics, MetricValues) else MetricValues(metrics)
+        self._hold(HeldRow(step, values, name))
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the row of an evaluation, and the arrays and summaries of a `MetricValues`."""
-        kept = ''
-        if isinstance(metrics, MetricValues):
-            kept = self._write_arrays(f'eval_{name}_{step}', metrics.arrays)
-            kept += self.record_summaries(step, metrics.summaries, f'eval/{name}/')
-        row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
-        self._add(step, row)
-        # After the row is written: an evaluation without a row counts as not run.
-        self._evaluated.add((name, step))
-        shown = {key: value for key, value in metrics.items() if not is_member_name(key)}
-        self.progress.message(f'eval {name} at step {step:,}: {_format_values(shown)}{kept}')
+        """Writes the row of an evaluation: see `hold_eval`."""
+        self.hold_eval(name, step, metrics)
+        self.write_row()
+
+    def extend_row(self, values: MetricValues) -> None:
+        """Adds values to the row that is held.
+
+        Args:
+            values: by name: 'eval/dev/bleu', or 'bleu' for a name of the row's own kind.
+
+        Raises:
+            UserError: if the row has a value of that name.
+        """
+        assert self._held is not None
+        self._held.add(values)
+        self._take(self._held)
+
+    def write_row(self) -> None:
+        """Writes the row that is held, if there is one."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        files = self._write_arrays(f'{held.stem}_{held.step}', held.values.arrays)
+        files += self._write_summaries(held.step, held.values.summaries, held.prefix)
+        self._writer.write(held.step, held.row())
+        # After the files, so that no printed value is missing there if the run is killed.
+        if held.evaluation is None:
+            self.progress.update(held.step, held.row())
+            if files:
+                self.progress.message(f'step {held.step:,}:{files}')
+            return
+        # An evaluation without a row counts as not run.
+        self._evaluated.add((held.evaluation, held.step))
+        numbers = {key: value for key, value in held.values.items() if not is_member_name(key)}
+        at = f'eval {held.evaluation} at step {held.step:,}'
+        self.progress.message(f'{at}: {_format_values({**numbers, **held.others})}{files}')
 
     def record_capture(
         self, step: int, row: Mapping[str, float], histograms: Mapping[str, Histogram]
@@ -212,7 +253,7 @@ class Reporter:
         if histograms:
             self._writer.write_histograms(step, histograms)
 
-    def record_summaries(
+    def _write_summaries(
         self, step: int, summaries: Mapping[str, Summary], prefix: str = ''
     ) -> str:
         """Writes summaries; returns their part of the printed line.
@@ -224,10 +265,15 @@ class Reporter:
         """
         if not summaries or self._directory is None:
             return ''
-        named = {prefix + name: summary for name, summary in summaries.items()}
-        paths = write_files(self._directory, step, named)
-        self._writer.write_summaries(step, named)
+        by_name = {prefix + name: summary for name, summary in summaries.items()}
+        paths = write_files(self._directory, step, by_name)
+        self._writer.write_summaries(step, by_name)
         return f'  {", ".join(summaries)} in {os.path.commonpath(paths)}'
+
+    def eval_values(self, name: str) -> dict[str, float]:
+        """Returns the values of the newest row that are of an evaluation, by name."""
+        prefix = f'eval/{name}/'
+        return {n.removeprefix(prefix): x for n, x in self.row.items() if n.startswith(prefix)}
 
     def has_eval(self, name: str, step: int) -> bool:
         """Whether this evaluation has run at this step."""
@@ -242,19 +288,23 @@ class Reporter:
         """Writes arrays to a file in `metrics/`; returns their part of the printed line."""
         if not arrays:
             return ''
-        shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
+        described = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
         if self._directory is None:
-            return f'  {", ".join(shown)}'
+            return f'  {", ".join(described)}'
         # Named after the step, so a resumed run overwrites the file of a step that it repeats.
         path = self._directory / 'metrics' / f'{name}.npz'
         path.parent.mkdir(parents=True, exist_ok=True)
         write_npz(path, arrays)
-        return f'  {", ".join(shown)} in {path}'
+        return f'  {", ".join(described)} in {path}'
 
-    def _add(self, step: int, row: Mapping[str, float]) -> None:
-        self.row = {'step': step, **row}
-        self.latest.update(row)
-        self._writer.write(step, row)
+    def _hold(self, held: HeldRow) -> None:
+        self.write_row()
+        self._held = held
+        self._take(held)
+
+    def _take(self, held: HeldRow) -> None:
+        self.row = {'step': held.step, **held.row()}
+        self.latest.update(held.row())
 
     def _member_label(self, member: str) -> str:
         """Returns 'eval/test member 3 (seed 3)' for 'eval/test/member_3'."""
@@ -264,10 +314,53 @@ class Reporter:
         return f'{prefix} member {number}' + (f' ({description})' if description else '')
 
     def _loop_secs(self) -> float:
-        """Returns the seconds of the loop so far, without its evaluations and saves."""
+        """Returns the seconds of the loop so far, without its evaluations, saves and hooks."""
         # Rates are of training: an evaluation or a save between two rows must not look like slow
-        # steps.
-        return time.perf_counter() - self.time.get('eval') - self.time.get('save')
+        # steps. An evaluation compiles at its first batch, which counts as 'compile'.
+        parts = ('eval', 'save', 'hooks', 'compile')
+        return time.perf_counter() - sum(map(self.time.get, parts))
+
+
+class HeldRow:
+    """A row that is not written yet.
+
+    Attributes:
+        step: number of completed steps.
+        values: by name below the prefix.
+        evaluation: its name; None for a row of training.
+        others: values that hooks have added under names of other kinds.
+    """
+
+    def __init__(self, step: int, values: MetricValues, evaluation: str | None = None):
+        self.step = step
+        self.values = MetricValues()
+        self.values.update_with(values)
+        self.evaluation = evaluation
+        self.others: dict[str, float] = {}
+
+    @property
+    def prefix(self) -> str:
+        """'train/' or 'eval/dev/', for example."""
+        return 'train/' if self.evaluation is None else f'eval/{self.evaluation}/'
+
+    @property
+    def stem(self) -> str:
+        """Beginning of the names of its files."""
+        return 'train' if self.evaluation is None else f'eval_{self.evaluation}'
+
+    def row(self) -> dict[str, float]:
+        """Returns the numbers by flat name."""
+        return {**{self.prefix + name: x for name, x in self.values.items()}, **self.others}
+
+    def add(self, values: MetricValues) -> None:
+        """Adds values, whose names are below the prefix or have one of their own."""
+        for name, value in values.items():
+            if name.startswith(('train/', 'eval/')) and not name.startswith(self.prefix):
+                self.others[name] = value
+            else:
+                self.values.add(name.removeprefix(self.prefix), value)
+        for name, item in {**values.arrays, **values.summaries}.items():
+            self.values.add(name.removeprefix(self.prefix), item)
 
 
 class _Pending:
@@ -285,9 +378,9 @@ class _Pending:
 
 
 def flat_row(metrics: Any, stopped: Any = None) -> MetricValues:
-    """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer.
+    """Returns the flat values of a step's accumulators, fetched in one transfer.
 
-    For an ensemble: the means over its members, and 'train/member_<i>/...' for each member.
+    For an ensemble: the means over its members, and 'member_<i>/...' for each member.
 
     Args:
         metrics: the accumulators.
@@ -304,7 +397,7 @@ def flat_row(metrics: Any, stopped: Any = None) -> MetricValues:
                 row.pop(name, None)
     else:
         row = _flatten(computed)
-    return row.with_prefix('train/')
+    return row
 
 
 def check_row(metrics: Any) -> None:
@@ -313,11 +406,11 @@ def check_row(metrics: Any) -> None:
     Raises:
         UserError: naming the metric that cannot be written to a row or a file.
     """
-    lone = metrics
+    single = metrics
     if isinstance(metrics, PerMember):
-        lone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), metrics.stacked)
+        single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), metrics.stacked)
     try:
-        check_computes(lone)
+        check_computes(single)
         compute_on_trial(flat_row, metrics)
     except UserError as error:
         raise UserError(f'the metrics of training: {error}') from error

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from trainer.step import health
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
 from trainer.weights.first_state import load_initial_weights
+
+_log = logging.getLogger('trainer')
 
 
 def init_state(experiment: Experiment, programs: Programs) -> TrainState:
@@ -59,23 +62,35 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
     if run.workdir is not None and not run.workdir.path.exists():
         raise UserError(f'no run in {run.workdir.path}: the directory does not exist')
     steps = checkpoints.steps()
-    named = {'latest': checkpoints.latest, 'best': checkpoints.best}
+    aliases = {'latest': checkpoints.latest, 'best': checkpoints.best}
     # The command line passes text. `isdigit` alone accepts digits such as '²', which `int` rejects.
     number = int(step) if str(step).isascii() and str(step).isdigit() else None
-    chosen = named[str(step)]() if step in named else number
+    chosen = aliases[str(step)]() if step in aliases else number
     if chosen is None or chosen not in steps:
-        have = ', '.join(map(str, steps)) or 'none'
-        raise UserError(f'no checkpoint {step!r} in {checkpoints.directory}; available: {have}')
-    state = checkpoints.restore(chosen, programs.abstract)
+        available = ', '.join(map(str, steps)) or 'none'
+        raise UserError(
+            f'no checkpoint {step!r} in {checkpoints.directory}; available: {available}'
+        )
+    state = checkpoints.restore(chosen, programs.abstract, free='metrics')
+    saved: Any = jax.tree.structure(state.metrics)
+    if saved != jax.tree.structure(programs.abstract.metrics):
+        _log.warning(
+            'the training metrics of this config are not those of the checkpoint of step %d: a '
+            'resumed run starts them anew, and its next row covers the steps from there',
+            chosen,
+        )
+        state = dataclasses.replace(state, metrics=programs.empty_metrics())
     if experiment.ensemble is None:
         return state
     # Evaluations leave out members that have diverged, so they need the health too.
-    kept = checkpoints.meta(chosen).get('health')
-    return state if kept is None else _with_health(state, _clean_health(programs), kept)
+    saved_health = checkpoints.meta(chosen).get('health')
+    if saved_health is None:
+        return state
+    return _with_health(state, _clean_health(programs), saved_health)
 
 
 def with_health(
-    experiment: Experiment, programs: Programs, state: TrainState, kept: Any = None
+    experiment: Experiment, programs: Programs, state: TrainState, saved_health: Any = None
 ) -> TrainState:
     """Returns a fresh or restored state with the health to resume from.
 
@@ -83,10 +98,10 @@ def with_health(
         experiment: what is trained.
         programs: the training programs.
         state: fresh, or from a checkpoint.
-        kept: what `health.to_metadata` returned when the state was saved.
+        saved_health: what `health.to_metadata` returned when the state was saved.
 
     Raises:
-        CheckpointError: if `kept` has another shape.
+        CheckpointError: if `saved_health` has another shape.
     """
     clean = _clean_health(programs)
     if clean is None:
@@ -95,7 +110,7 @@ def with_health(
     if experiment.ensemble is not None or fetch(programs.sweep(state).kind):
         # Counts non-finite values in every leaf; usually the sweep shows that there are none.
         clean = programs.examine(state.durable)
-    return _with_health(state, clean, kept)
+    return _with_health(state, clean, saved_health)
 
 
 def with_hyperparams(experiment: Experiment, state: TrainState) -> TrainState:
@@ -117,12 +132,12 @@ def _clean_health(programs: Programs) -> health.Health | None:
     return health.Health(jax.device_put(zeros, abstract.packed.sharding))
 
 
-def _with_health(state: TrainState, clean: health.Health | None, kept: Any) -> TrainState:
-    """Returns a state with its health from `kept`, the result of `health.to_metadata`."""
+def _with_health(state: TrainState, clean: health.Health | None, saved_health: Any) -> TrainState:
+    """Returns a state with its health from `saved_health`, the result of `health.to_metadata`."""
     if clean is None:
         return state
     try:
-        return dataclasses.replace(state, health=health.from_metadata(clean, kept))
+        return dataclasses.replace(state, health=health.from_metadata(clean, saved_health))
     except ValueError as error:
         raise CheckpointError(
             f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' in its "

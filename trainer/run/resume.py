@@ -430,6 +430,23 @@ class Recovery:
             measured['early_stopping'] = self.early_stopping.state()
         return measured
 
+    def follow(self, evaluation: str, values: Mapping[str, float]) -> str | None:
+        """Counts an evaluation for early stopping.
+
+        Args:
+            evaluation: its name.
+            values: by name. Without the metric that early stopping watches, nothing is counted.
+
+        Returns:
+            A message if the run ends because of it, None otherwise.
+        """
+        early = self.early_stopping
+        if early is None or early.rule.metric not in {f'eval/{evaluation}/{n}' for n in values}:
+            return None
+        before = early.stopped
+        early.update(evaluation, values)
+        return early.reason() if early.stopped and not before else None
+
     def _restore_early_stopping(self, meta: Mapping[str, Any]) -> None:
         if self.early_stopping is not None:
             self.early_stopping.restore(meta.get('early_stopping'))

@@ -164,7 +164,11 @@ def prepare_evaluators(experiment: Experiment, setup: Setup) -> None:
         evaluator.prepare(setup.programs.abstract)
     for path, metric in checks.watched_metrics(experiment).items():
         _, evaluation, name = metric.split('/', 2)
-        setup.evaluators[evaluation].check_metric(name, path)
+        try:
+            setup.evaluators[evaluation].check_metric(name, path)
+        except UserError:
+            if not checks.expect_from_hooks(experiment, path, metric):
+                raise
 
 
 def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -> Prefetcher:

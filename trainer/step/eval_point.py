@@ -59,13 +59,13 @@ def _compute(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
     owners = optimizer.owners(params)
     # Group by group: each call sees the parameters of its group, and the others masked.
     for name, group in optimizer.groups.items():
-        mine = jax.tree_util.tree_map_with_path(
+        members = jax.tree_util.tree_map_with_path(
             lambda path, x, name=name: (
                 x if owners.get(param_path(path)) == name else optax.MaskedNode()
             ),
             trained,
         )
-        new = _compute(group.optimizer, mine, state.inner_states[name].inner_state)
+        new = _compute(group.optimizer, members, state.inner_states[name].inner_state)
         params = _fill(new, params)
     return params
 

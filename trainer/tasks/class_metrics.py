@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of decisions that accumulate on the devices: F1, confusion matrix, calibration error.
 
-Each function makes the class of a metric, for a collection of `clu.metrics`. Equal to scikit-learn
-where it has the metric.
+Each function returns a metric class, for a collection of `clu.metrics`. The values equal those of
+scikit-learn where it has the metric.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.tasks.sums import Sums, configure
 
 Average = Literal['binary', 'micro', 'macro', 'weighted', 'per_class']
 
-# A confusion matrix of more numbers than this would not be looked at, and fill a device.
+# A confusion matrix of more numbers than this is unreadable, and would fill a device.
 _MOST_CELLS = 2**26
 
 
@@ -47,10 +47,10 @@ def F1(
         labels: the task's output of labels: integers (batch, ...), or 0 and 1 (batch, ..., labels)
             for decisions. A negative label is not counted.
         weights: the task's output of weights, (batch,) or (batch, ...).
-        threshold: of a decision: a score above it is a yes. 0.5 for probabilities.
+        threshold: a score above it is a positive decision. Use 0.5 for probabilities.
         classes: number of classes, for integer predictions.
     """
-    return _of_counts('F1', _F1, average, scores, labels, weights, threshold, classes)
+    return _configure_counts('F1', _F1, average, scores, labels, weights, threshold, classes)
 
 
 def Precision(
@@ -62,11 +62,13 @@ def Precision(
     threshold: float = 0.0,
     classes: int | None = None,
 ) -> type[Sums]:
-    """Returns the class of a metric: the share of predictions that are right.
+    """Returns the class of a metric: the share of predictions that are correct.
 
-    Arguments as of F1.
+    The arguments are those of F1.
     """
-    return _of_counts('Precision', _Precision, average, scores, labels, weights, threshold, classes)
+    return _configure_counts(
+        'Precision', _Precision, average, scores, labels, weights, threshold, classes
+    )
 
 
 def Recall(
@@ -78,11 +80,13 @@ def Recall(
     threshold: float = 0.0,
     classes: int | None = None,
 ) -> type[Sums]:
-    """Returns the class of a metric: the share of labels that are found.
+    """Returns the class of a metric: the share of labels that are predicted.
 
-    Arguments as of F1.
+    The arguments are those of F1.
     """
-    return _of_counts('Recall', _Recall, average, scores, labels, weights, threshold, classes)
+    return _configure_counts(
+        'Recall', _Recall, average, scores, labels, weights, threshold, classes
+    )
 
 
 def ConfusionMatrix(
@@ -95,8 +99,8 @@ def ConfusionMatrix(
 ) -> type[Sums]:
     """Returns the class of a metric: how often each class is predicted for each label.
 
-    It computes an array (label, prediction), or one such matrix of no and yes for each label of an
-    example: (labels, 2, 2). Arguments as of F1.
+    It computes an array (label, prediction), or with several labels per example one such matrix of
+    negative and positive for each: (labels, 2, 2). The arguments are those of F1.
     """
     names = {'scores': scores, 'labels': labels, 'weights': weights}
     return configure(
@@ -116,14 +120,14 @@ def CalibrationError(
 
     The mean over predictions of |mean probability - share of hits| in the bin of their probability
     (Guo et al. 2017, https://arxiv.org/abs/1706.04599): that of the predicted class, or for
-    decisions that of a yes.
+    decisions that of a positive one.
 
     Args:
         bins: number of bins of equal width.
         from_logits: whether the scores are logits, and not probabilities.
-        scores: the task's output of scores, as of F1.
-        labels: the task's output of labels, as of F1.
-        weights: the task's output of weights, as of F1.
+        scores: the task's output of scores, as in F1.
+        labels: the task's output of labels, as in F1.
+        weights: the task's output of weights, as in F1.
 
     Raises:
         ValueError: if there is no bin.
@@ -146,7 +150,7 @@ def Perplexity(*, loss: str = 'loss', weights: str = 'weights') -> type[Weighted
     return configure(_Perplexity, 'Perplexity', _values=loss, _weights=weights)
 
 
-def _of_counts(
+def _configure_counts(
     name: str,
     base: type[_Counts],
     average: Average | None,
@@ -183,7 +187,7 @@ class _Decided(Sums):
 class _Counts(_Decided):
     """For each class the weight of its hits, its labels and its predictions.
 
-    The sums are (classes, 3), or (labels, 2, 3): no and yes are the classes of each label.
+    The sums are (classes, 3), or (labels, 2, 3): each label has a negative and a positive class.
     """
 
     average: ClassVar[Average | None]
@@ -222,12 +226,12 @@ class _Counts(_Decided):
         if not several:
             of_classes = of_classes[of_classes[:, 1:].any(1)]
         support = of_classes[:, 1] if average == 'weighted' else np.ones(len(of_classes))
-        # Without any label that is a yes, nothing was found.
+        # 0 if no label is positive: the support is 0.
         return float(_divide((self.score(of_classes) * support).sum(), support.sum()))
 
     @staticmethod
     def score(counts: np.ndarray) -> np.ndarray:
-        """Returns the metric of counts (..., 3), 0 where it is not defined."""
+        """Returns the metric for counts (..., 3), 0 where it is undefined."""
         raise NotImplementedError
 
 
@@ -299,7 +303,7 @@ class _CalibrationError(Sums):
         weights = broadcast_weights(found.weights, found.labels.shape)
         weights = jnp.where(found.labels >= 0, weights, 0.0).ravel()
         values = jnp.stack([jnp.ones_like(weights), probability.ravel(), hit.ravel()], -1)
-        # What has no weight may be anything: 0 x NaN is not 0.
+        # Selected, because a value of weight 0 may be NaN, and 0 x NaN is NaN.
         values = jnp.where(weights[:, None] != 0, values * weights[:, None], 0.0)
         number = (probability.ravel()[:, None] > _inner_edges(cls.bins)).sum(-1)
         return jnp.einsum(
@@ -317,7 +321,7 @@ class _CalibrationError(Sums):
 @flax.struct.dataclass
 class _Perplexity(WeightedMean):
     def compute(self) -> Any:
-        """Returns exp of the mean, a float; inf where no float64 holds it."""
+        """Returns exp of the mean, a float; inf if it exceeds float64."""
         with np.errstate(all='ignore'):
             return float(np.exp(np.float64(self.total) / np.float64(self.weight)))
 
@@ -328,12 +332,15 @@ def _compare(numbers: jax.Array, classes: int) -> jax.Array:
 
 
 def _divide(part: Any, whole: Any) -> Any:
-    """Returns a quotient, 0 where it is not defined, as scikit-learn does with a warning."""
+    """Returns a quotient, 0 where it is undefined, as scikit-learn does with a warning."""
     return np.divide(part, whole, out=np.zeros_like(whole), where=np.asarray(whole) != 0)
 
 
 def _inner_edges(bins: int) -> np.ndarray:
-    """Returns the borders between bins, float32; a number above one is above it in float64 too."""
+    """Returns the edges between bins, float32.
+
+    They are rounded down, so that a float32 is above an edge exactly if it is in float64.
+    """
     exact = np.linspace(0, 1, bins + 1)[1:-1]
     rounded = exact.astype(np.float32)
     below = np.nextafter(rounded, np.float32(0))

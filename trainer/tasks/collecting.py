@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics that need all examples at once (`clu.metrics.CollectingMetric`), such as an AUC.
 
-The devices compute what such a metric collects of each batch; the host keeps the rows of all
-batches and computes its value at the end of an evaluation.
+The devices compute the arrays that such a metric collects from each batch. The host keeps those of
+all batches, and computes the value at the end of an evaluation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Collecting = tuple[tuple[str, type[clu.metrics.CollectingMetric]], ...]
 def split_collecting(
     metrics: type[clu.metrics.Collection] | None,
 ) -> tuple[type[clu.metrics.Collection] | None, Collecting]:
-    """Returns the part of a collection that accumulates on the devices, and its other metrics."""
+    """Splits a collection into a part that accumulates on the devices, and collecting metrics."""
     written = getattr(metrics, '__annotations__', {})
     kinds = _resolve_texts(metrics, written)
     collecting = {name: kind for name, kind in kinds.items() if _is_collecting(kind)}
@@ -36,13 +36,15 @@ def split_collecting(
 
 
 def _resolve_texts(metrics: Any, written: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the classes of annotations that are text, as `from __future__ import annotations`
-    makes them: clu itself does not know these."""
+    """Returns annotations as classes.
+
+    With `from __future__ import annotations` they are strings, which clu does not resolve.
+    """
     if not any(isinstance(kind, str) for kind in written.values()):
         return written
     try:
         hints = typing.get_type_hints(metrics)
-    except Exception:  # The text is any expression of the user.
+    except Exception:  # The string may be any expression of the user.
         return written
     return {name: hints[name] for name in written}
 
@@ -53,7 +55,7 @@ def _is_collecting(kind: Any) -> bool:
 
 @contextlib.contextmanager
 def explain_missing_output(name: str, outputs: Iterable[str]) -> Iterator[None]:
-    """Explains the error of a metric that collects what the task does not return."""
+    """Explains the error of a metric that collects an output that the task does not return."""
     try:
         yield
     except KeyError as error:
@@ -64,25 +66,27 @@ def explain_missing_output(name: str, outputs: Iterable[str]) -> Iterator[None]:
         ) from error
 
 
-def collected_rows(
-    name: str, metric: clu.metrics.CollectingMetric, rows: int
+def collected_arrays(
+    name: str, metric: clu.metrics.CollectingMetric, size: int
 ) -> dict[str, jax.Array]:
-    """Returns the arrays that a metric has collected of a batch, by name, each (rows, ...).
+    """Returns the arrays that a metric has collected from a batch, by name, each (batch, ...).
 
     Args:
-        name: of the metric, for messages.
-        metric: that of one batch.
-        rows: of the batch.
+        name: name of the metric, for messages.
+        metric: the metric of one batch.
+        size: number of examples of the batch.
 
     Raises:
-        UserError: if an array has not one row for each example.
+        UserError: if dimension 0 of an array is not the batch.
     """
+    # clu keeps a tuple with one array for each batch.
     arrays = {key: parts[0] for key, parts in metric.values.items()}
     for key, x in arrays.items():
-        if x.shape[:1] != (rows,):
+        # The host removes padding by example.
+        if x.shape[:1] != (size,):
             raise UserError(
-                f'the metric {name!r} collects {key!r}, which is {describe(x)}; expected one row '
-                f'for each of the {rows} examples of a batch'
+                f'the metric {name!r} collects {key!r}, which is {describe(x)}; expected one entry '
+                f'for each of the {size} examples of a batch'
             )
     return arrays
 
@@ -90,5 +94,5 @@ def collected_rows(
 def compute_collected(
     kind: type[clu.metrics.CollectingMetric], arrays: Mapping[str, np.ndarray]
 ) -> Any:
-    """Returns the value of a metric that has collected these arrays over all examples."""
+    """Returns the value of a metric from the arrays of all examples."""
     return kind(values={name: (x,) for name, x in arrays.items()}).compute()

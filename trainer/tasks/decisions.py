@@ -23,7 +23,7 @@ _FITTING = (
 
 
 class Reader(Protocol):
-    """A class of a metric that reads scores, labels and weights: the names of these outputs."""
+    """A metric class with the names of the outputs that it reads."""
 
     scores: ClassVar[str]
     labels: ClassVar[str]
@@ -33,14 +33,15 @@ class Reader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a metric of classification reads of a batch.
+    """The outputs that a classification metric reads.
 
     Attributes:
-        kind: 'multiclass': one of several classes; 'binary': one decision; 'multilabel': several.
-        scores: (batch, ..., classes) if multiclass, else the shape of the labels.
-        labels: (batch, ...), with a last dimension for the labels if multilabel. A negative one
+        kind: 'multiclass' for one of several classes, 'binary' for one decision, 'multilabel' for
+            several decisions.
+        scores: (batch, ..., classes) if multiclass, otherwise the shape of the labels.
+        labels: (batch, ...), with a last dimension for the labels if multilabel. A negative label
             does not count.
-        weights: float32, (batch, ...): leading dimensions of the labels.
+        weights: float32, the leading dimensions of the labels.
     """
 
     kind: Kind
@@ -54,10 +55,10 @@ class Decisions:
     """Labels, and the decisions of a model.
 
     Attributes:
-        labels: int32 (examples,), or (examples, labels) if several decisions belong to an example.
+        labels: int32 (examples,), or (examples, labels) if an example has several decisions.
         guesses: the decisions, in the shape of the labels.
-        weights: float32 in the shape of the labels, 0 for what does not count.
-        classes: of each decision; 2 for yes and no.
+        weights: float32 in the shape of the labels, 0 for labels that do not count.
+        classes: number of classes of each decision; 2 for a binary one.
     """
 
     labels: jax.Array
@@ -70,7 +71,7 @@ def read_output(metric: str, name: str, outputs: Mapping[str, Any]) -> jax.Array
     """Returns an output of a task.
 
     Raises:
-        UserError: if the task does not return it, or it is no array.
+        UserError: if the task does not return it, or it is not an array.
     """
     value = outputs.get(name)
     if not hasattr(value, 'dtype'):
@@ -86,13 +87,13 @@ def read_weights(metric: str, name: str, outputs: Mapping[str, Any], like: Any) 
     """Returns the weights of a batch, float32, (batch, ...).
 
     Args:
-        metric: for messages.
-        name: of the output; one that is missing weighs all examples equally.
-        outputs: of the task, by name.
-        like: the array whose leading dimensions they must have.
+        metric: name of the metric, for messages.
+        name: name of the output; without it, all examples are weighted equally.
+        outputs: the outputs of the task, by name.
+        like: the array whose leading dimensions the weights must have.
 
     Raises:
-        UserError: if they have others.
+        UserError: if the weights have other dimensions.
     """
     if outputs.get(name) is None:
         return jnp.ones(like.shape[:1], jnp.float32)
@@ -126,12 +127,14 @@ def read_scored(metric: type[Reader], outputs: Mapping[str, Any]) -> Scored:
 
 
 def _find_kind(scores: jax.Array, labels: jax.Array) -> Kind | None:
+    """Returns the kind of classification that the shapes imply, None if they do not fit."""
     if scores.shape == labels.shape and labels.ndim:
         return 'multilabel' if labels.ndim > 1 and labels.shape[-1] > 1 else 'binary'
     if scores.shape[:-1] != labels.shape or not labels.ndim:
         return None
     if scores.shape[-1] == 1:
         return 'binary'
+    # Class indices are integers.
     return None if jnp.issubdtype(labels.dtype, jnp.inexact) else 'multiclass'
 
 
@@ -141,10 +144,10 @@ def decide(
     """Returns labels and decisions of a batch.
 
     Args:
-        metric: whose they are.
-        outputs: of the task, by name.
-        threshold: a score above it is a yes.
-        classes: number of classes, if the scores are integers: the decisions themselves.
+        metric: the metric, which names the outputs.
+        outputs: the outputs of the task, by name.
+        threshold: a score above it is a positive decision.
+        classes: number of classes, if the scores are the decisions themselves: integers.
 
     Raises:
         UserError: if an output is missing, or its shape does not fit.
@@ -154,7 +157,7 @@ def decide(
         return _read_decided(metric, given, outputs, classes)
     found = read_scored(metric, outputs)
     weights = broadcast_weights(found.weights, found.labels.shape)
-    # A label that is not a number (NaN) does not count either.
+    # A comparison with NaN is false, so a label that is NaN does not count either.
     weights = jnp.where(found.labels >= 0, weights, 0.0)
     if found.kind == 'multiclass':
         _check_classes(metric, classes, found.scores.shape[-1])
@@ -177,7 +180,7 @@ def _read_decided(
         raise UserError(
             f'the metric {metric.__name__}: {metric.scores!r} is {describe(guesses)}, integers, '
             f'and {metric.labels!r} is {describe(labels)}; predicted classes need the shape of the '
-            'labels, and their number: classes=10 for example. For yes and no use booleans'
+            'labels, and their number: classes=10 for example. Use booleans for binary decisions'
         )
     weights = read_weights(metric.__name__, metric.weights, outputs, labels)
     weights = jnp.where(labels >= 0, broadcast_weights(weights, labels.shape), 0.0)

@@ -19,11 +19,11 @@ def add_to_means(
     """Returns the collection of a task: weighted means of its outputs, and extra metrics.
 
     Raises:
-        ValueError: if a name is not a name, or taken, or its value is not the class of a metric.
+        ValueError: if a name is not an identifier or is reserved, or a value is not a metric class.
     """
     for name, metric in extra.items():
         if not name.isidentifier() or keyword.iskeyword(name):
-            raise ValueError(f'extra_metrics: a name is a Python identifier, got {name!r}')
+            raise ValueError(f'extra_metrics: expected Python identifiers as names, got {name!r}')
         if name in own:
             raise ValueError(f'extra_metrics: the task has a metric {name!r}; choose another name')
         if not (isinstance(metric, type) and issubclass(metric, clu.metrics.Metric)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics that need all examples at once, on the host: AUC, average precision, correlations.
 
-Each function makes the class of a `clu.metrics.CollectingMetric`, for evaluations.
+Each function returns a `clu.metrics.CollectingMetric` class, for evaluations.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def AUC(
     Args:
         average: over labels or classes: 'micro' pools them, 'macro' is their mean, 'weighted' by
             their number of examples, 'per_class' an array.
-        skip_absent: whether to leave out of means what has no yes or no no; otherwise these are
-            NaN.
+        skip_absent: whether means leave out labels without a positive or without a negative
+            example; otherwise these are NaN.
         from_logits: whether scores of classes are logits, and not probabilities.
         scores: the task's output of scores, (batch, ..., classes) or the shape of the labels.
         labels: the task's output of labels: integers (batch, ...), or 0 and 1 (batch, ..., labels)
@@ -45,7 +45,7 @@ def AUC(
         weights: the task's output of weights, (batch,) or (batch, ...).
     """
     names = {'scores': scores, 'labels': labels, 'weights': weights}
-    return _of_ranking('AUC', _AUC, average, skip_absent, from_logits, **names)
+    return _configure_ranking('AUC', _AUC, average, skip_absent, from_logits, **names)
 
 
 def AveragePrecision(
@@ -59,12 +59,12 @@ def AveragePrecision(
 ) -> type[clu.metrics.CollectingMetric]:
     """Returns the class of a metric: the average precision, exact over all examples.
 
-    The mean over the yes of the precision at their score. Arguments as of AUC; a label without any
-    yes counts as 0.
+    The mean over positive examples of the precision at their score. The arguments are those of AUC;
+    a label without a positive example counts as 0.
     """
     names = {'scores': scores, 'labels': labels, 'weights': weights}
     base = _AveragePrecision
-    return _of_ranking('AveragePrecision', base, average, skip_absent, from_logits, **names)
+    return _configure_ranking('AveragePrecision', base, average, skip_absent, from_logits, **names)
 
 
 def Spearman(
@@ -84,12 +84,15 @@ def Spearman(
 def Pearson(
     *, predictions: str = 'predictions', targets: str = 'targets', weights: str = 'weights'
 ) -> type[clu.metrics.CollectingMetric]:
-    """Returns the class of a metric: the linear correlation. Arguments as of Spearman."""
+    """Returns the class of a metric: the linear correlation.
+
+    The arguments are those of Spearman.
+    """
     names = {'predictions': predictions, 'targets': targets, 'weights': weights}
     return configure(_Pearson, 'Pearson', **names)
 
 
-def _of_ranking(
+def _configure_ranking(
     name: str,
     base: type[_Ranking],
     average: Average,
@@ -118,13 +121,13 @@ class _Ranking(clu.metrics.CollectingMetric):
 
     @classmethod
     def from_model_output(cls, **outputs: Any) -> _Ranking:
-        """Returns what is collected of one batch: arrays (batch, ...) by name."""
+        """Returns the arrays of one batch by name, each (batch, ...)."""
         found = read_scored(cls, outputs)
         parts = {'scores': found.scores, 'labels': found.labels, 'weights': found.weights}
         return cls(values={name: (x,) for name, x in parts.items()})
 
     def compute(self) -> Any:
-        """Returns the score, a float or an array (classes,); NaN of no examples."""
+        """Returns the score, a float or an array (classes,); NaN without examples."""
         found = super().compute() if self.values else {}
         if not found or not found['labels'].size:
             return float('nan')
@@ -160,7 +163,7 @@ class _Correlation(clu.metrics.CollectingMetric):
 
     @classmethod
     def from_model_output(cls, **outputs: Any) -> _Correlation:
-        """Returns what is collected of one batch: arrays (batch,) by name."""
+        """Returns the arrays of one batch by name, each (batch,)."""
         one = read_output(cls.__name__, cls.predictions, outputs)
         two = read_output(cls.__name__, cls.targets, outputs)
         if one.shape != two.shape or not one.ndim or one.size != one.shape[0]:
@@ -173,7 +176,7 @@ class _Correlation(clu.metrics.CollectingMetric):
         return cls(values={name: (x,) for name, x in parts.items()})
 
     def compute(self) -> float:
-        """Returns the correlation; NaN of no examples."""
+        """Returns the correlation; NaN without examples."""
         if not self.values:
             return float('nan')
         found = super().compute()
@@ -192,7 +195,8 @@ def _compare_classes(scores: np.ndarray, from_logits: bool) -> np.ndarray:
     """Returns scores of classes that can be compared between examples."""
     if not from_logits:
         return scores
-    if scores.shape[1] == 2:  # Monotonic in the probability, and does not round to 1.
+    # For two classes, the difference is monotonic in the probability, and does not round to 1.
+    if scores.shape[1] == 2:
         difference = scores[:, 1] - scores[:, 0]
         return np.stack([-difference, difference], 1)
     powers = np.exp(scores - scores.max(1, keepdims=True))

@@ -69,8 +69,8 @@ class NextToken:
         # `_shift_left` is cyclic: the last target would be the first token.
         counts = counts.at[:, -1].set(0.0)
         if self.weight is not None:
-            given = batch[self.weight]
-            counts = counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))
+            weight = batch[self.weight]
+            counts = counts * weight.reshape(*weight.shape, *[1] * (counts.ndim - weight.ndim))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         hits = {'accuracy': logits.argmax(-1) == targets}
         if self.extra_metrics:

@@ -74,12 +74,6 @@ class MetricValues(dict[str, float]):
         for name, value in {**other, **other.arrays, **other.summaries}.items():
             self.add(prefix + name, value)
 
-    def with_prefix(self, prefix: str) -> MetricValues:
-        """Returns a copy with a prefix to the names of numbers; arrays keep their names."""
-        result = MetricValues({prefix + name: value for name, value in self.items()})
-        result.arrays, result.summaries = self.arrays, self.summaries
-        return result
-
 
 def _as_array(name: str, value: Any) -> np.ndarray:
     """Returns a numeric array in one of numpy's own dtypes."""

@@ -96,9 +96,9 @@ def check(loss: Any, weights: Any, metrics: Any, penalties: Any) -> None:
     losses: Mapping[str | None, Any] = loss if isinstance(loss, Mapping) else {None: loss}
     for name, values in losses.items():
         _check_loss(name, values, metrics)
-        mine = weights.get(name) if isinstance(weights, Mapping) else weights
-        if mine is not None:
-            _check_weights(mine, values)
+        own = weights.get(name) if isinstance(weights, Mapping) else weights
+        if own is not None:
+            _check_weights(own, values)
     for name, penalty in penalties.items():
         if not _is_scalar(penalty):
             raise UserError(

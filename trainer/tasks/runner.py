@@ -23,7 +23,7 @@ from trainer.tasks import returned
 from trainer.tasks.batch import Batch, PlainBatch, UnsentField, device_fields, note_weights, reads
 from trainer.tasks.checks import Check
 from trainer.tasks.collecting import (
-    collected_rows,
+    collected_arrays,
     explain_missing_output,
     split_collecting,
 )
@@ -229,28 +229,29 @@ class TaskRunner:
         # times. Other results have to be converted, which checks them again.
         is_checked = self.is_weighted is not None and isinstance(result, TaskOutput)
         output = result if is_checked else self._as_output(result, batch)
-        given, mask = output.weights, batch.get(MASK)
+        own, mask = output.weights, batch.get(MASK)
         losses: dict[str, Any] = {ONLY_LOSS: output.loss}
         if isinstance(output.loss, Mapping):
             # Weights of the metrics get the shape of any of the losses: all have one entry for each
             # example.
             losses = {**output.loss, METRIC_WEIGHTS: next(iter(output.loss.values()))}
-        is_lone = list(losses) == [ONLY_LOSS]
-        named = given if isinstance(given, Mapping) else dict.fromkeys(losses, given)
+        is_single = list(losses) == [ONLY_LOSS]
+        named = own if isinstance(own, Mapping) else dict.fromkeys(losses, own)
         weights = {}
         for name, loss in losses.items():
-            mine = named.get(name)
-            each = jnp.ones(loss.shape[:1], jnp.float32) if mine is None else jnp.asarray(mine)
+            weight = named.get(name)
+            each = jnp.ones(loss.shape[:1], jnp.float32) if weight is None else jnp.asarray(weight)
             if not each.ndim:
                 each = jnp.broadcast_to(each, loss.shape[:1])
+            # A product: padding has weight 0, whatever the task returns for it.
             if mask is not None:
                 each = each * broadcast_weights(mask, each.shape)
             # Weights may depend on the parameters, but they are no part of what is minimized:
             # otherwise training could lower the loss by shrinking them.
             weights[name] = jax.lax.stop_gradient(jnp.asarray(each, jnp.float32))
-        output = dataclasses.replace(output, weights=weights[ONLY_LOSS] if is_lone else weights)
+        output = dataclasses.replace(output, weights=weights[ONLY_LOSS] if is_single else weights)
         # In a loss without weights every example counts, so no example can be replaced.
-        if given is None or not set(losses_by_name(output.loss)) <= set(named):
+        if own is None or not set(losses_by_name(output.loss)) <= set(named):
             return output, None
         # Dimension 0 of a loss may be something else than examples, such as tokens. Then it is
         # unknown which examples have weight 0.
@@ -260,7 +261,7 @@ class TaskRunner:
             return output, None
         # Metrics without weights of their own count every example, too: they are those of the first
         # run, whose examples have not been replaced.
-        metrics = None if is_lone or METRIC_WEIGHTS in named else dict(output.metrics)
+        metrics = None if is_single or METRIC_WEIGHTS in named else dict(output.metrics)
         return output, Weighing(output.weights, tuple(counted), metrics)
 
     def _as_output(self, result: Any, batch: Mapping[str, Any]) -> TaskOutput:
@@ -312,19 +313,19 @@ class TaskRunner:
         return collection.single_from_model_output(**{**outputs, **output.metrics})
 
     def collect(self, output: TaskOutput) -> dict[str, dict[str, jax.Array]]:
-        """Returns what the collecting metrics collect of one batch, by name.
+        """Returns the arrays that collecting metrics collect from one batch, by name.
 
         Raises:
-            UserError: if they collect something that has not one row for each example.
+            UserError: if dimension 0 of an array is not the batch.
         """
         if not self.collecting:
             return {}
-        rows = next(iter(losses_by_name(output.loss).values())).shape[0]
+        size = next(iter(losses_by_name(output.loss).values())).shape[0]
         collected = {}
         for name, kind in self.collecting:
             with explain_missing_output(name, output.metrics):
                 metric = self.measure(output, clu.metrics.Collection.create(**{name: kind}))
-            collected[name] = collected_rows(name, getattr(metric, name), rows)
+            collected[name] = collected_arrays(name, getattr(metric, name), size)
         return collected
 
     def _means(self, output: TaskOutput) -> type[clu.metrics.Collection]:
@@ -353,8 +354,8 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
     totals, weights = {}, {}
     losses: Any = output.loss if isinstance(output.loss, Mapping) else {ONLY_LOSS: output.loss}
     for name, loss in losses.items():
-        mine = output.weights[name] if isinstance(output.weights, Mapping) else output.weights
-        full = broadcast_weights(jnp.asarray(mine), loss.shape)
+        weight = output.weights[name] if isinstance(output.weights, Mapping) else output.weights
+        full = broadcast_weights(jnp.asarray(weight), loss.shape)
         # `where` and not the product alone: a value of weight 0 may be NaN, and 0 x NaN is NaN.
         totals[name] = jnp.sum(jnp.where(full != 0, loss.astype(jnp.float32) * full, 0.0))
         weights[name] = full.sum()

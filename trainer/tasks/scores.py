@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores that need all examples at once, as functions of numpy arrays.
 
-Equal to those of scikit-learn and scipy, in float64 and exact for ties.
+They equal those of scikit-learn and scipy, in float64, and are exact for ties.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def auc(
     average: Average = 'macro',
     skip_absent: bool = False,
 ) -> Any:
-    """Returns the area under the ROC curve: how often a yes scores higher than a no.
+    """Returns the area under the ROC curve: how often a positive scores higher than a negative.
 
     Args:
         labels: 0 or 1 (examples,) or (examples, labels), or integers (examples,) for scores of
@@ -32,10 +32,12 @@ def auc(
         weights: (examples,), or the shape of the labels; None weighs all equally.
         average: over labels or classes: 'micro' pools them, 'macro' is their mean, 'weighted' by
             their number of examples, 'per_class' an array.
-        skip_absent: whether to leave out of means what has no yes or no no.
+        skip_absent: whether means leave out labels without a positive or without a negative
+            example.
 
     Returns:
-        A float; NaN if a label of the mean has no yes or no no. Or an array (labels,).
+        A float; NaN if a label of the mean has no positive or no negative example. For 'per_class'
+        an array (labels,).
 
     Raises:
         ValueError: if shapes do not fit.
@@ -54,14 +56,14 @@ def average_precision(
     """Returns the average precision: the sum of (recall_n - recall_(n-1)) precision_n.
 
     Args:
-        labels: as of `auc`.
-        scores: as of `auc`.
-        weights: as of `auc`.
-        average: as of `auc`.
-        skip_absent: as of `auc`.
+        labels: as in `auc`.
+        scores: as in `auc`.
+        weights: as in `auc`.
+        average: as in `auc`.
+        skip_absent: as in `auc`.
 
     Returns:
-        A float; 0 for a label without any yes. Or an array (labels,).
+        A float; 0 for a label without a positive example. For 'per_class' an array (labels,).
 
     Raises:
         ValueError: if shapes do not fit.
@@ -81,7 +83,7 @@ def pearson(targets: Any, predictions: Any, weights: Any = None) -> float:
         ValueError: if shapes do not fit.
     """
     one, two, weights = _pairs(targets, predictions, weights)
-    # A difference of rounding is no variation.
+    # Compared exactly, because a variance of rounding errors would not be 0.
     if not len(one) or (one == one[0]).all() or (two == two[0]).all():
         return float('nan')
     one = one - np.average(one, weights=weights)
@@ -143,7 +145,7 @@ def _average(
 
 
 def _columns(labels: Any, scores: Any, weights: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns answers (bool), scores and weights, float64, each (examples, labels)."""
+    """Returns whether labels are positive (bool), scores and weights, each (examples, labels)."""
     labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
     of_classes = scores.ndim == labels.ndim + 1
     if labels.ndim not in (1, 2) or scores.shape[: labels.ndim] != labels.shape or scores.ndim > 2:
@@ -166,7 +168,8 @@ def _columns(labels: Any, scores: Any, weights: Any) -> tuple[np.ndarray, np.nda
         yes = labels[:, None] == np.arange(scores.shape[1])
     else:
         yes = labels.reshape(len(labels), -1) > 0.5
-    if of_classes and scores.shape[1] == 2:  # One decision, whose yes is the second class.
+    # Two classes are one decision, and the second class is the positive one.
+    if of_classes and scores.shape[1] == 2:
         yes, scores = yes[:, 1:], scores[:, 1:]
     return yes, scores, np.broadcast_to(given, yes.shape)
 
@@ -174,7 +177,10 @@ def _columns(labels: Any, scores: Any, weights: Any) -> tuple[np.ndarray, np.nda
 def _count_by_score(
     yes: np.ndarray, scores: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the weight of yes and of no at each different score, ascending; None for NaN."""
+    """Returns the weights of positives and negatives at each distinct score, ascending.
+
+    None if a score is NaN.
+    """
     counted = weights != 0
     yes, scores, weights = yes[counted], scores[counted], weights[counted]
     if np.isnan(scores).any():
@@ -190,7 +196,7 @@ def _binary_auc(yes: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> flo
         return float('nan')
     right, wrong = counts
     pairs = right.sum() * wrong.sum()
-    # Of each pair, the no scores lower; one of equal scores is half a hit.
+    # A pair is a hit if its negative scores lower; equal scores are half a hit.
     hits = (right * (np.cumsum(wrong) - wrong / 2)).sum()
     return float(hits / pairs) if pairs else float('nan')
 
@@ -207,7 +213,7 @@ def _binary_average_precision(yes: np.ndarray, scores: np.ndarray, weights: np.n
 
 
 def _pairs(targets: Any, predictions: Any, weights: Any) -> tuple[np.ndarray, ...]:
-    """Returns both arrays and the weights, float64 (examples,), without what has no weight."""
+    """Returns both arrays and the weights, float64 (examples,), without examples of weight 0."""
     one, two = np.asarray(targets, np.float64), np.asarray(predictions, np.float64)
     given = np.ones(one.shape) if weights is None else np.asarray(weights, np.float64)
     if one.ndim != 1 or not one.shape == two.shape == given.shape:
@@ -220,7 +226,7 @@ def _pairs(targets: Any, predictions: Any, weights: Any) -> tuple[np.ndarray, ..
 
 
 def _rank(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns the weight of smaller values, and half of that of equal ones."""
+    """Returns the rank of each value: the weight of smaller values plus half that of equal ones."""
     _, group = np.unique(values, return_inverse=True)
     mass = np.bincount(group, weights)
     return (np.cumsum(mass) - mass / 2)[group]

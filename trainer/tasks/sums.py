@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics that are computed from weighted sums, whose shape the first batch decides."""
+"""Metrics that are computed from weighted sums, whose shape depends on the first batch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ M = TypeVar('M', bound=clu.metrics.Metric)
 class Sums(clu.metrics.Metric):
     """Sums over all examples, in float32 with their rounding errors.
 
-    A float32 alone stops counting at 2^24. With the errors of its additions beside it, a count is
-    exact up to 2^47. A subclass says what is summed (`sum_batch`), and `compute` is called on the
-    host.
+    A float32 alone stops counting at 2^24. Together with the errors of its additions, a count is
+    exact up to 2^47, if it is below 2^24 in each batch. A subclass defines the summands
+    (`sum_batch`), and `compute` runs on the host.
 
     Attributes:
         total: the sums, of any shape.
-        rest: what the additions to `total` have lost, in its shape.
+        rest: the rounding errors of the additions to `total`, in its shape.
     """
 
     total: jax.Array
@@ -35,7 +35,7 @@ class Sums(clu.metrics.Metric):
 
     @classmethod
     def empty(cls) -> Sums:
-        """Returns scalar zeros, which any sums can be added to: see `empty_like`."""
+        """Returns scalar zeros, to which any sums can be added: see `empty_like`."""
         return cls(total=jnp.zeros((), jnp.float32), rest=jnp.zeros((), jnp.float32))
 
     @classmethod
@@ -43,7 +43,7 @@ class Sums(clu.metrics.Metric):
         """Returns the sums of one batch.
 
         Args:
-            **outputs: of the task, by name.
+            **outputs: the outputs of the task, by name.
 
         Raises:
             UserError: if an output is missing, or its shape does not fit.
@@ -59,10 +59,13 @@ class Sums(clu.metrics.Metric):
     def merge(self, other: Sums) -> Sums:
         """Returns the sums over both."""
         total = self.total + other.total
-        # What was rounded off, which is a float32 itself (Knuth, TAOCP 2, section 4.2.2).
+        # The rounding error, which is a float32 itself (Knuth, TAOCP 2, section 4.2.2).
         added = total - self.total
         lost = (self.total - (total - added)) + (other.total - added)
-        return type(self)(total=total, rest=self.rest + other.rest + lost)
+        rest = self.rest + other.rest + lost
+        # As much of it as fits goes to the total; otherwise `rest` would stop counting, too.
+        whole = total + rest
+        return type(self)(total=whole, rest=rest - (whole - total))
 
     @property
     def sums(self) -> np.ndarray:
@@ -71,11 +74,11 @@ class Sums(clu.metrics.Metric):
 
 
 def empty_like(empty: Any, new: Any) -> Any:
-    """Returns empty accumulators in which sums have the shapes that batches will give them.
+    """Returns empty accumulators in which sums have the shapes of those of a batch.
 
     Args:
-        empty: tree of metrics that have seen nothing.
-        new: the same tree, of one batch; arrays or their shapes.
+        empty: tree of empty metrics.
+        new: the same tree for one batch, arrays or their shapes.
     """
 
     def fit(before: Any, one: Any) -> Any:
@@ -92,14 +95,14 @@ def empty_like(empty: Any, new: Any) -> Any:
 def configure(base: type[M], name: str, **settings: Any) -> type[M]:
     """Returns a subclass of a metric with some of its class attributes set.
 
-    One class for equal arguments: the class is part of the type of a state.
+    Cached, because the class is part of the pytree type of a state.
 
     Args:
         base: the metric.
-        name: of the subclass, which messages name.
+        name: name of the subclass, for messages.
         **settings: class attributes, hashable.
     """
-    hashable: Any = base  # Which the types of flax.struct deny.
+    hashable: Any = base  # The type annotations of flax.struct do not say so.
     return _make_class(hashable, name, tuple(settings.items()))
 
 
