@@ -198,7 +198,7 @@ def streamed(text: str) -> None:
     # Each of the two has noise of its own.
     near = [np.abs(images[:, 0] - x).mean() for x in (images[:, 1, :, ::-1], images[:, 1])]
     assert near[0] < near[1]
-    fitted(built('mnist_mlp.py', text, {**MNIST, 'evals.test.every': '2 steps'}))
+    fitted(built('mnist_mlp.py', text, {**MNIST, 'evals.test.every': '2 steps', 'checkpoint.every': 'never'}))
 
 
 def augmented(text: str) -> None:

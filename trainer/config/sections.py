@@ -31,19 +31,18 @@ class DataSection:
 
     Attributes:
         source: the dataset, such as `trainer.data.mnist:MNIST`.
-        batch_size: examples of one step, over all devices and processes.
-        transforms: functions of a batch, run in numpy on the host, in this order; or objects of
-            Grain's `Map` and `RandomMap`.
-        device_transforms: functions of a batch, run in the compiled step on the devices, after
+        batch_size: number of examples in a batch, over all devices and processes.
+        transforms: functions of a batch, run with NumPy on the host, in this order; or
+            objects of Grain's `Map` and `RandomMap`.
+        device_transforms: functions of a batch, run on the devices in the compiled step, after
             `transforms`. They may take `key`, a random key, and `training`.
-        remainder: the examples left over at the end of an epoch: 'carry' takes them into the
-            next epoch's first batch, 'pad' fills their batch with padding, 'drop' leaves them
-            out.
-        shuffle: whether each epoch has a new random order; otherwise it is that of the source.
-        seed: seed of the order and of random transforms; None takes `config.seed`.
-        repeat_batch: trains on the first so many batches only, over and over, to see a model
-            overfit.
-        prefetch: blocks of batches that are prepared ahead of the step.
+        remainder: what happens to the last, incomplete batch of an epoch: 'carry' fills it from
+            the next epoch, 'pad' fills it with padding, 'drop' leaves it out.
+        shuffle: whether each epoch has a new random order; otherwise the order of the source.
+        seed: seed of the order and of random transforms; None for `config.seed`.
+        repeat_batch: number of batches to train on, over and over, to check that the model can
+            overfit them; None for all of the data.
+        prefetch: number of blocks of batches to prepare ahead of the step.
         loader: makes batches of the source; the other keys of this section are its arguments.
     """
 
@@ -66,12 +65,12 @@ class EvalDataSection:
     """`config.evals.<name>.data`: the split to evaluate.
 
     Attributes:
-        source: the dataset that is evaluated, each example exactly once.
-        batch_size: examples of one batch, over all devices and processes; None takes
+        source: the dataset; each example is evaluated exactly once.
+        batch_size: number of examples in a batch, over all devices and processes; None for
             `config.data.batch_size`.
-        transforms: functions of a batch, run in numpy on the host; those of `config.data` are
+        transforms: functions of a batch, run with NumPy on the host; those of `config.data` are
             not inherited.
-        device_transforms: functions of a batch, run in the compiled step on the devices; not
+        device_transforms: functions of a batch, run on the devices in the compiled step; not
             inherited either.
         loader: makes batches of the source; `trainer.data.streaming:StreamEvalLoader` for a
             stream.
@@ -109,11 +108,14 @@ class EvalSection:
     `config.optimizer.eval_params`, if that is set, or the parameters themselves.
 
     Attributes:
-        data: the split and how it is read.
+        data: the split, and how it is read.
         every: how often it runs during training.
         final: whether it also runs at the end of training.
         ema: whether it uses the moving average of the parameters, which `config.ema` keeps.
-        task: the task, if it is not `config.task`.
+        task: the task; None for `config.task`.
+        model: arguments of the model that differ in this evaluation, merged over
+            `config.model`; the variables are the same.
+        score: what the host computes from the predictions for all examples, or None.
     """
 
     data: EvalDataSection
@@ -130,9 +132,9 @@ class GroupSection:
     """`config.optimizer.groups.<name>`: the optimizer of a group of parameters, and their loss.
 
     Attributes:
-        params: patterns of the parameters of the group; every parameter is in exactly one.
-        loss: name of the loss that the group minimises, of a task with several; None for the
-            only one.
+        params: patterns of the parameters of the group; every parameter must be in exactly one
+            group.
+        loss: name of the loss that the group minimizes; None for a task with a single loss.
         clip_norm: largest global norm of the group's gradients; larger ones are scaled down.
         decay_mask: patterns of the parameters with weight decay; None leaves it to the
             optimizer.
@@ -164,7 +166,7 @@ class OptimizerSection:
         eval_params: a function (optimizer state, parameters) -> parameters, used in
             evaluations, predictions and exports.
         freeze: patterns of the parameters that are not trained and have no optimizer state.
-        freeze_statistics: patterns of the batch statistics that training does not change.
+        freeze_statistics: patterns of the batch statistics that training does not update.
         groups: optimizers for groups of parameters, by name; each has the keys of an optimizer.
         lr_multipliers: (pattern, factor) pairs that scale the updates; the first match counts,
             and each parameter needs one.
@@ -185,7 +187,7 @@ class EmaSection:
     """`config.ema`: a moving average of the parameters.
 
     Attributes:
-        decay: share of the old average that one step keeps, from 0 to below 1.
+        decay: fraction of the old average that one step keeps, at least 0 and below 1.
     """
 
     decay: float
@@ -200,12 +202,12 @@ class PrecisionSection:
     dynamic loss scale; with float16 it defaults to 65,536, and 0 turns it off.
 
     Attributes:
-        params: dtype of the parameters; optimizers still work in float32.
-        compute: dtype that modules without one of their own compute in; None leaves it to the
-            modules.
+        params: dtype of the parameters; the optimizer computes in float32 in any case.
+        compute: dtype in which modules without a dtype of their own compute; None leaves it to
+            the modules.
         output: dtype of the model's output.
-        loss_scale: first value of the dynamic loss scale; None is 65,536 with float16 and
-            otherwise none, 0 turns it off.
+        loss_scale: initial value of the dynamic loss scale; None means 65,536 with float16 and
+            no scale otherwise, 0 turns it off.
     """
 
     params: Dtype = 'float32'
@@ -219,10 +221,10 @@ class BestSection:
     """`config.checkpoint.best`: the best checkpoint according to a metric, which is kept as well.
 
     Attributes:
-        metric: the metric that decides, such as 'eval/test/accuracy'; it must be measured at
-            the step of a save.
-        mode: which values are better; None follows from the name (loss, error and perplexity:
-            min; accuracy: max).
+        metric: the metric, such as 'eval/test/accuracy'; it must be measured at steps that save a
+            checkpoint.
+        mode: whether the smallest or the largest value is best; None derives it from the name
+            (loss, error and perplexity: min; accuracy: max).
     """
 
     metric: str
@@ -234,10 +236,11 @@ class CheckpointSection:
     """`config.checkpoint`: when checkpoints are saved and which are kept.
 
     Attributes:
-        every: how often the state is saved; a run with a work directory also saves at its end.
-        keep_last: number of newest checkpoints that are kept, at least 1.
+        every: how often a checkpoint is saved; a run with a work directory also saves one at its
+            end.
+        keep_last: number of newest checkpoints to keep, at least 1.
         keep_every: checkpoints at multiples of this are kept as well.
-        best: which checkpoint is kept as well because of a metric.
+        best: keeps the best checkpoint according to a metric as well; None for no metric.
     """
 
     every: Duration = NEVER
@@ -252,10 +255,11 @@ class EarlyStoppingSection:
 
     Attributes:
         metric: the metric that must improve, such as 'eval/test/loss'.
-        mode: which values are better; None follows from the name (loss, error and perplexity:
-            min; accuracy: max).
+        mode: whether smaller or larger values are better; None derives it from the name (loss,
+            error and perplexity: min; accuracy: max).
         min_delta: smallest change that counts as an improvement, in units of the metric.
-        patience: evaluations in a row that may bring no improvement; the next one ends the run.
+        patience: number of evaluations in a row that may bring no improvement; the next one ends
+            the run.
     """
 
     metric: str
@@ -273,8 +277,8 @@ class EnsembleSection:
 
     Attributes:
         size: number of members.
-        vary: values that differ between members, shaped like the config, a tuple of `size`
-            values in each leaf.
+        vary: values that differ between members, with the structure of the config and a tuple of
+            `size` values in each leaf.
     """
 
     size: int
@@ -289,18 +293,18 @@ class InitFromSection:
         path: a work directory, checkpoint, `.msgpack`, `.safetensors` or PyTorch file.
         step: which checkpoint of a run: 'latest', 'best' or a number.
         at: key path in the checkpoint to the state or the parameters, such as 'model'.
-        layout: who wrote it: Flax, Flax before Linen, or PyTorch.
-        member: of an ensemble's checkpoint, the index of the member.
-        include: patterns of this model's paths that are loaded; None for all.
-        exclude: patterns of this model's paths that keep their fresh values.
-        rename: (pattern, replacement) pairs that turn paths of the checkpoint into those of the
-            model, as `re.sub`.
-        flatten: of PyTorch: (pattern, (channels, height, width)) of dense layers that follow a
-            flattening.
-        on_missing: what to do about a parameter that the checkpoint lacks: an error, or its
-            fresh value.
-        ema: whether the moving average is loaded as the parameters.
-        optimizer: whether the state of the optimizer is loaded too.
+        layout: the layout of the weights: that of Flax, of Flax before Linen, or of PyTorch.
+        member: index of the member to load from the checkpoint of an ensemble.
+        include: patterns of this model's paths to load; None for all.
+        exclude: patterns of this model's paths that keep their initial values.
+        rename: (pattern, replacement) pairs, applied to the paths of the checkpoint as by
+            `re.sub`, to turn them into those of the model.
+        flatten: for PyTorch, (pattern, (channels, height, width)) pairs of the dense layers that
+            follow a flattening.
+        on_missing: what happens to a parameter that the checkpoint lacks: 'error', or 'init' to
+            keep its initial value.
+        ema: whether to load the moving average as the parameters.
+        optimizer: whether to load the state of the optimizer as well.
     """
 
     path: str
@@ -322,7 +326,7 @@ class ProfileSection:
     """`config.profile`: a profiler trace of some steps.
 
     Attributes:
-        start: when the trace begins.
+        start: length of training before the trace.
         steps: number of steps in the trace.
     """
 
@@ -335,13 +339,13 @@ class CaptureSection:
     """`config.capture.<name>`: records the outputs of modules, and sown values, at some steps.
 
     Attributes:
-        match: patterns for whole paths of modules or sown values; `(model)` is the output of
-            the model.
-        every: how often; None is at every row of metrics.
-        what: what is recorded: statistics as metrics, histograms for TensorBoard, arrays in
-            files.
-        rows: examples of each array that a file holds.
-        keep: number of newest files that are kept.
+        match: patterns of the paths of modules or sown values; `(model)` is the output of the
+            model.
+        every: how often they are recorded; None for each row of metrics.
+        what: what is recorded: 'summary' for statistics as metrics, 'histogram' for TensorBoard,
+            'file' for arrays in files.
+        rows: number of examples of each array in a file.
+        keep: number of newest files to keep.
     """
 
     match: str | tuple[str, ...]
@@ -356,8 +360,8 @@ class GuardSection:
     """`config.guard`: checks that losses, gradients, parameters and slots are finite.
 
     Attributes:
-        non_finite: ends the run, or warns once, when a loss, gradient, parameter or slot is not
-            finite.
+        non_finite: what a run does when one of them is not finite: 'stop' ends it, 'warn' warns
+            once.
     """
 
     non_finite: Literal['stop', 'warn'] = 'stop'
@@ -370,8 +374,8 @@ class LogSection:
     Attributes:
         every: how often a row of metrics is written.
         tensorboard: whether TensorBoard event files are written as well.
-        learning_rates: key paths below `config.optimizer` of learning rates that are logged
-            besides those of the optimizer and its groups, such as 'args[1].learning_rate'.
+        learning_rates: key paths in `config.optimizer` of learning rates to log in addition to
+            those of the optimizer and its groups, such as 'args[1].learning_rate'.
     """
 
     every: Duration = EACH_100_STEPS
@@ -384,34 +388,35 @@ class Sections:
     """The top level of a config.
 
     Attributes:
-        train_for: length of the training, such as '10 epochs'.
+        train_for: length of training, such as '10 epochs'.
         model: the model, a module of Linen, Klinen or NNX.
-        task: what the model does with a batch: its loss and metrics.
+        task: computes the loss and metrics of a batch with the model.
         data: where training batches come from.
         optimizer: the optimizer; keys other than those below are arguments of its target.
-        seed: seed of initialisation, dropout, order and augmentation.
+        seed: seed of initialization, dropout, order and augmentation.
         evals: evaluations, by name.
-        accumulate: number of micro-batches that a batch is split into; the gradients are those
+        accumulate: number of micro-batches that a batch is divided into; the gradients are those
             of the whole batch.
-        ensemble: several members that one program trains; None for a single model.
+        ensemble: trains several models in one program; None for a single model.
         ema: a moving average of the parameters; None for none.
-        steps_per_call: updates that one call of the compiled program makes, where calls
-            dominate the time.
+        steps_per_call: number of steps in one call of the compiled program, for runs where the
+            overhead of calls dominates.
         early_stopping: ends the run when a metric no longer improves; None for never.
-        mesh: size of each axis of the device mesh; -1 is the number of devices that are left.
-        precision: dtypes of parameters and computation; None is float32, or what modules set.
-        sharding: rules that shard parameters over the mesh, the first that applies decides; ()
-            replicates all.
-        checkpoint: when the state is saved, and which checkpoints are kept.
+        mesh: size of each axis of the device mesh; -1 stands for all remaining devices.
+        precision: dtypes of parameters and computation; None for float32, or what modules set.
+        sharding: rules that shard parameters over the mesh, of which the first that applies
+            decides; () replicates all parameters.
+        checkpoint: when checkpoints are saved, and which are kept.
         log: when a row of metrics is written, and what is in it.
         profile: a trace of some steps for a profiler; None for none.
-        capture: intermediate values that are recorded, by name.
+        capture: intermediate values to record, by name.
         guard: what happens when values are not finite.
-        init_from: the checkpoint whose weights a fresh run starts with; None for random ones.
+        init_from: the checkpoint or file from which a new run loads its weights; None for random
+            initialization.
         surgery: operations on loaded weights, such as `trainer.weights:Resize`, in this order.
         hooks: functions that are called with each event of the run, by name.
-        step: a train step of your own; None for the default one.
-        vars: values of your own, for other keys to reference with `config.vars.get_ref`.
+        step: your own train step; None for the default one.
+        vars: your own values, which other keys reference with `config.vars.get_ref`.
     """
 
     train_for: Duration
