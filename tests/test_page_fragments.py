@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import shlex
@@ -198,11 +199,18 @@ def streamed(text: str) -> None:
     # Each of the two has noise of its own.
     near = [np.abs(images[:, 0] - x).mean() for x in (images[:, 1, :, ::-1], images[:, 1])]
     assert near[0] < near[1]
-    fitted(built('mnist_mlp.py', text, {**MNIST, 'evals.test.every': '2 steps', 'checkpoint.every': 'never'}))
+    fitted(
+        built(
+            'mnist_mlp.py',
+            text,
+            {**MNIST, 'evals.test.every': '2 steps', 'checkpoint.every': 'never'},
+        )
+    )
 
 
-def augmented(text: str) -> None:
+def augmented(text: str, library: str = 'numpy') -> None:
     """The images of a batch change with the epoch, and not with the time they are read."""
+    pytest.importorskip(library)
     loader = built('mnist_mlp.py', text, {**MNIST, 'data.shuffle': False}).data.loader
     per_epoch = int(loader.steps_per_epoch)
     first, again, later = (loader.block(i, 1).arrays['image'] for i in (0, 0, per_epoch))
@@ -288,7 +296,9 @@ CASES: dict[str, Callable[..., None]] = {
     'mine.on_host:Below': streamed,
     'mine.on_host:invert_some': augmented,
     'mine.on_host:erase': augmented,
-    '(dict(target=\'mine.on_host:Noise\'),)': augmented,
+    "(dict(target='mine.on_host:Noise'),)": augmented,
+    'albumentations:': functools.partial(augmented, library='albumentations'),
+    'torchvision.': functools.partial(augmented, library='torchvision'),
     'mine.on_devices:shift': augmented_on_devices,
     'mine.on_devices:classify_mirrored': classified_mirrored,
     "compute='bfloat16'": halves,
