@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_collections
+
 from trainer.builders.captures import Capture, build_captures
-from trainer.builders.data import build_evaluations, build_task, build_train_data
+from trainer.builders.data import (
+    build_default_evaluation,
+    build_evaluations,
+    build_task,
+    build_train_data,
+)
 from trainer.builders.early_stopping import EarlyStopping
 from trainer.builders.ensemble import build_ensemble
+from trainer.builders.hooks import HookRules, build_hook_rules, build_hooks
 from trainer.builders.model import build_loss_scale, build_model
 from trainer.builders.monitors import build_early_stopping, build_retention
 from trainer.builders.names import check_names
@@ -25,7 +34,6 @@ from trainer.builders.training import (
     build_accumulate,
     build_clock,
     build_ema_decay,
-    build_hooks,
     build_profile,
     build_sharding,
 )
@@ -190,6 +198,7 @@ class Experiment:
         data: training data.
         prefetch: number of blocks of batches kept ready on the devices.
         evals: evaluations by name.
+        default_evaluation: how arrays are evaluated if there are no evaluations; else None.
         clock: converts durations to steps.
         optimizer: computes updates from gradients.
         ensemble: the members of an ensemble, or None.
@@ -200,6 +209,7 @@ class Experiment:
         saving: checkpoints.
         start: initial weights of a fresh run.
         hooks: functions called with each `Event`, by name.
+        hook_rules: when hooks are called, by name; those without rules have the defaults.
         build_clock_parts: builds, for a loader, the objects that depend on the number of examples
             per step.
     """
@@ -211,6 +221,7 @@ class Experiment:
     data: TrainData
     prefetch: int
     evals: Mapping[str, Evaluation]
+    default_evaluation: Evaluation | None
     clock: Clock
     optimizer: Optimizer
     ensemble: Ensemble | None
@@ -221,6 +232,7 @@ class Experiment:
     saving: Saving
     start: StartFrom
     hooks: Mapping[str, Callable[[Event], None]]
+    hook_rules: Mapping[str, HookRules]
     build_clock_parts: Callable[[TrainData], ClockParts] = dataclasses.field(repr=False)
 
     def with_batch_sizes(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
@@ -257,12 +269,20 @@ class Experiment:
         )
 
 
-def build(loaded: LoadedConfig) -> Experiment:
+def build(config: ml_collections.ConfigDict | LoadedConfig) -> Experiment:
     """Imports every target, checks every argument and creates the objects, without using a device.
+
+    Args:
+        config: the config, which is not changed; a `LoadedConfig` if it comes from a file.
 
     Raises:
         UserError: for an unknown key, a name that does not exist, or an invalid argument.
     """
+    loaded = config if isinstance(config, LoadedConfig) else loading.from_python(config)
+    return _build(loaded)
+
+
+def _build(loaded: LoadedConfig) -> Experiment:
     config = loading.to_plain(loaded.config)
     # First: the sections and the builders handle only values that a config can hold.
     literals.check(config, 'config', [])
@@ -296,6 +316,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         data=data,
         prefetch=prefetch,
         evals=evals,
+        default_evaluation=build_default_evaluation(sections, task),
         clock=parts.clock,
         optimizer=parts.optimizer,
         ensemble=parts.ensemble,
@@ -311,22 +332,29 @@ def build(loaded: LoadedConfig) -> Experiment:
         saving=Saving(sections.checkpoint.every, parts.retention),
         start=start,
         hooks=hooks,
+        hook_rules=build_hook_rules(sections),
         # A function and not the sections themselves: no code after `build` reads a config.
         build_clock_parts=functools.partial(ClockParts.from_sections, sections),
     )
 
 
-def load_and_build(spec: str, **values: Any) -> Experiment:
-    """Loads a config file and builds its experiment; for notebooks.
+def load_and_build(
+    config: str | os.PathLike[str] | ml_collections.ConfigDict, /, **values: Any
+) -> Experiment:
+    """Loads a config, applies overrides and builds its experiment; for notebooks.
 
     Args:
-        spec: 'configs/mnist.py' or 'configs/mnist.py:arg'.
+        config: 'configs/mnist.py', 'configs/mnist.py:arg', or an `ml_collections.ConfigDict`,
+            which is not changed.
         **values: overrides by key path, with '__' instead of '.': `optimizer__learning_rate=0.1`.
 
     Raises:
         UserError: for a config that cannot be loaded, and as `build`.
     """
-    loaded = loading.load(spec)
+    if isinstance(config, (str, os.PathLike)):
+        loaded = loading.load(os.fspath(config))
+    else:
+        loaded = loading.from_python(config)
     # Keyword arguments cannot contain dots.
     paths = {path: path.replace('__', '.') for path in values}
     assignments = [
@@ -334,4 +362,4 @@ def load_and_build(spec: str, **values: Any) -> Experiment:
     ]
     # The same checks as on the command line, with the same messages.
     overrides.apply(loaded.config, assignments)
-    return build(loaded)
+    return _build(loaded)

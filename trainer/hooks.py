@@ -16,11 +16,12 @@ class Event:
 
     At 'log' and 'eval', a hook may return a dict of values by name, which are added to the row of
     that event: numbers, arrays, texts, and the summaries of `trainer.summaries`. At an evaluation
-    'dev', 'bleu' is short for 'eval/dev/bleu'; at 'log', 'x' is short for 'train/x'.
+    'dev', 'bleu' is short for 'eval/dev/bleu'; at 'log', 'x' is short for 'train/x'. At 'step',
+    the values are a row of their own: 'x' of the hook 'mine' is 'hook/mine/x'.
 
     Attributes:
-        kind: 'start', 'log', 'eval', 'save' or 'end'. Each 'start' is followed by one 'end', even
-            if the run fails.
+        kind: 'start', 'log', 'eval', 'save' or 'end'; a hook with `every` gets 'step' in place of
+            'log', 'eval' and 'save'. Each 'start' is followed by one 'end', even if the run fails.
         step: number of completed steps.
         state: the state at this step. It is donated to the next step: keep a copy, such as
             `jax.tree.map(jnp.copy, event.state)`. None at the end of a run that failed.

@@ -82,10 +82,11 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 def test_a_hook_that_fails_in_one_process_stops_all_with_everything_saved(
     number: int, tmp_path: pathlib.Path
 ) -> None:
-    hooks = {
-        'tracker': {'target': f'{__name__}:Tracker', 'number': number},
-        'note': {'ref': f'{__name__}:note'},
-    }
+    hooks = {'tracker': {'target': f'{__name__}:Tracker', 'number': number}}
+    # Without another hook, the process whose hook has failed must still take part in the exchange
+    # of the values of hooks at the evaluation of the same step.
+    if number == 0:
+        hooks['note'] = {'ref': f'{__name__}:note'}
     long = ('--config.train_for=600steps', '--config.checkpoint.every=500steps')
     args = (*SHORT, *long, f'--config.hooks={json.dumps(hooks)}')
     codes, _, errors = finish(start(2, tmp_path, *args))
@@ -97,6 +98,8 @@ def test_a_hook_that_fails_in_one_process_stops_all_with_everything_saved(
     result, run = command.result(tmp_path), json.loads((tmp_path / 'run.json').read_text())
     assert (result['status'], result['step']) == ('failed', step) == (run['status'], run['step'])
     assert 'the tracker is gone' in result['error']['message']
+    if number == 1:
+        return
     # The other hook was called until the end, in both.
     seen = [(tmp_path / f'seen.{i}').read_text().splitlines() for i in range(2)]
     expected = [*(f'log {at} None' for at in range(10, step + 1, 10)), f'end {step} failed']

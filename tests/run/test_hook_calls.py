@@ -133,3 +133,125 @@ def test_the_time_of_hooks_is_theirs() -> None:
 def test_what_a_hook_cannot_return(hook: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         trainer(config(hook)).fit()
+
+
+SEEN: list[tuple[str, int]] = []
+
+
+def periodic(event: Event) -> dict[str, Any] | None:
+    """Counts its events; returns values and a text at those of its own."""
+    SEEN.append((event.kind, event.step))
+    if event.kind != 'step':
+        return None
+    assert int(event.state.step) == event.step
+    return {'x': event.step * 2, 'text': 'a text', 'table': np.eye(2), 'seen': len(event.metrics)}
+
+
+def failing_twice(event: Event) -> Any:
+    SEEN.append((event.kind, event.step))
+    if event.kind in ('log', 'end'):
+        raise RuntimeError(f'no disk at {event.step}')
+
+
+def full_names(event: Event) -> Any:
+    return {'train/x': 1.0} if event.kind == 'step' else None
+
+
+@pytest.fixture(autouse=True)
+def clear_seen() -> None:
+    SEEN.clear()
+
+
+def test_a_hook_with_a_period_has_events_and_rows_of_its_own(tmp_path: pathlib.Path) -> None:
+    run = tmp_path / 'run'
+    made = config('periodic')
+    made.train_for = '6 steps'
+    made.hooks.mine.every = '3 steps'
+    made.checkpoint = dict(every='2 steps')
+    trainer(made, run).fit()
+    assert SEEN == [('start', 0), ('step', 3), ('step', 6), ('end', 6)]
+    written = [(row['step'], min(row.keys() - {'step'}).split('/')[0]) for row in rows(run)]
+    # In the order of the steps: the row of a log event is written before that of a later step.
+    assert [step for step, _ in written] == [2, 2, 3, 4, 4, 6, 6, 6]
+    assert [name for step, name in written if step == 6] == ['train', 'eval', 'hook']
+    own = [row for row in rows(run) if 'hook/mine/x' in row]
+    assert [row['hook/mine/x'] for row in own] == [6, 12]
+    # At step 6 it sees the evaluation of that step.
+    assert own[1]['hook/mine/seen'] > own[0]['hook/mine/seen']
+    assert np.load(run / 'metrics' / 'hook_mine_6.npz')['table'].shape == (2, 2)
+    assert (run / 'summaries' / '6' / 'hook' / 'mine' / 'text.txt').read_text() == 'a text\n'
+
+
+@pytest.mark.parametrize('steps_per_call', [1, 4])
+def test_the_period_of_a_hook_ends_a_call_of_fused_steps(steps_per_call: int) -> None:
+    made = config('periodic')
+    made.train_for = '7 steps'
+    made.evals, made.log.every, made.steps_per_call = {}, '7 steps', steps_per_call
+    made.hooks.mine.every = '5 steps'
+    trainer(made).fit()
+    assert SEEN == [('start', 0), ('step', 5), ('end', 7)]
+
+
+def test_after_a_warning_a_hook_is_called_again(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = config('failing_twice')
+    made.hooks.mine.on_error = 'warn'
+    with caplog.at_level('WARNING', 'trainer'):
+        result = trainer(made, tmp_path / 'run').fit()
+    assert (result.status, result.step) == ('finished', 4)
+    assert SEEN == [
+        ('start', 0), ('log', 2), ('eval', 2), ('log', 4), ('eval', 4), ('save', 4), ('end', 4)
+    ]  # fmt: skip
+    failed = [record for record in caplog.records if 'config.hooks.mine' in record.message]
+    assert [record.message.split(' failed ')[1] for record in failed] == [
+        "at event 'log' of step 2; the run continues",
+        "at event 'log' of step 4; the run continues",
+        "at event 'end'",
+    ]
+    assert all('no disk' in str((record.exc_info or ())[1]) for record in failed)
+    # Its rows are written although it failed.
+    assert len(rows(tmp_path / 'run')) == 4
+
+
+def test_a_warning_covers_what_a_hook_returns(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = config('twice')
+    made.hooks.mine.on_error = 'warn'
+    with caplog.at_level('WARNING', 'trainer'):
+        trainer(made, tmp_path / 'run').fit()
+    errors = [str((record.exc_info or (0, ''))[1]) for record in caplog.records]
+    [first, _] = [text for text in errors if 'named' in text]
+    assert first.startswith("config.hooks.mine: two values of a row of metrics are named 'loss'")
+
+
+def test_the_row_of_a_step_event_has_no_other_names() -> None:
+    made = config('full_names')
+    made.hooks.mine.every = '2 steps'
+    with pytest.raises(UserError, match=r"whose row has only names 'hook/mine/\.\.\.'"):
+        trainer(made).fit()
+
+
+def test_a_hook_with_a_period_measures_no_evaluation() -> None:
+    made = config('values')
+    made.hooks.mine.every = '2 steps'
+    made.early_stopping = dict(metric='eval/dev/chrf', mode='max')
+    with pytest.raises(UserError, match="'dev' has no 'chrf'; it has loss"):
+        trainer(made).fit()
+
+
+@pytest.mark.parametrize(
+    ('hook', 'message'),
+    [
+        ({'every': '2 steps'}, r"config\.hooks\.mine: expected an object, a dict with 'target'"),
+        ({'ref': f'{HERE}:HERE'}, r'config\.hooks\.mine: expected a function'),
+        ({'ref': f'{HERE}:text', 'on_error': 'ignore'}, r"on_error: 'ignore' is none of 'stop'"),
+        ({'ref': f'{HERE}:text', 'every': '2'}, r'config\.hooks\.mine\.every'),
+    ],
+)
+def test_mistakes_in_a_hook_are_found_at_the_start(hook: dict[str, str], message: str) -> None:
+    made = config('text')
+    made.hooks = {'mine': hook}
+    with pytest.raises(UserError, match=message):
+        trainer(made)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the length of a run, and settings of training, sharding, hooks and profiling."""
+"""Builds the length of a run, and settings of training, sharding and profiling."""
 
 from __future__ import annotations
 
@@ -70,14 +70,6 @@ def build_sharding(sections: Sections) -> tuple[Rule, ...]:
     if not isinstance(given, tuple):
         return (_rule(given, path),)
     return tuple(_rule(rule, f'{path}[{index}]') for index, rule in enumerate(given))
-
-
-def build_hooks(sections: Sections) -> dict[str, Any]:
-    """Returns the hooks by name."""
-    return {
-        name: targets.instantiate(node, f'config.hooks.{name}')
-        for name, node in sections.hooks.items()
-    }
 
 
 def build_profile(sections: Sections, clock: Clock) -> Window | None:

@@ -58,7 +58,7 @@ def default_workdir(loaded: LoadedConfig, overrides: Sequence[Override]) -> str:
     # Of several overrides of one path, the last one counts.
     by_path = sorted({o.path: o.text for o in relevant}.items())
     ordered = [(o.path, o.text) for o in relevant] if _does_order_matter(relevant) else by_path
-    config = _config_name(loaded.path)
+    config = loaded.name if loaded.path is None else _config_name(loaded.path)
     words = [word for word in (config, loaded.arg) if word]
     fit_words = [_UNFIT.sub('_', word) for word in words]
     fit = [(_UNFIT.sub('_', path), _UNFIT_VALUE.sub('_', text)) for path, text in by_path]

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a config file: `configs/mnist.py`, `configs/mnist.py:argument` or `mnist`."""
+"""Loads a config: a file (`configs/mnist.py:argument`, or `mnist`), or a ConfigDict of Python."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -30,19 +31,19 @@ from trainer.config.schema import REQUIRED
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedConfig:
-    """A config as its file returned it.
+    """A config as its file returned it, or as a program made it.
 
     Attributes:
         config: the result of `get_config`; overrides change it in place.
-        name: name of the file without '.py'.
+        name: name of the file without '.py'; 'config' without a file.
         arg: the argument, the text after the colon of --config=FILE:ARG.
-        path: the file.
+        path: the file, or None if the config was made in Python.
     """
 
     config: ml_collections.ConfigDict
     name: str
     arg: str
-    path: pathlib.Path
+    path: pathlib.Path | None
 
 
 def load(spec: str) -> LoadedConfig:
@@ -95,15 +96,52 @@ def load(spec: str) -> LoadedConfig:
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
             f'{type(config).__name__}'
         )
+    config = _checked_copy(config, f'{path}: ')
+    return LoadedConfig(config=config, name=path.stem, arg=arg, path=path)
+
+
+def from_python(config: Any) -> LoadedConfig:
+    """Returns a config that was made in Python, as `load` returns that of a file.
+
+    Args:
+        config: an `ml_collections.ConfigDict`, which stays as it is: overrides change a copy.
+
+    Raises:
+        UserError: if it is anything else, or has values that a config cannot have.
+    """
+    if not isinstance(config, ml_collections.ConfigDict):
+        given = short_repr(config) if isinstance(config, str) else f'a {type(config).__name__}'
+        hint = ''
+        if isinstance(config, Mapping):
+            hint = '; convert it: ml_collections.ConfigDict(config)'
+        elif isinstance(config, str):
+            hint = f'; for a file, write load_and_build({given})'
+        raise UserError(f'build: expected an ml_collections.ConfigDict, got {given}{hint}')
+    config = _checked_copy(config, 'config: ', copy_references=True)
+    return LoadedConfig(config=config, name='config', arg='', path=None)
+
+
+def _checked_copy(
+    config: ml_collections.ConfigDict, where: str, *, copy_references: bool = False
+) -> ml_collections.ConfigDict:
+    """Returns a copy in which each key has a dict of its own.
+
+    Args:
+        config: the config.
+        where: the beginning of messages.
+        copy_references: whether the copy has references of its own.
+
+    Raises:
+        UserError: if it contains itself, an unused key of `vars`, or a value of another type.
+    """
     try:
         to_plain(config)
         # Before the copy: the identity of references shows which ones are used.
         check_vars(config)
         literals.check(to_plain(config), 'config', [])
-        config = _copy_unshared(config)
     except RecursionError as error:
-        raise UserError(f'{path}: a dict of the config contains itself') from error
-    return LoadedConfig(config=config, name=path.stem, arg=arg, path=path)
+        raise UserError(f'{where}a dict of the config contains itself') from error
+    return _copy_unshared(copy.deepcopy(config) if copy_references else config)
 
 
 def to_plain(node: Any) -> Any:
@@ -204,10 +242,11 @@ def _copy_unshared(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     Otherwise an override of one of the keys would also change the other. References remain shared,
     since that is their purpose.
     """
-    copy = ml_collections.ConfigDict(allow_dotted_keys=True)
+    unshared = ml_collections.ConfigDict(allow_dotted_keys=True)
     for key, value in config.items(preserve_field_references=True):
-        copy[key] = _copy_unshared(value) if isinstance(value, ml_collections.ConfigDict) else value
-    return copy
+        is_dict = isinstance(value, ml_collections.ConfigDict)
+        unshared[key] = _copy_unshared(value) if is_dict else value
+    return unshared
 
 
 def check_vars(config: ml_collections.ConfigDict) -> None:

@@ -16,10 +16,12 @@ from trainer.config.durations import Duration
 from trainer.config.errors import UserError, short_repr, shorten
 from trainer.config.sections import (
     EmaSection,
+    HookSection,
     InitFromSection,
     Node,
     OptimizerSection,
     PrecisionSection,
+    ScoreSection,
     Sections,
 )
 
@@ -173,6 +175,8 @@ def _read_section(section: type, node: Any, path: str, config: Mapping[str, Any]
         path: its key path, for messages.
         config: the whole plain config, for suggestions.
     """
+    if section in (HookSection, ScoreSection):
+        _check_node(node, path)
     if not isinstance(node, Mapping):
         keys = ', '.join(fields(section))
         hint = _section_hint(section, node, path)

@@ -32,10 +32,10 @@ class DataSection:
     Attributes:
         source: the dataset, such as `trainer.data.mnist:MNIST`.
         batch_size: number of examples in a batch, over all devices and processes.
-        transforms: functions of a batch, run with NumPy on the host, in this order; or
-            objects of Grain's `Map` and `RandomMap`.
+        transforms: functions of a batch, run with NumPy on the host, in this order, or
+            transforms of Grain.
         device_transforms: functions of a batch, run on the devices in the compiled step, after
-            `transforms`. They may take `key`, a random key, and `training`.
+            `transforms`; they may take a random `key`, and `training`.
         remainder: what happens to the last, incomplete batch of an epoch: 'carry' fills it from
             the next epoch, 'pad' fills it with padding, 'drop' leaves it out.
         shuffle: whether each epoch has a new random order; otherwise the order of the source.
@@ -356,6 +356,24 @@ class CaptureSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HookSection:
+    """`config.hooks.<name>`: a function that is called with each event of the run.
+
+    The other keys name the function (`ref`), or an object to call (`target`).
+
+    Attributes:
+        every: how often the hook is called with an event 'step', in place of 'log', 'eval' and
+            'save'; None for those events. 'start' and 'end' it gets in any case.
+        on_error: what happens if the hook raises an error: 'stop' saves and ends the run, 'warn'
+            logs the error, and the hook is called again at its next event.
+    """
+
+    every: Duration | None = None
+    on_error: Literal['stop', 'warn'] = 'stop'
+    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardSection:
     """`config.guard`: checks that losses, gradients, parameters and slots are finite.
 
@@ -441,7 +459,7 @@ class Sections:
     guard: GuardSection = GuardSection()
     init_from: InitFromSection | None = None
     surgery: tuple[Node, ...] = ()
-    hooks: dict[str, Node] = dataclasses.field(default_factory=dict)
+    hooks: dict[str, HookSection] = dataclasses.field(default_factory=dict)
     step: Node | None = None
     vars: Any = dataclasses.field(
         default_factory=dict

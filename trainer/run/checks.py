@@ -246,14 +246,17 @@ def watched_metrics(experiment: Experiment) -> dict[str, str]:
 
 def expect_from_hooks(experiment: Experiment, path: str, metric: str) -> bool:
     """Whether a metric that no evaluation has may come from a hook, with one line of notice."""
-    if not experiment.hooks:
+    # A hook with a period is not called at evaluations.
+    rules = experiment.hook_rules
+    hooks = [name for name in experiment.hooks if name not in rules or rules[name].every is None]
+    if not hooks:
         return False
     _log.warning(
         '%s: evaluation %r has no %r; a hook (%s) must return it at each of its evaluations',
         path,
         metric.split('/')[1],
         metric.split('/', 2)[2],
-        ', '.join(experiment.hooks),
+        ', '.join(hooks),
     )
     return True
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule of a run's events: log, evaluate, save, capture and profile."""
+"""The schedule of a run's events: log, evaluate, save, capture, profile, and hooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from trainer.observe.profile import Window
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Events:
-    """The events of a run; those due after the same step run in the order log, eval, save.
+    """The events of a run; those due after the same step run in the order log, eval,
+    hooks with a period, save.
 
     Attributes:
         log: when rows are written; the last step always has one.
@@ -22,6 +23,7 @@ class Events:
         final: names of the evaluations that also run at the end.
         profile: the steps that are profiled, or None.
         captures: when each capture runs.
+        hooks: when each hook with a period of its own is called, by name.
         total_steps: length of the run.
     """
 
@@ -31,6 +33,7 @@ class Events:
     final: frozenset[str]
     profile: Window | None = None
     captures: tuple[Periodic, ...] = ()
+    hooks: Mapping[str, Periodic] = dataclasses.field(default_factory=dict)
     total_steps: int
 
     @classmethod
@@ -47,6 +50,11 @@ class Events:
             final=frozenset(name for name, spec in experiment.evals.items() if spec.final),
             profile=experiment.logging.profile,
             captures=tuple(capture.every for capture in experiment.logging.captures.values()),
+            hooks={
+                name: clock.period(rules.every, path=f'config.hooks.{name}.every')
+                for name, rules in experiment.hook_rules.items()
+                if rules.every is not None
+            },
             total_steps=experiment.training.total_steps,
         )
 
@@ -58,11 +66,14 @@ class Events:
         ending = self.final if step == self.total_steps else frozenset()
         return [name for name, each in self.evals.items() if each.is_due(step) or name in ending]
 
+    def hooks_due(self, step: int) -> list[str]:
+        """Returns the hooks with a period that are due at a step, in the config's order."""
+        return [name for name, each in self.hooks.items() if each.is_due(step)]
+
     def next_due(self, step: int) -> int | None:
         """Returns the first step after `step` with an event, or None; the end of the run is one."""
-        due = [
-            p.next_due(step) for p in (self.log, self.save, *self.captures, *self.evals.values())
-        ]
+        named = (*self.evals.values(), *self.hooks.values())
+        due = [p.next_due(step) for p in (self.log, self.save, *self.captures, *named)]
         # A trace starts and stops between calls of a program, so its borders have to end a call.
         borders = (self.profile.start, self.profile.stop) if self.profile else ()
         due += [border for border in (*borders, self.total_steps) if border > step]

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from trainer.builders.hooks import HookRules
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.hooks import Event
@@ -34,8 +35,9 @@ class PeerHookError(UserError):
 class Hooks:
     """The hooks of a run.
 
-    A hook that fails ends the run. With several processes, none can save alone: they all stop after
-    the same step, and the remaining hooks are called until then.
+    A hook that fails ends the run, unless its `on_error` is 'warn'. With several processes, none
+    can save alone: they all stop after the same step, and the remaining hooks are called until
+    then.
 
     Attributes:
         error: the first error of a hook, if the processes were asked to stop because of it.
@@ -56,17 +58,29 @@ class Hooks:
         self._report = report
         self._started = False
 
-    def call(self, kind: str, step: int, state: TrainState, stop: StopRequest, **more: Any) -> None:
-        """Calls all hooks at an event before the end, and writes the row that is held.
+    def call(
+        self,
+        kind: str,
+        step: int,
+        state: TrainState,
+        stop: StopRequest,
+        *,
+        only: Sequence[str] | None = None,
+        **more: Any,
+    ) -> None:
+        """Calls hooks at an event before the end, and writes the row that is held.
 
         Args:
             kind: `Event.kind`.
             step: number of completed updates.
             state: at this step.
             stop: receives the request to stop if a hook fails and there are several processes.
+            only: names of the hooks to call; by default all, but at 'log', 'eval' and 'save' those
+                without a period.
             **more: further attributes of the event.
         """
-        if not self._hooks:
+        names = self._names_for(kind) if only is None else only
+        if not names:
             self._report.write_row()
             return
         # Before the calls: if a hook fails at 'start', those called before it must still get their
@@ -76,33 +90,65 @@ class Hooks:
         event = self._event(kind, step, state, **more)
         try:
             with self._report.time.measure('hooks'):
-                self._call_each(event, stop)
+                self._call_each(names, event, stop)
         finally:
             # Also if a hook has failed: the row was held for the values of hooks only.
             self._report.write_row()
 
-    def _call_each(self, event: Event, stop: StopRequest) -> None:
-        returned = MetricValues()
-        for name, hook in list(self._hooks.items()):
+    def _names_for(self, kind: str) -> list[str]:
+        # By the config and not by `self._hooks`, which may lack a hook that has failed in this
+        # process only: all processes must take part in the exchange of values.
+        every = kind not in ('log', 'eval', 'save')
+        hooks = self._experiment.hooks
+        return [name for name in hooks if every or self._rules(name).every is None]
+
+    def _rules(self, name: str) -> HookRules:
+        return self._experiment.hook_rules.get(name) or HookRules()
+
+    def _call_each(self, names: Sequence[str], event: Event, stop: StopRequest) -> None:
+        returned: dict[str, MetricValues] = {}
+        for name in names:
+            if name not in self._hooks:  # It has failed.
+                continue
             try:
-                add_returned(returned, hook(event), name, event.kind)
+                returned[name] = returned_values(self._hooks[name](event), name, event.kind)
             except Exception as error:
-                # With several processes the error is raised later, by `raise_deferred`: raised
-                # here, it would leave the others waiting in their next collective.
-                if not stop.ask():
-                    raise
-                _log.warning('config.hooks.%s failed at step %d', name, event.step, exc_info=error)
-                self.error = self.error or error
-                # Not called again: it would probably fail at each event until all processes have
-                # stopped.
-                del self._hooks[name]
+                self._handle(error, name, event, stop)
         if event.kind == 'eval' and jax.process_count() > 1:
             # Early stopping and retention decide by these values: alike in all processes.
-            numbers = processes.gather(dict(returned))[0]
-            returned.clear()
-            returned.update(numbers)
-        if returned or returned.arrays or returned.summaries:
-            self._report.extend_row(returned)
+            numbers = processes.gather({name: dict(each) for name, each in returned.items()})[0]
+            for name in names:
+                values = returned.setdefault(name, MetricValues())
+                values.clear()
+                values.update(numbers.get(name, {}))
+        for name, values in returned.items():
+            if not (values or values.arrays or values.summaries):
+                continue
+            try:
+                if event.kind == 'step':
+                    self._report.record_hook(name, event.step, values)
+                else:
+                    self._report.extend_row(values)
+            except UserError as error:
+                named = UserError(f'config.hooks.{name}: {error}').with_traceback(
+                    error.__traceback__
+                )
+                self._handle(named, name, event, stop)
+
+    def _handle(self, error: Exception, name: str, event: Event, stop: StopRequest) -> None:
+        """Raises the error of a hook, or logs it, as its `on_error` and other processes require."""
+        text = f"config.hooks.{name} failed at event '{event.kind}' of step {event.step:,}"
+        if self._rules(name).on_error == 'warn':
+            _log.warning('%s; the run continues', text, exc_info=error)
+            return
+        # With several processes the error is raised later, by `raise_deferred`: raised here, it
+        # would leave the others waiting in their next collective.
+        if not stop.ask():
+            raise error
+        _log.warning('%s', text, exc_info=error)
+        self.error = self.error or error
+        # Not called again: it would probably fail at each event until all processes have stopped.
+        del self._hooks[name]
 
     def raise_deferred(self, step: int) -> None:
         """Raises the error of a hook because of which all processes stopped; all must call it.
@@ -148,15 +194,17 @@ class Hooks:
         # A hook that fails must not keep the others from their 'end', where they close what they
         # opened.
         event = self._event('end', step, state, status=status, error=error)
-        errors = []
-        for hook in self._hooks.values():
+        errors: list[Exception] = []
+        for name, hook in self._hooks.items():
             try:
                 hook(event)
             except Exception as hook_error:
-                errors.append(hook_error)
-        for each in errors[1:] if error is None else errors:
-            _log.warning("a hook failed at the 'end' event: %s", failure.summary(each))
-        if errors and error is None:
+                # One error is raised, unless the run has one of its own; the others are logged.
+                if error is None and not errors and self._rules(name).on_error == 'stop':
+                    errors.append(hook_error)
+                else:
+                    _log.warning("config.hooks.%s failed at event 'end'", name, exc_info=hook_error)
+        if errors:
             raise errors[0]
 
     def end_failed(self, error: BaseException) -> None:
@@ -180,11 +228,10 @@ class Hooks:
         )
 
 
-def add_returned(values: MetricValues, returned: Any, hook: str, kind: str) -> None:
-    """Adds what a hook has returned to the values of an event.
+def returned_values(returned: Any, hook: str, kind: str) -> MetricValues:
+    """Returns what a hook has returned as values for a row.
 
     Args:
-        values: those that hooks have returned at this event so far.
         returned: None, or a dict of numbers, arrays, texts and images by name.
         hook: name of the hook, for messages.
         kind: of the event.
@@ -192,18 +239,19 @@ def add_returned(values: MetricValues, returned: Any, hook: str, kind: str) -> N
     Raises:
         UserError: for anything else, and at events that have no row.
     """
+    values = MetricValues()
     if returned is None:
-        return
+        return values
     where = f'config.hooks.{hook}'
     if not isinstance(returned, Mapping):
         raise UserError(
             f'{where} returned {type(returned).__name__}; expected None, or a dict of values by '
             "name for the event's row, such as {'bleu': 0.3}"
         )
-    if returned and kind not in ('log', 'eval'):
+    if returned and kind not in ('log', 'eval', 'step'):
         raise UserError(
             f'{where} returned {", ".join(map(str, returned))} at a {kind!r} event, which has no '
-            "row of metrics; return values at 'log' or 'eval', and None otherwise"
+            "row of metrics; return values at 'log', 'eval' or 'step', and None otherwise"
         )
     try:
         for name, value in returned.items():
@@ -211,3 +259,11 @@ def add_returned(values: MetricValues, returned: Any, hook: str, kind: str) -> N
             values.add(str(name), value if summary is None else summary)
     except UserError as error:
         raise UserError(f'{where}: {error}') from error
+    full = [name for name in values if name.startswith(('train/', 'eval/'))]
+    if kind == 'step' and full:
+        raise UserError(
+            f"{where} returned {', '.join(full)} at a 'step' event, whose row has only names "
+            f"'hook/{hook}/...'; return short names, or leave out {where}.every and return them "
+            "at 'log' or 'eval'"
+        )
+    return values

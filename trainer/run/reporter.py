@@ -193,7 +193,7 @@ class Reporter:
             examples_per_sec=rate * self._batch_size,
             data_wait_secs=pending.data_wait_secs,
         )
-        self._hold(HeldRow(step, row))
+        self._hold(HeldRow(step, row, 'train'))
 
     def hold_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Holds the row of an evaluation, so that hooks can read and extend it.
@@ -204,7 +204,7 @@ class Reporter:
             metrics: its values; the arrays and summaries of a `MetricValues` are written too.
         """
         values = metrics if isinstance(metrics, MetricValues) else MetricValues(metrics)
-        self._hold(HeldRow(step, values, name))
+        self._hold(HeldRow(step, values, f'eval/{name}', evaluation=name))
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the row of an evaluation: see `hold_eval`."""
@@ -224,6 +224,11 @@ class Reporter:
         self._held.add(values)
         self._take(self._held)
 
+    def record_hook(self, name: str, step: int, values: MetricValues) -> None:
+        """Writes a row of the values that a hook has returned at an event of its own."""
+        self._hold(HeldRow(step, values, f'hook/{name}'))
+        self.write_row()
+
     def write_row(self) -> None:
         """Writes the row that is held, if there is one."""
         if self._held is None:
@@ -233,15 +238,16 @@ class Reporter:
         files += self._write_summaries(held.step, held.values.summaries, held.prefix)
         self._writer.write(held.step, held.row())
         # After the files, so that no printed value is missing there if the run is killed.
-        if held.evaluation is None:
+        if held.prefix == 'train/':
             self.progress.update(held.step, held.row())
             if files:
                 self.progress.message(f'step {held.step:,}:{files}')
             return
-        # An evaluation without a row counts as not run.
-        self._evaluated.add((held.evaluation, held.step))
+        if held.evaluation is not None:
+            # An evaluation without a row counts as not run.
+            self._evaluated.add((held.evaluation, held.step))
         numbers = {key: value for key, value in held.values.items() if not is_member_name(key)}
-        at = f'eval {held.evaluation} at step {held.step:,}'
+        at = f'{held.prefix[:-1].replace("/", " ", 1)} at step {held.step:,}'
         self.progress.message(f'{at}: {_format_values({**numbers, **held.others})}{files}')
 
     def record_capture(
@@ -327,26 +333,21 @@ class HeldRow:
     Attributes:
         step: number of completed steps.
         values: by name below the prefix.
-        evaluation: its name; None for a row of training.
+        prefix: 'train/', 'eval/dev/' or 'hook/mine/', for example.
+        stem: beginning of the names of its files: 'eval_dev'.
+        evaluation: its name; None for another row.
         others: values that hooks have added under names of other kinds.
     """
 
-    def __init__(self, step: int, values: MetricValues, evaluation: str | None = None):
+    def __init__(
+        self, step: int, values: MetricValues, name: str, *, evaluation: str | None = None
+    ):
         self.step = step
         self.values = MetricValues()
         self.values.update_with(values)
+        self.prefix, self.stem = f'{name}/', name.replace('/', '_')
         self.evaluation = evaluation
         self.others: dict[str, float] = {}
-
-    @property
-    def prefix(self) -> str:
-        """'train/' or 'eval/dev/', for example."""
-        return 'train/' if self.evaluation is None else f'eval/{self.evaluation}/'
-
-    @property
-    def stem(self) -> str:
-        """Beginning of the names of its files."""
-        return 'train' if self.evaluation is None else f'eval_{self.evaluation}'
 
     def row(self) -> dict[str, float]:
         """Returns the numbers by flat name."""

@@ -13,7 +13,7 @@ import optax
 from optax import contrib
 
 from trainer import compat
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shorten
 from trainer.step.state import TrainState
 from trainer.step.views import contains_state
 from trainer.tasks.task import ONLY_LOSS
@@ -166,6 +166,30 @@ def retry_update(
             # From the user's own code, whose traceback says more than a message could.
             raise
         raise UserError(f'{_WHERE}: {message}') from last
+
+
+def structure_error(updates: Any, opt_state: Any, state: TrainState) -> UserError:
+    """Returns the error for an optimizer that returned trees of another structure than it got.
+
+    Args:
+        updates: its updates.
+        opt_state: its new state.
+        state: the state before the update.
+    """
+    found, expected = map(str, map(jax.tree.structure, (updates, state.params)))
+    if found != expected:
+        return UserError(
+            f'{_WHERE}: the optimizer must return updates with the structure of the parameters, '
+            f'{shorten(expected)}, but it is {shorten(found)}. A measurement belongs in '
+            'optax:snapshot, which returns the updates unchanged'
+        )
+    hint = 'Initialize every part of it'
+    if contains_state(state.opt_state, optax.MonitorState):
+        hint = 'optax:monitor adds its measurements only then; use optax:snapshot for each of them'
+    return UserError(
+        f"{_WHERE}: the structure of the optimizer's state changes with its first update, but a "
+        f'compiled step and checkpoints need one. {hint}'
+    )
 
 
 def _failure_message(error: Exception, state: TrainState) -> str:

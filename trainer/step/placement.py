@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.parallel.mesh import replicated_sharding
 from trainer.step.state import TrainState
@@ -59,12 +59,20 @@ def _match_params(tree: Any, params: Any, shardings: Any, default: NamedSharding
         # The longest suffix first: 'a/b' and 'b' can both be parameters.
         for start in range(len(keys)):
             shape, sharding = known.get(keys[start:], (None, default))
-            # A leaf of another shape is no slot of it, such as Adafactor's means over rows.
-            if shape == leaf.shape:
-                return sharding
+            # A leaf of another shape is no slot of it, such as Adafactor's means over rows. Several
+            # slots may be stacked along new dimensions in front, such as the memory of L-BFGS.
+            if shape and leaf.shape[-len(shape) :] == shape:
+                return _add_dimensions(sharding, len(leaf.shape) - len(shape))
         return default
 
     return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def _add_dimensions(sharding: NamedSharding, count: int) -> NamedSharding:
+    """Returns the sharding of arrays with `count` more dimensions in front, which stay whole."""
+    if count == 0:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*[None] * count, *sharding.spec))
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:

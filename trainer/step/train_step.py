@@ -175,6 +175,9 @@ def apply_update(
     except Exception as error:
         # Tracing fails if an optimizer rejects extra arguments; and optax names no config key.
         updates, opt_state = objective.retry_update(error, update, state, given, extra)
+    before: Any = jax.tree.structure((state.params, state.opt_state))
+    if before != jax.tree.structure((updates, opt_state)):
+        raise objective.structure_error(updates, opt_state, state)
     new = dataclasses.replace(
         state,
         step=state.step + 1,
