@@ -64,6 +64,8 @@ def find_undocumented(path: str, tree: ast.Module) -> Iterator[str]:
     for owner in (tree, *public):
         for node in owner.body:
             if isinstance(node, Function | ast.ClassDef) and node.name[0] != '_':
+                if any(ast.unparse(each) == 'overload' for each in node.decorator_list):
+                    continue  # The definition after the overloads has it.
                 yield from () if ast.get_docstring(node) else (f'{path}:{node.lineno} {node.name}',)
 
 

@@ -17,7 +17,12 @@ from typing import Any
 import ml_collections
 
 from trainer.builders.captures import Capture, build_captures
-from trainer.builders.data import build_evaluations, build_task, build_train_data
+from trainer.builders.data import (
+    build_default_evaluation,
+    build_evaluations,
+    build_task,
+    build_train_data,
+)
 from trainer.builders.early_stopping import EarlyStopping
 from trainer.builders.ensemble import build_ensemble
 from trainer.builders.hooks import HookRules, build_hook_rules, build_hooks
@@ -193,6 +198,7 @@ class Experiment:
         data: training data.
         prefetch: number of blocks of batches kept ready on the devices.
         evals: evaluations by name.
+        default_evaluation: how arrays are evaluated if there are no evaluations; else None.
         clock: converts durations to steps.
         optimizer: computes updates from gradients.
         ensemble: the members of an ensemble, or None.
@@ -215,6 +221,7 @@ class Experiment:
     data: TrainData
     prefetch: int
     evals: Mapping[str, Evaluation]
+    default_evaluation: Evaluation | None
     clock: Clock
     optimizer: Optimizer
     ensemble: Ensemble | None
@@ -309,6 +316,7 @@ def _build(loaded: LoadedConfig) -> Experiment:
         data=data,
         prefetch=prefetch,
         evals=evals,
+        default_evaluation=build_default_evaluation(sections, task),
         clock=parts.clock,
         optimizer=parts.optimizer,
         ensemble=parts.ensemble,

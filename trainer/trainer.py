@@ -8,15 +8,13 @@ import dataclasses
 import functools
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from trainer.checkpoint.manager import Checkpoints
-from trainer.config.errors import UserError
-from trainer.ensemble.step import member_state
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
 from trainer.input.batch import LoadedBatch
@@ -29,6 +27,7 @@ from trainer.parallel import last_words, processes, signals
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.signals import StopRequest
 from trainer.run import agreement, banner, checks
+from trainer.run.evaluators import bind_model
 from trainer.run.hook_calls import Hooks
 from trainer.run.reporter import Reporter, check_row
 from trainer.run.restore import init_state, restore
@@ -518,43 +517,71 @@ class Trainer:
         Raises:
             UserError: if the run is an ensemble and no member is given.
         """
-        experiment = self.experiment
-        if experiment.ensemble is not None and member is None:
-            raise UserError('model: this is an ensemble; choose a member, as in model(member=0)')
         state = self._resolve_state(state, 'model(state)')
-        # Before the member is selected: the program takes the state of all of them.
-        state = dataclasses.replace(state, params=self.eval_params(state))
-        if experiment.ensemble is not None:
-            assert member is not None
-            state = member_state(state, member)
-        # Imported here because importing Klinen registers it, a cost that other runs need not pay.
-        from trainer.klinen.notebook import bind_for_notebook
+        return bind_model(self.experiment, state, self.eval_params, member)
 
-        return bind_for_notebook(experiment.model, state.variables)
-
-    def evaluate(self, state: TrainState | None = None) -> dict[str, MetricValues]:
-        """Returns the metrics of each evaluation in the config: numbers by name, and `arrays`.
+    @overload
+    def evaluate(
+        self, state: TrainState | None = None, *, evaluation: str | None = None
+    ) -> dict[str, MetricValues]: ...
+    @overload
+    def evaluate(
+        self, state: TrainState | None = None, *, data: Any, evaluation: str | None = None
+    ) -> MetricValues: ...
+    def evaluate(
+        self, state: TrainState | None = None, *, data: Any = None, evaluation: str | None = None
+    ) -> Any:
+        """Returns the metrics of each evaluation in the config, or those of other data.
 
         Args:
             state: state to evaluate; by default the newest checkpoint.
+            data: other data: a dict of arrays (examples, ...) or a source, the same in every
+                process.
+            evaluation: run only this evaluation; with `data`, the one whose task, transforms and
+                batch size to use. By default those of the only evaluation, or of training if there
+                is none.
+
+        Returns:
+            Metrics by the name of the evaluation; for `data`, its metrics alone. They are numbers
+            by name, and `arrays`.
         """
         state = self._resolve_state(state, 'evaluate(state)')
-        return {name: each.run(state) for name, each in self.set_up().evaluators.items()}
+        if data is not None:
+            return self.set_up().other_data.evaluate(state, data, evaluation)
+        setup = self.set_up()
+        names = setup.evaluators if evaluation is None else [evaluation]
+        return {name: setup.evaluator(name, 'evaluate').run(state) for name in names}
 
+    @overload
     def predict(
-        self, evaluation: str, state: TrainState | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the task's predictions for each batch of an evaluation's split, padding removed.
+        self, data: str, state: TrainState | None = None
+    ) -> Iterator[dict[str, np.ndarray]]: ...
+    @overload
+    def predict(
+        self, data: Any, state: TrainState | None = None, *, evaluation: str | None = None
+    ) -> dict[str, np.ndarray]: ...
+    def predict(
+        self, data: Any, state: TrainState | None = None, *, evaluation: str | None = None
+    ) -> Any:
+        """Returns the task's predictions for a split of the config, or for other data.
 
         Args:
-            evaluation: its name in the config.
+            data: the name of an evaluation, whose split is predicted; or other data, as in
+                `evaluate`.
             state: state to predict with; by default the newest checkpoint.
+            evaluation: as in `evaluate`.
+
+        Returns:
+            For a split, an iterator over the predictions of each batch, padding removed. For other
+            data, the predictions for all of its rows, by name.
 
         Raises:
             UserError: if the task has no method `predict`.
         """
         state = self._resolve_state(state, 'predict(state)')
-        return self.set_up().evaluators[evaluation].predict(state)
+        if isinstance(data, str):
+            return self.set_up().evaluator(data, 'predict').predict(state)
+        return self.set_up().other_data.predict(state, data, evaluation)
 
     def _resolve_state(self, state: TrainState | None, what: str) -> TrainState:
         """Returns the state, or that of the newest checkpoint; refuses a donated state."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.builders.model import build_model
 from trainer.config import targets
 from trainer.config.checks import check_positive
+from trainer.config.durations import Duration
 from trainer.config.errors import UserError
 from trainer.config.sections import (
     DataSection,
@@ -78,10 +79,10 @@ def _evaluation(
     batch_size = section.data.batch_size or sections.data.batch_size
 
     # Later, because the number of examples to pad to depends on the number of devices.
-    def build_data(padded_to: int) -> EvalData:
+    def build_data(padded_to: int, other: Any = None) -> EvalData:
         node = {
             **section.data.loader,
-            'source': source,
+            'source': source if other is None else other,
             'transforms': transforms,
             'batch_size': batch_size,
             'padded_to': padded_to,
@@ -99,6 +100,58 @@ def _evaluation(
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
         data=build_data,
     )
+
+
+def build_default_evaluation(sections: Sections, task: TaskRunner) -> Evaluation | None:
+    """Returns how arrays are evaluated in a run without evaluations: as training reads its data.
+
+    None if the config has evaluations.
+    """
+    if sections.evals:
+        return None
+    data, path = sections.data, 'config.data'
+    batch_size = check_positive(data.batch_size, f'{path}.batch_size')
+
+    def build_data(padded_to: int, other: Any = None) -> EvalData:
+        transforms = targets.instantiate(data.transforms, f'{path}.transforms')
+        node = {
+            'target': 'trainer.data.loader:EvalLoader',
+            'source': other,
+            'transforms': transforms,
+            'batch_size': batch_size,
+            'padded_to': padded_to,
+        }
+        return EvalData.from_loader(targets.instantiate(node, path), path)
+
+    return Evaluation(
+        every=Duration.parse('never'),
+        final=False,
+        ema=False,
+        task=task,
+        batch_size=batch_size,
+        data=build_data,
+    )
+
+
+def as_source(data: Any, path: str) -> Any:
+    """Returns a source of arrays; any other source as it is.
+
+    Args:
+        data: a dict of arrays (examples, ...), or a source.
+        path: what messages name.
+
+    Raises:
+        UserError: for arrays of different lengths, and for any other object.
+    """
+    if isinstance(data, Mapping):
+        node = {'target': 'trainer.data.sources:ArraySource', 'args': (data,)}
+        return targets.instantiate(node, path)
+    if not hasattr(data, 'gather'):
+        raise UserError(
+            f'{path}: expected a dict of arrays, each with one row per example, or a source (an '
+            f'object with __len__, spec and gather), got a {type(data).__name__}'
+        )
+    return data
 
 
 def _build_score(section: ScoreSection, path: str) -> Score:

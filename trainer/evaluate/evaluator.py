@@ -58,6 +58,7 @@ class Evaluator:
 
     Attributes:
         name: the evaluation's name in the config.
+        path: what messages name.
         step: evaluates one batch.
         data: the batches of the split.
     """
@@ -74,6 +75,7 @@ class Evaluator:
         params: Callable[[TrainState], Any] = operator.attrgetter('params'),
         score: Score | None = None,
         own_model: bool = False,
+        path: str | None = None,
     ):
         """Creates an evaluator, which compiles at its first batch.
 
@@ -87,15 +89,16 @@ class Evaluator:
             params: returns the parameters of a state to evaluate, unless `use_ema`.
             score: computed on the host from the predictions for all examples, or None.
             own_model: whether the step has another form of the model than training.
+            path: what messages name; by default the evaluation's path in the config.
 
         Raises:
             UserError: if the split is empty, or has not the fields that the score asks for.
         """
+        self.path = f'config.evals.{name}' if path is None else path
+        self._data_path = f'{self.path}.data' if path is None else path
         if data.num_batches == 0:
-            raise UserError(
-                f'config.evals.{name}.data: the split is empty; use one with examples, or remove '
-                'this evaluation'
-            )
+            hint = '; use one with examples, or remove this evaluation' if path is None else ''
+            raise UserError(f'{self._data_path}: the split is empty{hint}')
         self.name = name
         self.data = data
         # By the members of an ensemble that have not diverged.
@@ -155,9 +158,9 @@ class Evaluator:
         try:
             yield
         except UserError as error:
-            raise UserError(f'config.evals.{self.name}: {error}') from error
+            raise UserError(f'{self.path}: {error}') from error
         except Exception as error:
-            error.add_note(f'This happened in the metrics of config.evals.{self.name}')
+            error.add_note(f'This happened in the metrics of {self.path}')
             raise
 
     def _output_shapes(self, state: TrainState) -> Any:
@@ -180,9 +183,9 @@ class Evaluator:
             self._run_step = dataclasses.replace(step, task=task)
             return output
         except UserError as error:
-            raise UserError(f'config.evals.{self.name}: {error}') from error
+            raise UserError(f'{self.path}: {error}') from error
         except Exception as error:
-            error.add_note(f'This happened at the first batch of config.evals.{self.name}')
+            error.add_note(f'This happened at the first batch of {self.path}')
             # The task's own traceback does not say what the batch looked like.
             if shapes is not None:
                 batch = ', '.join(f'{name}: {describe(x)}' for name, x in shapes.items())
@@ -198,7 +201,7 @@ class Evaluator:
 
     @functools.cached_property
     def _all_fields(self) -> Fields:
-        return Fields.from_spec(self.data.spec, f'config.evals.{self.name}.data')
+        return Fields.from_spec(self.data.spec, self._data_path)
 
     def check_metric(self, name: str, path: str) -> None:
         """Checks that `run` will return a metric; `prepare` must have been called.
@@ -328,12 +331,11 @@ class Evaluator:
         blocks: Iterable[Any] = (self.data.block(i, 1) for i in numbers)
         if count is None:  # After its end, a stream yields padding, with negative ids.
             blocks = itertools.takewhile(lambda block: (block.ids >= 0).any(), blocks)
-        path = f'config.evals.{self.name}'
         number, value = int(findings.label) - 1, float(findings.value)
         numbered = count is not None
         raise UserError(
             describe_bad_value(
-                path, 'of its split', checks, number, value, blocks, numbered=numbered
+                self.path, 'of its split', checks, number, value, blocks, numbered=numbered
             )
         )
 
@@ -380,7 +382,7 @@ class Evaluator:
                     variables = self.variables(state)
                     self._predicts = Prediction.trace(self.step, self._all_fields, variables)
             except HostFieldError as error:
-                raise UserError(f'config.evals.{self.name}: {error}') from error
+                raise UserError(f'{self.path}: {error}') from error
         return self._predicts
 
     @contextlib.contextmanager
@@ -390,7 +392,7 @@ class Evaluator:
             yield
         except (InvalidRngError, ModifyScopeVariableError) as error:
             raise UserError(
-                f'config.evals.{self.name}: the model drops values or updates statistics as in '
+                f'{self.path}: the model drops values or updates statistics as in '
                 f'training: {error}\nThe model must know whether it is training. Add an argument '
                 '`train`, `training`, `is_training` or `deterministic` to its call or its '
                 'constructor (the trainer sets it) and pass it on to the layers: see '
@@ -401,7 +403,7 @@ class Evaluator:
         """Raises a UserError if the task has no method `predict`."""
         if not hasattr(self.step.task.task, 'predict'):
             raise UserError(
-                f'config.evals.{self.name}: its task {self.step.task.task!r} has no method '
+                f'{self.path}: its task {self.step.task.task!r} has no method '
                 'predict(model, batch) that returns a dict of arrays'
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from trainer.config.durations import Duration
 from trainer.evaluate.score import Score
@@ -24,7 +25,7 @@ class Evaluation:
         task: computes the metrics.
         batch_size: examples in a batch.
         data: returns the data of the split in batches padded to the given size, which depends on
-            the number of devices.
+            the number of devices; its second argument is a source to read instead, or None.
         model: the form of the model that it evaluates, with the same variables; None for that of
             training.
         score: computed on the host from the predictions for all examples, or None.
@@ -35,6 +36,6 @@ class Evaluation:
     ema: bool
     task: TaskRunner
     batch_size: int
-    data: Callable[[int], EvalData]
+    data: Callable[[int, Any], EvalData]
     model: Functional | None = None
     score: Score | None = None

@@ -15,17 +15,15 @@ from jax.sharding import Mesh
 
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
-from trainer.ensemble.evaluate import EnsembleEvalStep
 from trainer.ensemble.step import EnsembleStep
 from trainer.evaluate.evaluator import Evaluator
-from trainer.evaluate.spec import Evaluation
-from trainer.evaluate.step import EvalStep
 from trainer.experiment import Experiment
 from trainer.input.prefetch import Prefetcher
 from trainer.parallel.mesh import batch_shards
 from trainer.parallel.sharding import check_rules
 from trainer.run import checks
 from trainer.run.batch_sizes import BatchSizes
+from trainer.run.evaluators import OtherData, check_name, make_evaluator
 from trainer.run.events import Events
 from trainer.run.workdir import Workdir
 from trainer.step import eval_point
@@ -65,11 +63,22 @@ class Setup:
         mesh: the device mesh.
         programs: the training programs; each compiles when it is started or first called.
         evaluators: one for each entry of `config.evals`; each compiles at its first batch.
+        other_data: evaluates and predicts data that the config does not have.
     """
 
     mesh: Mesh
     programs: Programs
     evaluators: Mapping[str, Evaluator]
+    other_data: OtherData
+
+    def evaluator(self, name: str, path: str) -> Evaluator:
+        """Returns the evaluator of an evaluation.
+
+        Raises:
+            UserError: if there is none of this name; the message begins with `path`.
+        """
+        check_name(self.evaluators, name, path)
+        return self.evaluators[name]
 
 
 def open_run(experiment: Experiment, workdir: str | None) -> Run:
@@ -124,23 +133,9 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
     )
     checks.check_programs(experiment, programs, mesh)
     params = functools.partial(eval_params, experiment, programs)
-    evaluators = {
-        name: Evaluator(
-            name,
-            _eval_step(experiment, spec, mesh),
-            # An evaluation pads its batches, so its batch size need not divide evenly over the
-            # devices.
-            spec.data(_round_up(spec.batch_size, batch_shards(mesh))),
-            mesh,
-            sharding=experiment.devices.sharding,
-            use_ema=spec.ema,
-            params=params,
-            score=spec.score,
-            own_model=spec.model is not None,
-        )
-        for name, spec in experiment.evals.items()
-    }
-    return Setup(mesh=mesh, programs=programs, evaluators=evaluators)
+    evaluators = {name: make_evaluator(experiment, name, mesh, params) for name in experiment.evals}
+    other_data = OtherData(experiment, mesh, params)
+    return Setup(mesh=mesh, programs=programs, evaluators=evaluators, other_data=other_data)
 
 
 def start_compiling(experiment: Experiment, programs: Programs) -> list[Program]:
@@ -235,18 +230,3 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
     if experiment.ensemble is None:
         return member
     return EnsembleStep.from_step(member, experiment.ensemble, mesh)
-
-
-def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep:
-    model = experiment.model if spec.model is None else spec.model
-    seed, ensemble = experiment.seed, experiment.ensemble
-    if ensemble is None:
-        return EvalStep(model=model, task=spec.task, seed=seed)
-    return EnsembleEvalStep(
-        model=model, task=spec.task, seed=seed, seeds=ensemble.seeds, axis=ensemble.axis(mesh)
-    )
-
-
-def _round_up(batch_size: int, shards: int) -> int:
-    """Returns the smallest multiple of `shards` that is at least the batch size."""
-    return -(-batch_size // shards) * shards
