@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summaries that a score may return: texts, images and arrays for `summaries/` and TensorBoard."""
+"""Summaries that scores and hooks may return: texts, images, histograms, figures and arrays."""
 
-from trainer.observe.summaries import Arrays, Images, Texts, image_of_figure
+from trainer.observe.summaries import Arrays, Histogram, Images, Texts, image_of_figure
 
-__all__ = ['Arrays', 'Images', 'Texts', 'image_of_figure']
+__all__ = ['Arrays', 'Histogram', 'Images', 'Texts', 'image_of_figure']

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -255,3 +256,25 @@ def test_mistakes_in_a_hook_are_found_at_the_start(hook: dict[str, str], message
     made.hooks = {'mine': hook}
     with pytest.raises(UserError, match=message):
         trainer(made)
+
+
+def bad_name(event: Event) -> Any:
+    return {'../samples': ['a']} if event.kind == 'eval' else None
+
+
+def test_the_name_of_a_summary_is_checked(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"hooks\.mine: a summary is named '\.\./samples'"):
+        trainer(config('bad_name'), tmp_path / 'run').fit()
+
+
+def test_a_resumed_run_removes_the_summaries_of_later_steps(tmp_path: pathlib.Path) -> None:
+    run = tmp_path / 'run'
+    made = config('values')
+    made.checkpoint = dict(every='2 steps')
+    trainer(made, run).fit()
+    shutil.rmtree(run / 'checkpoints' / '4')
+    (run / 'result.json').unlink()
+    made.hooks = {}
+    trainer(made, run).fit()
+    assert [path.name for path in (run / 'summaries').iterdir()] == ['2']
+    assert [path.name for path in (run / 'metrics').iterdir()] == ['eval_dev_2.npz']

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from trainer.modules.model_view import param_path
 from trainer.modules.recorder import is_float
-from trainer.observe.writers import Histogram
+from trainer.observe.summaries import Histogram
 
 BINS = 30
 
@@ -72,8 +72,12 @@ def make_measure(what: frozenset[str], rows: int) -> Callable[[jax.Array], dict[
 def histogram(measured: Mapping[str, Any]) -> Histogram:
     """Returns the histogram of a measured array, on the host."""
     numbers = {name: float(value) for name, value in measured['summary'].items()}
-    return Histogram(
-        numbers['min'], numbers['max'], measured['counts'], numbers['mean'], numbers['std']
+    return Histogram.from_counts(
+        measured['counts'],
+        low=numbers['min'],
+        high=numbers['max'],
+        mean=numbers['mean'],
+        std=numbers['std'],
     )
 
 

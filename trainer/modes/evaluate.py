@@ -7,7 +7,7 @@ from trainer.config.errors import UserError
 from trainer.modes.command import Command, restore, workdir_of, write_arrays
 from trainer.modules.shapes import describe
 from trainer.observe import logfile
-from trainer.observe.summaries import write_files
+from trainer.observe.summary_files import write_files
 from trainer.parallel.signals import StopRequest
 from trainer.trainer import Trainer
 

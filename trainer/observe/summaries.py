@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summaries: texts, images, histograms and figures, in files and for TensorBoard.
-
-A summary named `eval/dev/samples` of step 300 is the file `summaries/300/eval/dev/samples.txt` of
-the work directory: `.txt` for texts, `.png` for images and figures, `.npz` for arrays and
-histograms.
-"""
+"""Summaries: texts, images, histograms and figures, in files and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -121,6 +116,75 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
+class Histogram:
+    """A histogram of the finite values of an array.
+
+    Attributes:
+        low: the smallest value.
+        high: the largest value.
+        counts: number of values in bins of equal width from `low` to `high`, (bins,). If all values
+            are equal, they are in the first bin.
+        mean: of the values.
+        std: their standard deviation.
+    """
+
+    low: float
+    high: float
+    counts: np.ndarray
+    mean: float
+    std: float
+
+    def __init__(self, values: Any, bins: int = 30):
+        """Counts values.
+
+        Args:
+            values: numbers, an array of any shape. Those that are not finite are left out.
+            bins: number of bins.
+
+        Raises:
+            UserError: for values that are no real numbers.
+        """
+        array = np.asarray(values)
+        # By name: bfloat16 is none of numpy's floats.
+        if not any(kind in array.dtype.name for kind in ('float', 'int', 'bool')):
+            raise UserError(f'Histogram: expected an array of real numbers, got {describe(array)}')
+        numbers = array.astype(np.float64).ravel()
+        finite = numbers[np.isfinite(numbers)]
+        if not finite.size:
+            self._set(0.0, 0.0, np.zeros(bins), 0.0, 0.0)
+            return
+        low, high = float(finite.min()), float(finite.max())
+        counts = np.zeros(bins)
+        if low < high:
+            counts, _ = np.histogram(finite, bins, (low, high))
+        else:
+            counts[0] = finite.size
+        self._set(low, high, counts, float(finite.mean()), float(finite.std()))
+
+    @classmethod
+    def from_counts(
+        cls, counts: np.ndarray, *, low: float, high: float, mean: float, std: float
+    ) -> Histogram:
+        """Returns a histogram that has been counted elsewhere, as on the devices."""
+        histogram = object.__new__(cls)
+        histogram._set(low, high, counts, mean, std)
+        return histogram
+
+    def _set(self, low: float, high: float, counts: np.ndarray, mean: float, std: float) -> None:
+        values = {'low': low, 'high': high, 'counts': counts, 'mean': mean, 'std': std}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def write(self, stem: epath.Path) -> epath.Path:
+        """Writes `<stem>.npz` with `counts`, `edges` (bins + 1,), `mean` and `std`."""
+        path = _with_suffix(stem, '.npz')
+        edges = np.linspace(self.low, self.high, len(self.counts) + 1)
+        numbers = {'mean': np.asarray(self.mean), 'std': np.asarray(self.std)}
+        write_npz(path, {'counts': np.asarray(self.counts), 'edges': edges, **numbers})
+        return path
+
+
+@dataclasses.dataclass(frozen=True)
 class Arrays:
     """Arrays by name, for files only.
 
@@ -137,17 +201,23 @@ class Arrays:
         return path
 
 
-Summary = Texts | Images | Arrays
+Summary = Texts | Images | Histogram | Arrays
 
 
 def as_summary(value: Any) -> Summary | None:
-    """Returns a value as a summary, None if it is none: text and lists of text are summaries."""
+    """Returns a value as a summary, None if it is none.
+
+    Text, lists of text and matplotlib figures are summaries.
+    """
     if isinstance(value, Summary):
         return value
     if isinstance(value, str):
         return Texts(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(x, str) for x in value):
         return Texts(value)
+    # matplotlib is not imported: a value can be one of its figures only if the user has done so.
+    if callable(getattr(value, 'savefig', None)):
+        return image_of_figure(value)
     return None
 
 
@@ -158,25 +228,6 @@ def image_of_figure(figure: Any) -> Images:
     content = io.BytesIO()
     figure.savefig(content, format='png', dpi='figure')
     return Images(np.asarray(Image.open(content).convert('RGB'))[None])
-
-
-def write_files(directory: epath.Path, step: int, summaries: Mapping[str, Summary]) -> list[str]:
-    """Writes the files of the summaries of a step.
-
-    Args:
-        directory: the work directory.
-        step: number of completed steps.
-        summaries: by name, such as `eval/dev/samples`.
-
-    Returns:
-        Their paths.
-    """
-    paths = []
-    for name, summary in summaries.items():
-        stem = directory / 'summaries' / str(step) / name
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        paths.append(str(summary.write(stem)))
-    return paths
 
 
 def _with_suffix(stem: epath.Path, suffix: str) -> epath.Path:

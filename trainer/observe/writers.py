@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import logging
@@ -13,37 +12,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from etils import epath
 
 from trainer import compat
 from trainer.config import files, json_text
 from trainer.config.errors import UserError
-from trainer.observe.summaries import Images, Summary, Texts
+from trainer.observe.summaries import Histogram, Images, Summary, Texts
 
 _log = logging.getLogger('trainer')
 _FLUSH_SECS = 30.0
 # Errors of a path that is a directory or a dangling link.
 _NO_FILE = (errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-
-
-@dataclasses.dataclass(frozen=True)
-class Histogram:
-    """A histogram of the finite values of an array.
-
-    Attributes:
-        low: the smallest value.
-        high: the largest value.
-        counts: number of values in bins of equal width from `low` to `high`, (bins,).
-        mean: of the values.
-        std: their standard deviation.
-    """
-
-    low: float
-    high: float
-    counts: np.ndarray
-    mean: float
-    std: float
 
 
 class Writer(Protocol):
@@ -52,11 +31,8 @@ class Writer(Protocol):
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the values of a step."""
 
-    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Adds the histograms of a step."""
-
     def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
-        """Adds the texts and images of a step."""
+        """Adds the texts, images and histograms of a step."""
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""
@@ -105,9 +81,6 @@ class MetricsFile:
         # disk before a save.
         self._file.flush()
 
-    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Does nothing: a line has only numbers."""
-
     def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
         """Does nothing: a line has only numbers."""
 
@@ -149,16 +122,8 @@ class TensorBoard:
         if time.monotonic() - self._flushed > _FLUSH_SECS:
             self.sync()
 
-    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Adds one event with all histograms."""
-        values = [
-            self._summary.Value(tag=name, histo=self._histogram(each))
-            for name, each in histograms.items()
-        ]
-        self._add(step, summary=self._summary(value=values))
-
     def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
-        """Adds one event with all texts and images."""
+        """Adds one event with all texts, images and histograms."""
         values = []
         for name, each in summaries.items():
             if isinstance(each, Images):
@@ -172,6 +137,8 @@ class TensorBoard:
                 values.append(self._summary.Value(tag=name, image=image))
             elif isinstance(each, Texts):
                 values.append(compat.tensorboard_text(name, '\n\n---\n\n'.join(each.texts)))
+            elif isinstance(each, Histogram):
+                values.append(self._summary.Value(tag=name, histo=self._histogram(each)))
         self._add(step, summary=self._summary(value=values))
 
     def _histogram(self, each: Histogram) -> Any:
@@ -226,10 +193,6 @@ class Writers:
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the values of a step to all writers."""
         self._for_each(lambda writer: writer.write(step, row))
-
-    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Adds the histograms of a step to the writers that support them."""
-        self._for_each(lambda writer: writer.write_histograms(step, histograms))
 
     def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
         """Adds the summaries of a step to the writers that support them."""

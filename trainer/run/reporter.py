@@ -25,9 +25,10 @@ from trainer.ensemble.step import PerMember
 from trainer.modules.shapes import describe
 from trainer.observe.npz import write_npz
 from trainer.observe.progress import Progress, Screen
-from trainer.observe.summaries import Summary, write_files
+from trainer.observe.summaries import Histogram, Summary
+from trainer.observe.summary_files import remove_after, write_files
 from trainer.observe.time_spent import TimeSpent
-from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
+from trainer.observe.writers import MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
 from trainer.tasks.measured import (
     MetricValues,
@@ -106,6 +107,7 @@ class Reporter:
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
         """Opens the run's files, truncated to the step that the run resumes from."""
         self._directory = directory
+        remove_after(directory, step)
         self._writer = Writers(
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
             [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
@@ -257,7 +259,7 @@ class Reporter:
         if row:
             self._writer.write(step, row)
         if histograms:
-            self._writer.write_histograms(step, histograms)
+            self._writer.write_summaries(step, histograms)
 
     def _write_summaries(
         self, step: int, summaries: Mapping[str, Summary], prefix: str = ''

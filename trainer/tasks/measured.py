@@ -17,6 +17,7 @@ from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules.shapes import changes, describe
 from trainer.observe.summaries import Summary
+from trainer.observe.summary_files import check_name
 
 # Errors that do not depend on the data. Others, such as ZeroDivisionError, may only mean that a
 # metric has seen no data yet.
@@ -28,7 +29,7 @@ class MetricValues(dict[str, float]):
 
     Attributes:
         arrays: values that do not have exactly one element, by flat name.
-        summaries: texts and images, by flat name.
+        summaries: texts, images and other summaries, by flat name.
     """
 
     def __init__(self, computed: Mapping[Any, Any] | None = None):
@@ -48,7 +49,8 @@ class MetricValues(dict[str, float]):
                 number.
 
         Raises:
-            UserError: if the value is none of these, or the name is already taken.
+            UserError: if the value is none of these, the name is already taken, or that of a
+                summary cannot be the name of a file.
         """
         if isinstance(value, Mapping):
             for key, each in value.items():
@@ -58,6 +60,7 @@ class MetricValues(dict[str, float]):
         if name in self or name in self.arrays or name in self.summaries:
             raise UserError(f'two values of a row of metrics are named {name!r}; rename one')
         if isinstance(value, Summary):
+            check_name(name)
             self.summaries[name] = value
             return
         if not isinstance(value, (int, float)):
