@@ -23,6 +23,7 @@ from etils import epath
 from trainer.config.errors import UserError
 from trainer.ensemble.step import PerMember
 from trainer.modules.shapes import describe
+from trainer.observe.history import History
 from trainer.observe.npz import write_npz
 from trainer.observe.progress import Progress, Screen
 from trainer.observe.summaries import Histogram, Summary
@@ -51,6 +52,7 @@ class Reporter:
         step: number of steps that have been dispatched.
         row: the newest row: 'step' and values by flat name.
         latest: the newest value of each metric, by flat name.
+        history: all rows of the run, from earlier starts too.
         time: seconds spent in each part of the run.
         progress: prints messages and the progress line.
     """
@@ -73,6 +75,7 @@ class Reporter:
         self.step = 0
         self.row: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self.history = History()
         self.time = TimeSpent()
         self.progress = Progress(total_steps, stream or sys.stdout)
         self._writer = Writers(())
@@ -102,6 +105,7 @@ class Reporter:
         """
         self.step = step
         self.latest = dict(metrics)
+        self.history.cut(step if step > 0 else -1)
         self._evaluated = {(name, step) for name in evaluated}
 
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
@@ -112,6 +116,8 @@ class Reporter:
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
             [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
         )
+        # Once the rows after the step are removed.
+        self.history.read(directory / 'metrics.jsonl')
 
     def begin(self, step: int) -> None:
         """Starts the clock of the loop."""
@@ -239,6 +245,7 @@ class Reporter:
         files = self._write_arrays(f'{held.stem}_{held.step}', held.values.arrays)
         files += self._write_summaries(held.step, held.values.summaries, held.prefix)
         self._writer.write(held.step, held.row())
+        self.history.add(held.step, held.row())
         # After the files, so that no printed value is missing there if the run is killed.
         if held.prefix == 'train/':
             self.progress.update(held.step, held.row())
@@ -258,6 +265,7 @@ class Reporter:
         """Writes the captured values and histograms of a step; prints nothing."""
         if row:
             self._writer.write(step, row)
+            self.history.add(step, row)
         if histograms:
             self._writer.write_summaries(step, histograms)
 
