@@ -20,7 +20,7 @@ def output(task: Any, label: Any) -> Any:
 
 
 def test_softmax_labels_of_both_kinds_agree() -> None:
-    """A7."""
+    """Integer and one-hot labels give the same loss and accuracy."""
     integer = output(Classification(), [2, 1])
     one_hot = output(Classification(), np.eye(3, dtype=np.float32)[[2, 1]])
     np.testing.assert_allclose(integer.loss, one_hot.loss, rtol=1e-6)
