@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
+from .foreign import as_transforms
 from .order import PADDING, Marks, Order, replay_batch_sizes
 from .record_errors import blame
 from .sources import Arrays, ArraySpec, Source, check_rows, check_source
@@ -87,7 +88,7 @@ class TrainLoader:
             )
         self.batch_size = batch_size
         self._source = source
-        self._transforms = tuple(transforms)
+        self._transforms = as_transforms(transforms)
         self._seed = seed
         self._repeat = repeat_batch
         self._order = Order(
@@ -206,7 +207,7 @@ class EvalLoader:
         self._source = source
         self._batch_size = batch_size
         self.rows = max(batch_size, padded_to or 0)
-        self._transforms = tuple(transforms)
+        self._transforms = as_transforms(transforms)
 
     @property
     def spec(self) -> dict[str, ArraySpec]:

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -55,3 +58,11 @@ class ExampleRng:
         rows = combine(self.seed, self.stream, self._draws, self.epochs, self.ids)
         positions = np.arange(math.prod(shape), dtype=np.uint64)
         return combine(rows[:, None], positions[None, :]).reshape(len(rows), *shape)
+
+
+def wants_rng(function: Callable[..., Any]) -> bool:
+    """Whether a function has a parameter named `rng`."""
+    try:
+        return 'rng' in inspect.signature(function).parameters
+    except ValueError:  # Functions implemented in C may have no signature.
+        return False

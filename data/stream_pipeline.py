@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .foreign import as_stage
 from .order import epoch_order
 from .record_errors import describe
 from .workers import prefetch_in_workers, to_portable
@@ -33,8 +34,9 @@ class Pipeline:
     Attributes:
         source: a source as in `trainer.data.sources`; any object with a length and items that are
             dicts of arrays, of any shapes; a Grain dataset; or a `Stream`.
-        stages: callables from one `grain.IterDataset` to another, see `trainer.data.stages`.
-        seed: seed of the order.
+        stages: callables from one `grain.IterDataset` to another, see `trainer.data.stages`, and
+            transform objects of Grain.
+        seed: seed of the order and of random stages.
         shuffle: whether to shuffle in each pass, if the source has random access.
         threads: number of threads that read ahead.
         workers: number of processes that read and run the stages; 0 for none.
@@ -68,7 +70,9 @@ class Pipeline:
 
         dataset = self._source(index, count, epoch)
         for number, stage in enumerate(self.stages):
-            dataset = stage(dataset)
+            dataset = as_stage(
+                stage, seed=self.seed, number=number, part=(index, count), epoch=epoch
+            )(dataset)
             if not isinstance(dataset, grain.IterDataset):
                 raise TypeError(
                     f'stages[{number}] = {stage!r} returned {_name(dataset)}; a stage takes a '

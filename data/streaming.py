@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
+from .foreign import as_transforms
 from .loader import MASK, Block
 from .order import PADDING, Marks
 from .sources import Arrays, ArraySpec
@@ -29,7 +30,7 @@ class _Loader:
         if rows < 1:
             raise ValueError(f'batch_size: {rows} examples; expected a positive number')
         self._pipeline = pipeline
-        self._transforms = tuple(transforms)
+        self._transforms = as_transforms(transforms)
         self._rows = rows
         self._seed = seed
         self._first: Arrays | None = None

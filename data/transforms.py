@@ -9,13 +9,13 @@ batch or process in which it is read.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .rng import ExampleRng
+from .per_example import PerExample as PerExample
+from .rng import ExampleRng, wants_rng
 from .sources import Arrays
 
 
@@ -29,6 +29,7 @@ def apply(
 ) -> Arrays:
     """Returns the batch after all transforms, in order.
 
+    A transform may return anything with `__array__`, such as JAX arrays; it becomes a numpy array.
     An exception in a transform keeps its type and traceback, and gets a note with its name.
 
     Raises:
@@ -44,7 +45,7 @@ def apply(
                 batch = transform(batch, rng)
             else:
                 batch = transform(batch)
-            _check(batch, len(ids))
+            batch = _to_numpy(batch, len(ids))
         except Exception as error:
             # A note, so that the error keeps its type and its traceback.
             error.add_note(f'in transforms[{position}] = {transform!r}')
@@ -52,22 +53,24 @@ def apply(
     return batch
 
 
-def _check(batch: Arrays, rows: int) -> None:
+def _to_numpy(batch: Any, rows: int) -> Arrays:
+    """Returns the result of a transform with numpy arrays only, after checking it."""
     if not isinstance(batch, dict):
         raise TypeError(f'a transform must return a dict of arrays, got {type(batch)}')
+    arrays = {}
     for name, x in batch.items():
         if not isinstance(x, np.ndarray):
-            raise TypeError(f'{name!r} must be a numpy array (rows, ...), got {type(x)}')
+            if not hasattr(x, '__array__') or isinstance(x, np.generic):
+                raise TypeError(f'{name!r} must be an array (rows, ...), got {type(x)}')
+            # A copy: the memory of a JAX array cannot be written to, as the next transform may do.
+            x = np.array(x)
         if x.shape[:1] != (rows,):
             raise ValueError(
                 f'{name!r} has shape {x.shape} after a transform of {rows} rows; a transform '
                 'must keep the number of rows. Filter examples in the source instead'
             )
-
-
-def wants_rng(transform: Callable[..., Any]) -> bool:
-    """Whether a transform has a second parameter named `rng`."""
-    return 'rng' in inspect.signature(transform).parameters
+        arrays[name] = x
+    return arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,24 +178,3 @@ class RandomFlip:
         # One draw per image, broadcast over its pixels.
         flip = (rng.uniform() < 0.5)[:, None, None, None]
         return {**batch, self.key: np.where(flip, images[:, :, ::-1], images)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerExample:
-    """Runs `fn(example)` or `fn(example, rng)` on each row and stacks what it returns.
-
-    Convenient but slow: Python code runs once per example. `rng` is a numpy generator.
-    """
-
-    fn: Callable[..., Mapping[str, Any]]
-
-    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
-        """Returns the stacked results."""
-        rows = len(next(iter(batch.values())))
-        # Once per batch: inspecting a signature takes longer than most transforms.
-        random = wants_rng(self.fn)
-        results = []
-        for row in range(rows):
-            example = {key: value[row] for key, value in batch.items()}
-            results.append(self.fn(example, rng.generator(row)) if random else self.fn(example))
-        return {key: np.stack([result[key] for result in results]) for key in results[0]}

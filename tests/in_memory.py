@@ -76,4 +76,6 @@ def make_config(**changes: Any) -> ml_collections.ConfigDict:
     for key, value in changes.items():
         with config.ignore_type():
             config[key] = value
+    if 'model' in changes:  # Nothing refers to it then.
+        del config.vars
     return config

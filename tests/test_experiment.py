@@ -37,7 +37,7 @@ def test_overrides_change_a_copy_of_the_config_with_its_references() -> None:
 
 
 def test_a_file_and_its_config_dict_give_the_same_experiment() -> None:
-    from configs.mnist_mlp import get_config
+    from trainer.configs.mnist_mlp import get_config
 
     of_file, of_path = load_and_build(str(CONFIG)), load_and_build(CONFIG)
     assert of_file.origin.config == of_path.origin.config == build(get_config()).origin.config

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import shlex
@@ -24,6 +25,7 @@ from trainer.config import loading, overrides, schema
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build
 from trainer.models.transformer import Transformer
+from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
 from trainer.weights import safetensors
 
@@ -186,6 +188,56 @@ def packed(text: str) -> None:
     fitted(built('lm_packed.py', text, TINY_LM))
 
 
+def streamed(text: str) -> None:
+    """Only images of the digits below five, each followed by its mirror image."""
+    loader = built('mnist_mlp.py', text, MNIST).data.loader
+    arrays = loader.block(0, 1).arrays
+    assert set(arrays['label'].ravel()) <= set(range(5))
+    labels = arrays['label'].reshape(-1, 2)
+    np.testing.assert_array_equal(labels[:, 0], labels[:, 1])
+    images = arrays['image'].reshape(-1, 2, 28, 28).astype(int)
+    # Each of the two has noise of its own.
+    near = [np.abs(images[:, 0] - x).mean() for x in (images[:, 1, :, ::-1], images[:, 1])]
+    assert near[0] < near[1]
+    fitted(
+        built(
+            'mnist_mlp.py',
+            text,
+            {**MNIST, 'evals.test.every': '2 steps', 'checkpoint.every': 'never'},
+        )
+    )
+
+
+def augmented(text: str, library: str = 'numpy') -> None:
+    """The images of a batch change with the epoch, and not with the time they are read."""
+    pytest.importorskip(library)
+    loader = built('mnist_mlp.py', text, {**MNIST, 'data.shuffle': False}).data.loader
+    per_epoch = int(loader.steps_per_epoch)
+    first, again, later = (loader.block(i, 1).arrays['image'] for i in (0, 0, per_epoch))
+    np.testing.assert_array_equal(first, again)
+    assert first.dtype == np.uint8 and (first != later).any()
+    fitted(built('mnist_mlp.py', text, MNIST))
+
+
+def augmented_on_devices(text: str) -> None:
+    made = built('mnist_mlp.py', text, MNIST)
+    image = np.asarray(made.data.loader.block(0, 1).arrays['image'][0])
+
+    def seen(mode: str, step: int) -> np.ndarray:
+        keys = Keys(seed=made.seed, mode=mode, step=step)
+        return np.asarray(made.task.prepare_batch({'image': jnp.asarray(image)}, keys)['image'])
+
+    np.testing.assert_allclose(seen('eval', 0), image / 255, rtol=1e-6)
+    np.testing.assert_array_equal(seen('train', 3), seen('train', 3))
+    assert (seen('train', 3) != seen('train', 4)).any()
+    fitted(made)
+
+
+def classified_mirrored(text: str) -> None:
+    _, result = fitted(built('mnist_mlp.py', text, MNIST))
+    assert {'train/accuracy', 'eval/test/accuracy'} <= set(result.metrics)
+
+
 def halves(text: str) -> None:
     trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
     assert 'bf16' in str(trainer.set_up().programs.step.jaxpr())
@@ -240,7 +292,15 @@ CASES: dict[str, Callable[..., None]] = {
     'member=2': one_member,
     'fsdp': cut,
     'GrainLoader': threaded,
-    'StreamLoader': packed,
+    'stages:Pack': packed,
+    'mine.on_host:Below': streamed,
+    'mine.on_host:invert_some': augmented,
+    'mine.on_host:erase': augmented,
+    "(dict(target='mine.on_host:Noise'),)": augmented,
+    'albumentations:': functools.partial(augmented, library='albumentations'),
+    'torchvision.': functools.partial(augmented, library='torchvision'),
+    'mine.on_devices:shift': augmented_on_devices,
+    'mine.on_devices:classify_mirrored': classified_mirrored,
     "compute='bfloat16'": halves,
     "compute='float16'": scaled,
     'trainer.metrics:F1': measured,

@@ -39,7 +39,7 @@ from trainer.builders.training import (
 )
 from trainer.builders.weights import build_init_from, build_surgery
 from trainer.checkpoint.retention import Retention
-from trainer.config import literals, loading, overrides, schema
+from trainer.config import literals, loading, overrides, python_objects, schema
 from trainer.config.checks import check_positive
 from trainer.config.durations import Clock, Duration
 from trainer.config.loading import LoadedConfig
@@ -67,12 +67,14 @@ class Origin:
         path: path of the config file, or None if the config came from Python.
         config: the resolved config as plain Python.
         schedule_steps: steps of each duration inside the optimizer, by config path.
+        objects: config paths of objects that only the program that built it has.
     """
 
     name: str
     path: pathlib.Path | None
     config: Mapping[str, Any]
     schedule_steps: Mapping[str, int]
+    objects: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,7 +285,7 @@ def build(config: ml_collections.ConfigDict | LoadedConfig) -> Experiment:
 
 
 def _build(loaded: LoadedConfig) -> Experiment:
-    config = loading.to_plain(loaded.config)
+    config = python_objects.name_objects(loading.to_plain(loaded.config))
     # First: the sections and the builders handle only values that a config can hold.
     literals.check(config, 'config', [])
     sections = schema.read(config)
@@ -309,7 +311,13 @@ def _build(loaded: LoadedConfig) -> Experiment:
     hooks = build_hooks(sections)
     parts = ClockParts.from_sections(sections, data)
     return Experiment(
-        origin=Origin(loaded.name, loaded.path, config, parts.schedule_steps),
+        origin=Origin(
+            name=loaded.name,
+            path=loaded.path,
+            config=python_objects.without_objects(config),
+            schedule_steps=parts.schedule_steps,
+            objects=tuple(python_objects.find_objects(config)),
+        ),
         seed=sections.seed,
         model=model,
         task=task,

@@ -50,7 +50,7 @@ def test_captured_values_equal_those_of_the_model(tmp_path: pathlib.Path) -> Non
     state = trainer.fit().state
     with trainer.batches(19, [1]) as batches:
         batch = next(iter(batches)).arrays
-        prepared = made.task.prepare_batch(batch)
+        prepared = made.task.prepare_batch(batch, None)
     logits = np.asarray(bound(made, state)(prepared['image']))
     row = rows(tmp_path)[-1]
     assert row['step'] == 20

@@ -231,3 +231,20 @@ def test_a_frozen_part_does_not_count(name: str) -> None:
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
             found[part], alone[part],
         )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['lbfgs', 'mechanize'])
+def test_sharded_slots_change_nothing(name: str, tmp_path: pathlib.Path) -> None:
+    """Compiled, on eight devices, saved and resumed: the parameters of one device."""
+    rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 1}
+    options: dict[str, Any] = {'train_for': '4 steps', 'model': {'target': 'tests.step.tiny:Net'}}
+    whole = trainer(HOLDERS[name], **options).fit()
+    parts = {'optimizer': HOLDERS[name], 'mesh': {'data': 2, 'fsdp': 4}, 'sharding': (rule,)}
+    tiny.trainer(tmp_path, evals={}, **options, **parts).fit(max_steps=2)
+    resumed = tiny.trainer(tmp_path, evals={}, **options, **parts).fit()
+    assert int(resumed.state.step) == int(whole.state.step) == 4
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        jax.device_get(resumed.state.params), jax.device_get(whole.state.params),
+    )  # fmt: skip

@@ -108,7 +108,9 @@ def reads(read: Callable[[Any], Any], *transforms: Any) -> set[str]:
     """Names of the fields that a task reads; the batch has no text."""
     made = runner(read, *transforms, kept=())
     with record_reads() as found:
-        jax.eval_shape(lambda batch: (made.task(None, made.prepare_batch(batch)), ())[1], arrays())
+        jax.eval_shape(
+            lambda batch: (made.task(None, made.prepare_batch(batch, None)), ())[1], arrays()
+        )
     return found.names
 
 

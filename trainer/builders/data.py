@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from trainer.evaluate.score import Score
 from trainer.evaluate.spec import Evaluation
 from trainer.input.data import EvalData, TrainData
 from trainer.tasks.runner import TaskRunner
+from trainer.tasks.transformed import KeyedTransform, parameters_of
 
 
 def build_train_data(sections: Sections) -> TrainData:
@@ -177,14 +177,20 @@ def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> t
     """Returns the transforms that run in the compiled step.
 
     Raises:
-        UserError: for one that takes a numpy generator.
+        UserError: for one that takes a numpy generator, or is no function.
     """
     transforms = targets.instantiate(data.device_transforms, f'{path}.device_transforms')
     for index, transform in enumerate(transforms):
-        # Inside a compiled step, a numpy generator would draw the same numbers in every step.
-        if 'rng' in inspect.signature(transform).parameters:
+        where = f'{path}.device_transforms[{index}]'
+        if isinstance(transform, type) or not callable(transform):
             raise UserError(
-                f'{path}.device_transforms[{index}]: {transform!r} draws random numbers from a '
-                f'numpy generator; move it to {path}.transforms'
+                f'{where}: expected a function of a batch of JAX arrays, got {transform!r}. '
+                f'Transforms of Grain run on the host: move it to {path}.transforms'
             )
-    return tuple(transforms)
+        # Inside a compiled step, a numpy generator would draw the same numbers in every step.
+        if 'rng' in parameters_of(transform):
+            raise UserError(
+                f'{where}: {transform!r} draws random numbers from a numpy generator; move it to '
+                f'{path}.transforms, or take a JAX key: `key` instead of `rng`'
+            )
+    return tuple(KeyedTransform.wrap(transform, i) for i, transform in enumerate(transforms))

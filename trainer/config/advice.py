@@ -57,6 +57,21 @@ def advice(value: Any, path: str = '') -> str:
     return _object_advice(value)
 
 
+def is_value(value: Any) -> bool:
+    """Whether a value is data (a number, a date, an array) and no class, function or component."""
+    kinds = tuple(
+        kind
+        for listed, _ in _ADVICE
+        for kind in (listed if isinstance(listed, tuple) else (listed,))
+        if kind is not functools.partial
+    )
+    if isinstance(value, kinds):
+        return True
+    # A class, such as `jnp.float32`, may have these attributes too.
+    is_array = hasattr(value, 'dtype') and hasattr(value, 'shape')
+    return not inspect.isclass(value) and (is_array or _dtype_name(value) is not None)
+
+
 def _path_advice(path: os.PathLike[str]) -> str:
     return f'write it as text: {str(path)!r}'
 

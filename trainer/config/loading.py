@@ -23,6 +23,7 @@ from trainer.config import (
     misplaced,
     objects,
     places,
+    python_objects,
     suggest,
 )
 from trainer.config.errors import UserError, short_repr
@@ -104,7 +105,8 @@ def from_python(config: Any) -> LoadedConfig:
     """Returns a config that was made in Python, as `load` returns that of a file.
 
     Args:
-        config: an `ml_collections.ConfigDict`, which stays as it is: overrides change a copy.
+        config: an `ml_collections.ConfigDict`, which stays as it is: overrides change a copy. It
+            may have objects in place of names.
 
     Raises:
         UserError: if it is anything else, or has values that a config cannot have.
@@ -117,19 +119,23 @@ def from_python(config: Any) -> LoadedConfig:
         elif isinstance(config, str):
             hint = f'; for a file, write load_and_build({given})'
         raise UserError(f'build: expected an ml_collections.ConfigDict, got {given}{hint}')
-    config = _checked_copy(config, 'config: ', copy_references=True)
+    try:
+        to_plain(config)  # Fails for a config that contains itself.
+        check_vars(config)
+        named = python_objects.name_objects(config)
+    except RecursionError as error:
+        raise UserError('config: a dict of the config contains itself') from error
+    # With references of its own, so that overrides do not change those of the caller.
+    config = _checked_copy(copy.deepcopy(named), 'config: ')
     return LoadedConfig(config=config, name='config', arg='', path=None)
 
 
-def _checked_copy(
-    config: ml_collections.ConfigDict, where: str, *, copy_references: bool = False
-) -> ml_collections.ConfigDict:
+def _checked_copy(config: ml_collections.ConfigDict, where: str) -> ml_collections.ConfigDict:
     """Returns a copy in which each key has a dict of its own.
 
     Args:
         config: the config.
         where: the beginning of messages.
-        copy_references: whether the copy has references of its own.
 
     Raises:
         UserError: if it contains itself, an unused key of `vars`, or a value of another type.
@@ -141,7 +147,7 @@ def _checked_copy(
         literals.check(to_plain(config), 'config', [])
     except RecursionError as error:
         raise UserError(f'{where}a dict of the config contains itself') from error
-    return _copy_unshared(copy.deepcopy(config) if copy_references else config)
+    return _copy_unshared(config)
 
 
 def to_plain(node: Any) -> Any:

@@ -27,6 +27,26 @@ _LIBRARIES = (
 )
 
 
+class Named(str):
+    """The name of an object that is not found by it, such as a class of a notebook.
+
+    Attributes:
+        value: the object.
+    """
+
+    value: Any
+
+    def __new__(cls, name: str, value: Any) -> Named:
+        """Returns the name with its object."""
+        named = super().__new__(cls, name)
+        named.value = value
+        return named
+
+    def __deepcopy__(self, memo: Any) -> Named:
+        """Returns itself: the copy of a config has the same objects."""
+        return self
+
+
 def resolve(name: object, path: str) -> Any:
     """Returns the object that 'package.module:Name' names.
 
@@ -37,6 +57,8 @@ def resolve(name: object, path: str) -> Any:
     Raises:
         UserError: if the name is malformed or does not exist, or if its module fails to import.
     """
+    if isinstance(name, Named):
+        return name.value
     if not isinstance(name, str) or name.count(':') != 1 or not all(name.split(':')):
         raise UserError(
             f"{path}: expected 'package.module:Name', got {short_repr(name)}{_colon_hint(name)}"

@@ -32,9 +32,10 @@ class DataSection:
     Attributes:
         source: the dataset, such as `trainer.data.mnist:MNIST`.
         batch_size: number of examples in a batch, over all devices and processes.
-        transforms: functions of a batch, run with NumPy on the host, in this order.
+        transforms: functions of a batch, run with NumPy on the host, in this order, or
+            transforms of Grain.
         device_transforms: functions of a batch, run on the devices in the compiled step, after
-            `transforms`.
+            `transforms`; they may take a random `key`, and `training`.
         remainder: what happens to the last, incomplete batch of an epoch: 'carry' fills it from
             the next epoch, 'pad' fills it with padding, 'drop' leaves it out.
         shuffle: whether each epoch has a new random order; otherwise the order of the source.

@@ -63,7 +63,7 @@ class EvalStep:
     def init(self, batch: Any) -> Mapping[str, Any]:
         """Returns fresh variables of the evaluated model, for this batch."""
         keys = Keys(seed=self.seed, mode='init')
-        return self.model.init(self.task.task, self.task.prepare_batch(batch), keys)
+        return self.model.init(self.task.task, self.task.prepare_batch(batch, keys), keys)
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:
         """Returns empty accumulators for outputs of these shapes."""
@@ -124,7 +124,7 @@ class EvalStep:
         # The keys of `_output`: a task that samples predicts what its metrics were computed from.
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
-        seen = self.task.prepare_batch(batch, passing=True)
+        seen = self.task.prepare_batch(batch, keys, passing=True)
         with explain_host_fields(seen):
             outputs = task.predict(self._bind(variables, keys, batch), seen)
         # The caller removes the padding on the host: the number of real examples is not static.

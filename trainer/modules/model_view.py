@@ -70,8 +70,10 @@ class BoundModel(abc.ABC):
     _ema: Any = None
     _precision: Precision = AS_IS
 
-    # For the train step: not a copy, and no function of its own in the step's call chain.
+    # For the train step and the task's runner: not copies, and no functions of their own in the
+    # step's call chain.
     own_collections = property(operator.attrgetter('_calls.collections'))
+    own_keys = property(operator.attrgetter('_keys'))
 
     @property
     def collections(self) -> dict[str, Any]:

@@ -31,6 +31,12 @@ def summary(run: Run, setup: Setup, step: int) -> str:
         f'workdir      {workdir}',
         _start(experiment, step),
     ]
+    if run.workdir is not None and experiment.origin.objects:
+        paths = ', '.join(f'config.{path}' for path in experiment.origin.objects)
+        lines.append(
+            f'objects      {paths}: of this program, so no command can resume this run; build it '
+            'again in Python with the same objects'
+        )
     if (ensemble := experiment.ensemble) is not None:
         members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
         lines += [f'ensemble     {ensemble.size} members', *(f'  {member}' for member in members)]

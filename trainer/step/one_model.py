@@ -111,10 +111,10 @@ class TrainStep:
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
         # In a record of its own: a field that is read only for initialization is not sent in steps.
         with record_reads():
-            prepared = self.task.prepare_batch(batch)
             # The mode is folded into the keys, so that no parameter shares its random numbers with
             # dropout of a step.
             keys = Keys(seed=context.seed, mode='init')
+            prepared = self.task.prepare_batch(batch, keys)
             variables = dict(context.model.init(self.task.task, prepared, keys))
         views.check_arrays(meta.unbox(variables))
         named = variables.pop('params')

@@ -25,6 +25,7 @@ from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.modules import seen
 from trainer.modules.nnx_bridge import allow_names_for_rules
+from trainer.modules.rng import Keys
 from trainer.modules.shapes import changes, describe
 from trainer.parallel.mesh import batch_sharding, replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes, param_specs
@@ -432,7 +433,9 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
             ) from error
         task, fields = train_step.task, spec
         with contextlib.suppress(Exception):  # The error may be that of a transform.
-            fields = jax.eval_shape(lambda batch: device_fields(task.prepare_batch(batch)), spec)
+            keys = Keys(seed=0, mode='init')  # Only shapes are needed.
+            prepare = functools.partial(task.prepare_batch, keys=keys)
+            fields = jax.eval_shape(lambda batch: device_fields(prepare(batch)), spec)
         batch = ', '.join(f'{name}: {describe(x)}' for name, x in fields.items())
         error.add_note(f'The task {name_of(task.task)} was called with the batch {batch}')
         raise

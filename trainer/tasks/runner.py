@@ -18,6 +18,7 @@ from trainer.input.fields import MASK as MASK
 from trainer.input.host_field import HostField, HostFieldSpec, explain_host_fields
 from trainer.modules import seen
 from trainer.modules.model_view import BoundModel
+from trainer.modules.rng import Keys
 from trainer.tasks import returned
 from trainer.tasks.batch import Batch, PlainBatch, UnsentField, device_fields, note_weights, reads
 from trainer.tasks.checks import Check
@@ -38,7 +39,7 @@ from trainer.tasks.task import (
     as_output,
     duplicate_name_message,
 )
-from trainer.tasks.transformed import Transform, apply_transforms, field_origins
+from trainer.tasks.transformed import KeyedTransform, Transform, apply_transforms, field_origins
 from trainer.tasks.weightless import (
     Weighing,
     compute_only_needed,
@@ -117,23 +118,27 @@ class TaskRunner:
         origins = {name: frozenset({name}) for name in fields}
         return Batch({**fields, **rest}, reader, origins=origins)
 
-    def prepare_batch(self, batch: Mapping[str, Any], *, passing: bool = False) -> PlainBatch:
+    def prepare_batch(
+        self, batch: Mapping[str, Any], keys: Keys | None, *, passing: bool = False
+    ) -> PlainBatch:
         """Returns the batch as the task sees it: without the mask, and transformed.
 
         Args:
             batch: arrays (batch, ...).
+            keys: the random keys of this step or evaluation batch, for the transforms.
             passing: whether the task may return fields that stay on the host; it cannot compute
                 with them.
         """
         if self.kept or passing or reads.get() is not None:
-            return self._record_batch(batch, passing=passing)
+            return self._record_batch(batch, keys, passing=passing)
         # The common case: all fields are on the devices, and reads need not be recorded.
         fields = PlainBatch({name: x for name, x in batch.items() if name != MASK})
         for transform in self.transforms:
-            fields = PlainBatch(transform(fields))
+            bound = transform.bind(keys) if isinstance(transform, KeyedTransform) else transform
+            fields = PlainBatch(bound(fields))
         return fields
 
-    def _record_batch(self, batch: Mapping[str, Any], *, passing: bool) -> Batch:
+    def _record_batch(self, batch: Mapping[str, Any], keys: Keys | None, *, passing: bool) -> Batch:
         """Returns the batch as the task sees it, which records each read."""
         fields = {name: x for name, x in device_fields(batch).items() if name != MASK}
         hidden, unsent = self._hidden_fields(fields)
@@ -151,11 +156,11 @@ class TaskRunner:
             )
             for name, kept in unsent.items()
         }
-        transformed = apply_transforms(self.transforms, {**fields, **zeros}, hidden)
+        transformed = apply_transforms(self.transforms, {**fields, **zeros}, hidden, keys)
         # Finding the origins traces the transforms again, so only when something depends on them.
         origins = {}
         if zeros or reads.get() is not None:
-            origins = field_origins(self.transforms, {**fields, **zeros}, hidden)
+            origins = field_origins(self.transforms, {**fields, **zeros}, hidden, keys)
         missing = {
             name: UnsentField(name)
             for name in transformed
@@ -187,31 +192,32 @@ class TaskRunner:
         # The common case needs one run: without weights of the task, only padding has weight 0, and
         # padding repeats real examples.
         if self.is_weighted is False:
-            return self._with_weights(self.task(model, self.prepare_batch(batch)), batch)[0]
+            fields = self.prepare_batch(batch, getattr(model, 'own_keys', None))
+            return self._with_weights(self.task(model, fields), batch)[0]
         # The second run must draw the same random numbers and start from the same collections, so
         # the calls of the first one are undone.
         undo = model.remember() if isinstance(model, BoundModel) else lambda: None
-        fields = device_fields(batch)
+        sent = device_fields(batch)
         weighing = None
         if self.is_weighted:
-            weighing = compute_only_needed(lambda x: self._run(model, x)[1], fields)
+            weighing = compute_only_needed(lambda x: self._run(model, x)[1], sent)
             undo()
         if weighing is None:
             # The first trace, or a task whose weights do not decide which examples count.
-            output, weighing = self._run(model, fields)
+            output, weighing = self._run(model, sent)
             if weighing is None:
                 return output
             undo()
         note_weights()
         output, _ = self._run(
-            model, replace_uncounted_examples(fields, counted_examples(weighing.counted))
+            model, replace_uncounted_examples(sent, counted_examples(weighing.counted))
         )
         metrics = output.metrics if weighing.metrics is None else weighing.metrics
         return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
 
     def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
         """Runs the task; returns its output with weights set, and its own weights, if any."""
-        fields = self.prepare_batch(batch)
+        fields = self.prepare_batch(batch, getattr(model, 'own_keys', None))
         with explain_host_fields(fields):
             result = self.task(model, fields)
         return self._with_weights(result, batch)

@@ -3,19 +3,91 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from trainer.config.errors import UserError
 from trainer.input.host_field import HostField, explain_host_fields
+from trainer.modules.rng import Keys
 from trainer.tasks.batch import Batch
 
 Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class KeyedTransform:
+    """A device transform with a parameter `key` or `training`.
+
+    Attributes:
+        function: the transform, `function(batch, key=..., training=...)`.
+        stream: the name of its RNG stream.
+        takes: which of the two parameters it has.
+    """
+
+    function: Callable[..., Mapping[str, Any]]
+    stream: str
+    takes: frozenset[str]
+
+    @classmethod
+    def wrap(cls, function: Callable[..., Any], index: int) -> Callable[..., Any]:
+        """Returns a device transform of a config; unchanged if it has neither parameter.
+
+        Args:
+            function: the transform.
+            index: its position among the device transforms, which makes its numbers its own.
+        """
+        parameters = parameters_of(function)
+        takes = {name for name in ('key', 'training') if name in parameters}
+        # A `key` with a default is something else, such as the name of a field.
+        if 'key' in takes and parameters['key'].default not in (inspect.Parameter.empty, None):
+            takes.remove('key')
+        return cls(function, f'device_transforms[{index}]', frozenset(takes)) if takes else function
+
+    def bind(self, keys: Keys | None) -> Transform:
+        """Returns the transform of a batch in the step of these keys.
+
+        Raises:
+            UserError: if there are none.
+        """
+        if keys is None:
+            raise UserError(
+                f'the device transform {self} takes {" and ".join(sorted(self.takes))}, so the '
+                'task must be called with a model of the framework, which has the keys of its step'
+            )
+        given: dict[str, Any] = {}
+        # The step's own rule for random keys, so a resumed run draws the same numbers.
+        if 'key' in self.takes:
+            given['key'] = keys.stream(self.stream)
+        if 'training' in self.takes:
+            given['training'] = keys.mode == 'train'
+        return functools.partial(self.function, **given)
+
+    def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Raises an error: see `bind`."""
+        return self.bind(None)(batch)
+
+    def __str__(self) -> str:
+        return str(self.function)
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a function by name; none if it has no signature."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # Functions implemented in C may have none.
+        return {}
+
+
 def apply_transforms(
-    transforms: Sequence[Transform], fields: Mapping[str, Any], hidden: dict[str, Any]
+    transforms: Sequence[Transform],
+    fields: Mapping[str, Any],
+    hidden: dict[str, Any],
+    keys: Keys | None = None,
 ) -> dict[str, Any]:
     """Returns the batch after all transforms.
 
@@ -23,16 +95,21 @@ def apply_transforms(
         transforms: the transforms, in order.
         fields: arrays (batch, ...).
         hidden: fields that stay on the host; transforms can return them, but not compute with them.
+        keys: the random keys of the step; None if no transform needs them.
     """
     batch: Mapping[str, Any] = {**fields, **hidden}
     for transform in transforms:
+        bound = transform.bind(keys) if isinstance(transform, KeyedTransform) else transform
         with explain_host_fields(hidden):
-            batch = transform(Batch(batch, f'the device transform {transform}', passing=True))
+            batch = bound(Batch(batch, f'the device transform {transform}', passing=True))
     return dict(batch)
 
 
 def field_origins(
-    transforms: Sequence[Transform], fields: Mapping[str, Any], hidden: dict[str, Any]
+    transforms: Sequence[Transform],
+    fields: Mapping[str, Any],
+    hidden: dict[str, Any],
+    keys: Keys | None = None,
 ) -> dict[str, frozenset[str]]:
     """Returns for each transformed field the fields of the loader's batch that it depends on.
 
@@ -40,10 +117,11 @@ def field_origins(
         transforms: the transforms, in order.
         fields: arrays, or their shapes.
         hidden: fields that stay on the host.
+        keys: the random keys of the step; None if no transform needs them.
     """
 
     def run(fields: Mapping[str, Any]) -> dict[str, Any]:
-        batch = apply_transforms(transforms, fields, hidden)
+        batch = apply_transforms(transforms, fields, hidden, keys)
         # Host fields are no arrays, and cannot be outputs of a jaxpr.
         return {name: x for name, x in batch.items() if not isinstance(x, HostField)}
 
