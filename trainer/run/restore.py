@@ -76,7 +76,7 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
     if saved != jax.tree.structure(programs.abstract.metrics):
         _log.warning(
             'the training metrics of this config are not those of the checkpoint of step %d: a '
-            'resumed run starts them anew, and its next row covers the steps from there',
+            'resumed run resets them, so its next row covers only the later steps',
             chosen,
         )
         state = dataclasses.replace(state, metrics=programs.empty_metrics())

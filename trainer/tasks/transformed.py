@@ -56,8 +56,8 @@ class KeyedTransform:
         """
         if keys is None:
             raise UserError(
-                f'the device transform {self} draws random numbers, so the task must be called '
-                'with a model of the framework, which has the keys of its step'
+                f'the device transform {self} takes {" and ".join(sorted(self.takes))}, so the '
+                'task must be called with a model of the framework, which has the keys of its step'
             )
         given: dict[str, Any] = {}
         # The step's own rule for random keys, so a resumed run draws the same numbers.
