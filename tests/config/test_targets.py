@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -176,8 +177,9 @@ def test_args_must_be_a_tuple(args: object) -> None:
 
 
 def test_too_many_args() -> None:
-    with pytest.raises(UserError, match=r'config\.x: .*plain refused its arguments'):
+    with pytest.raises(targets.RefusedArguments, match=r'config\.x: .*plain refused') as caught:
         make('plain', args=(1, 2, 3))
+    assert re.fullmatch(r'config\.x: .*:plain', caught.value.who)
 
 
 def test_arguments_that_the_framework_supplies() -> None:
