@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -47,21 +46,6 @@ def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
     epoch, so there are no ties, and any kind of sort gives the same order.
     """
     return np.argsort(combine(seed, epoch, np.arange(examples)))
-
-
-def even_split(examples: int, parts: int) -> list[range]:
-    """Divides examples into consecutive ranges, one per reader; the first ones may have one more.
-
-    Every example is in exactly one part; the sizes differ by at most one.
-
-    Raises:
-        ValueError: if `parts` is not positive.
-    """
-    if parts < 1:
-        raise ValueError(f'parts: {parts}; expected a positive number')
-    each, more = divmod(examples, parts)
-    starts = [part * each + min(part, more) for part in range(parts + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,25 +9,20 @@ PyTorch.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import random
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from . import global_random
 from .rng import ExampleRng, wants_rng
 from .sources import Arrays
 
 # Packages whose transforms draw from global generators (Albumentations did before 1.4.19).
 _GLOBAL = frozenset({'torchvision', 'torch', 'albumentations'})
-
-# Global generators belong to the process, so only one thread at a time may seed them.
-_lock = threading.Lock()
 
 
 class _Copies(threading.local):
@@ -81,8 +76,8 @@ class PerExample:
             raise ValueError(f'field: the batch has no {self.field!r}; it has {", ".join(batch)}')
         call = self._bind_function(rng)
         if self._seeds_global:
-            with _restored_globals():
-                results = map_rows(_seeding(call, rng), batch, self.field)
+            with global_random.restore_after():
+                results = map_rows(self._seeding(call, rng), batch, self.field)
         else:
             results = map_rows(self._checking(call), batch, self.field)
         if self.field is None:
@@ -111,6 +106,15 @@ class PerExample:
             return self.seed_global
         return bool(_packages(self.fn) & _GLOBAL) and not hasattr(self.fn, 'set_random_seed')
 
+    def _seeding(self, call: _Call, rng: ExampleRng) -> _Call:
+        """Returns the function, which first seeds the global generators for the example."""
+
+        def run(value: Any, row: int) -> Any:
+            global_random.seed(int(rng.generator(row).integers(2**32)))
+            return call(value, row)
+
+        return run
+
     def _checking(self, call: _Call) -> _Call:
         """Returns the function; its first call of all raises if it draws from a global generator.
 
@@ -123,11 +127,15 @@ class PerExample:
         def run(value: Any, row: int) -> Any:
             if self._checked:
                 return call(value, row)
-            with _lock:
-                before = _global_states()
+            with global_random.lock:
+                # It may change the value in place.
+                again, before = copy.deepcopy(value), global_random.states()
                 result = call(value, row)
-                after = _global_states()
-            changed = [name for name, state in after.items() if state != before.get(name, state)]
+                if changed := global_random.changed_since(before):
+                    # In its first call it may have imported a library that draws.
+                    before = global_random.states()
+                    call(again, row)
+                    changed = global_random.changed_since(before)
             if changed:
                 raise ValueError(
                     f'{self.fn!r:.100} draws from the global generator of {" and ".join(changed)}, '
@@ -201,48 +209,3 @@ def _copy_of_thread(fn: Any) -> Any:
     if id(fn) not in copies:
         copies[id(fn)] = (fn, copy.deepcopy(fn))
     return copies[id(fn)][1]
-
-
-def _seeding(call: _Call, rng: ExampleRng) -> _Call:
-    """Returns the function, which first seeds the global generators for the example."""
-
-    def run(value: Any, row: int) -> Any:
-        seed = int(rng.generator(row).integers(2**32))
-        random.seed(seed)
-        np.random.seed(seed)
-        if torch := _torch():
-            torch.default_generator.manual_seed(seed)
-        return call(value, row)
-
-    return run
-
-
-@contextlib.contextmanager
-def _restored_globals() -> Iterator[None]:
-    """Gives the block the global generators alone, and restores them after it."""
-    with _lock:
-        python, numpy = random.getstate(), np.random.get_state()
-        torch = _torch()
-        pytorch = None if torch is None else torch.get_rng_state()
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            if torch is not None:
-                torch.set_rng_state(pytorch)
-
-
-def _global_states() -> dict[str, Any]:
-    """Returns the states of the global generators, to be compared."""
-    # As text, because tuples that contain arrays cannot be compared.
-    numpy = repr(np.random.get_state(legacy=False))
-    states: dict[str, Any] = {'random': random.getstate(), 'numpy.random': numpy}
-    if torch := _torch():
-        states['torch'] = torch.get_rng_state().numpy().tobytes()
-    return states
-
-
-def _torch() -> Any:
-    """Returns PyTorch if the program has imported it."""
-    return sys.modules.get('torch')

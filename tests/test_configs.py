@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1.Q: every config documents how to run it and what to expect, is on a page, and runs."""
+"""Every config documents how to run it and what to expect, is on a page, and runs."""
 
 from __future__ import annotations
 

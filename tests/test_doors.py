@@ -15,7 +15,7 @@ import trainer
 from tests import command
 from tests.command import ROOT
 
-DOORS = ('sharding', 'schedules', 'metrics')
+DOORS = ('sharding', 'schedules', 'metrics', 'summaries')
 PUBLIC = [
     'trainer:Experiment',
     'trainer:TaskOutput',
@@ -31,6 +31,8 @@ PUBLIC = [
     'trainer.metrics:auc',
     'trainer.schedules:rsqrt',
     'trainer.sharding:ByName',
+    'trainer.summaries:Histogram',
+    'trainer.summaries:image_of_figure',
     'trainer.tasks:Answer',
     'trainer.tasks:Classification',
     'trainer.tasks:Features',

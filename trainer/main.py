@@ -7,14 +7,14 @@ import sys
 
 if __name__ == '__main__':
     # Before the other imports: they take seconds, and a signal may arrive meanwhile.
-    from trainer.observe import streams
+    from trainer.observe import stdio
     from trainer.parallel import signals
 
     STOP = signals.install()
     if not signals.is_training_command(sys.argv):
         signals.uninstall()
-    # Before any file or socket is opened: it would get the descriptor of the closed stream.
-    streams.open_closed_streams()
+    # Before any file or socket is opened: it would get the descriptor of a closed output.
+    stdio.open_closed_stdio()
     signals.enable_stack_dumps()
 
 import contextlib
@@ -117,7 +117,7 @@ flags.DEFINE_list(
 flags.DEFINE_multi_string(
     'match',
     [],
-    '--mode=grad_probe: regular expression for whole module paths; may be repeated.',
+    '--mode=grad_probe: regular expression for whole module paths (repeatable)',
     flag_values=FLAGS,
 )
 flags.DEFINE_bool('helpconfig', False, 'List all config keys and exit.', flag_values=FLAGS)
@@ -236,9 +236,9 @@ def _end_soon(code: int) -> None:
         # A daemon thread does not delay the exit; this one is a daemon itself.
         while any(t is not main_thread and not t.daemon for t in threading.enumerate()):
             if time.monotonic() > deadline:
-                for stream in (sys.stdout, sys.stderr):
+                for output in (sys.stdout, sys.stderr):
                     with contextlib.suppress(Exception):
-                        stream.flush()
+                        output.flush()
                 os._exit(code)  # Skips no log line: each one is flushed when written.
             time.sleep(0.05)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summaries that scores and hooks may return: texts, images, histograms, figures and arrays."""
+"""What tasks, scores and hooks may return: texts, images, histograms, figures and arrays."""
 
 from trainer.observe.summaries import Arrays, Histogram, Images, Texts, image_of_figure
 

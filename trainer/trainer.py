@@ -414,7 +414,7 @@ class Trainer:
             except Stopped:
                 # The next start runs it: the checkpoint of this step records which are missing.
                 return
-            self.report.hold_eval(name, step, metrics)
+            self.report.open_eval(name, step, metrics)
         # An evaluation compiles at its first batch, inside of the time measured above.
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled_before)
         try:

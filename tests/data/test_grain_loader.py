@@ -84,7 +84,7 @@ def test_equals_the_in_memory_loader_at_any_position(make_loader: GrainLoader) -
     assert make_loader.spec == plain.spec
     assert make_loader.steps_per_epoch == plain.steps_per_epoch == 5
     assert make_loader.examples == plain.examples
-    # Goes on, goes on, starts anew ahead, behind, and for the rows of one process of three.
+    # Continues twice, jumps ahead, then back; below, the same for some of the rows.
     for start, count in ((0, 3), (3, 1), (4, 6), (23, 2), (2, 2)):
         assert_equal(make_loader.block(start, count), plain.block(start, count))
     for rows in (slice(4, 8), np.array([0, 7, 2])):

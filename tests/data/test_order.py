@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from trainer.data.order import Order, epoch_order, even_split, replay_batch_sizes
+from trainer.data.order import Order, epoch_order, replay_batch_sizes
 
 GOLDEN = [
     [4, 5, 7, 0, 9, 2, 6, 1, 8, 3],
@@ -137,19 +137,6 @@ def test_dtypes_and_shapes(remainder: str) -> None:
     for count in (1, 3, 30):
         for x in Order(examples=10, batch_size=4, remainder=remainder).rows(7, count):
             assert (x.dtype, x.shape) == (np.int64, (count, 4))
-
-
-def test_even_split() -> None:
-    """The sizes of `tfds.split_for_jax_process` for 6 processes, without overlap."""
-    parts = even_split(10_000, 6)
-    assert [len(part) for part in parts] == [1667, 1667, 1667, 1667, 1666, 1666]
-    for examples, count in [(10_000, 6), (3, 5), (0, 2), (7, 1), (8, 8)]:
-        parts = even_split(examples, count)
-        assert len(parts) == count
-        assert [example for part in parts for example in part] == list(range(examples))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    with pytest.raises(ValueError, match='parts: 0; expected a positive number'):
-        even_split(10, 0)
 
 
 def test_mistakes() -> None:

@@ -126,6 +126,16 @@ def test_global_generators_are_an_error_or_seeded(fn: Callable[..., Any], name: 
     np.testing.assert_array_equal(images(seeded, start=1)[0], two[1])
 
 
+def test_a_library_that_draws_when_it_is_imported_is_no_error() -> None:
+    calls = []
+
+    def first(image: np.ndarray) -> np.ndarray:
+        calls.append(random.random() if not calls else None)
+        return image
+
+    images(PerExample(fn=first, field='image'))
+
+
 def test_the_check_for_global_generators_is_over_after_the_first_example() -> None:
     calls = []
 

@@ -45,7 +45,7 @@ def test_half_precision_parameters(steps_per_call: int) -> None:
 
 @pytest.mark.slow
 def test_an_ensemble_is_better_than_its_members() -> None:
-    """1.I: the mean of five trained members is more accurate than a member on average."""
+    """The mean of five trained members is more accurate than a member on average."""
     path = str(command.ROOT / 'configs' / 'mnist_ensemble.py')
     trainer = Trainer(load_and_build(path, train_for='400 steps', checkpoint__every='never'))
     found = trainer.fit().metrics

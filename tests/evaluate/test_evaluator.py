@@ -214,7 +214,7 @@ def test_a_module_left_in_train_mode_is_refused() -> None:
 
 
 def test_active_dropout_at_evaluation_is_refused() -> None:
-    """D6."""
+    """The error says that the model must know whether it is training."""
 
     class Stuck(nn.Module):
         @nn.compact

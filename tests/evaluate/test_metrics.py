@@ -133,14 +133,14 @@ OPTIONS: dict[str, Any] = {
 def trainer_in(workdir: pathlib.Path | None, **overrides: Any) -> Trainer:
     experiment = load_and_build(CONFIG, **{**OPTIONS, **overrides})
     trainer = Trainer(experiment, None if workdir is None else str(workdir))
-    trainer.report.progress._stream = io.StringIO()
+    trainer.report.progress._output = io.StringIO()
     return trainer
 
 
 def shown(trainer: Trainer) -> str:
-    stream = trainer.report.progress._stream
-    assert isinstance(stream, io.StringIO)
-    return stream.getvalue()
+    output = trainer.report.progress._output
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
 
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

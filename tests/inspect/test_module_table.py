@@ -59,7 +59,7 @@ def test_the_quickstart(config: str, names: list[str]) -> None:
 
 @pytest.mark.slow
 def test_the_mode_shows_it() -> None:
-    """A2."""
+    """`--mode=summary` prints the table; its rows add up to the number of parameters."""
     finished = command.run(command.MLP, '--mode=summary')
     assert finished.code == 0, finished.err
     header, _, *lines = finished.out.partition('\nmodule ')[2].splitlines()

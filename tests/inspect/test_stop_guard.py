@@ -47,7 +47,7 @@ def test_the_layer_of_an_injected_nan_is_named(k: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('k', [0, 2])
 def test_the_layer_of_an_injected_nan_in_nnx_is_named(k: int) -> None:
-    """1.K6."""
+    """The message names the layer by its path and index."""
     found = message(build(nnx_model(bad=k), guard=STOP))
     assert f'First non-finite step: {STEP}.' in found
     assert f'not finite is layers/{k}, number {2 * k + 3} of' in found

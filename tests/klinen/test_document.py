@@ -134,7 +134,7 @@ def test_unbound_methods_raise() -> None:
 
 @pytest.mark.parametrize('method', ['with_rng', 'call_with_updates', 'call_with_intermediates'])
 def test_unbound_members_raise(method: str) -> None:
-    """K3."""
+    """The message names the class and says to call `init_bind`."""
     with pytest.raises(ValueError, match=r'AutoEncoder is not bound.*init_bind'):
         getattr(AutoEncoder(MLP(), MLP()), method)(RNG)
     with pytest.raises(ValueError, match=r'AutoEncoder is not bound.*init_bind'):
@@ -266,7 +266,7 @@ def test_the_rngs_property() -> None:
 
 
 def test_calls_are_deterministic() -> None:
-    """K4."""
+    """The same bound keys give the same numbers in each call."""
     model = noisy().with_rng(RNG)
     y0, y1 = model(X), model(X)
     assert jnp.allclose(y0, y1)
@@ -330,7 +330,7 @@ def test_streams_of_any_name() -> None:
 
 
 def test_a_submodule_draws_as_within_the_model() -> None:
-    """K7, in the stronger form: the same numbers, at any depth."""
+    """The same numbers, at any depth."""
     model = noisy().with_rng(RNG)
     assert same(model.decoder(model.encoder(X)), model(X))
     assert not same(model.encoder(X), model.eval().encoder(X))
@@ -341,7 +341,7 @@ def test_a_submodule_draws_as_within_the_model() -> None:
 
 
 def test_params_at_every_level() -> None:
-    """K9."""
+    """Submodules share the arrays of the model, also after `with_params`."""
     model = auto_encoder()
     assert set(model.params) == {'encoder', 'decoder'}
     assert model.encoder.params['Dense_0']['kernel'] is model.params['encoder']['Dense_0']['kernel']

@@ -96,7 +96,7 @@ def test_reading_an_unset_field_is_an_error() -> None:
 
 
 def test_captures_are_not_nested_and_belong_to_one_model() -> None:
-    """K12."""
+    """A second capture is an error, and calls of another model are not captured."""
     model, other = intermediate_model(), intermediate_model()
     with pytest.raises(RuntimeError, match='do not nest'):  # noqa: SIM117
         with model.capture_intermediates(), other.capture_intermediates():
@@ -162,7 +162,7 @@ def test_captures_of_shared_submodules() -> None:
 
 
 def test_compiled_functions_return_intermediates() -> None:
-    """K12."""
+    """The values equal those of a direct call."""
     model = intermediate_model()
     _, found = jax.jit(lambda model, x: model.call_with_intermediates(x))(model, X)
     np.testing.assert_allclose(found.encoder.tmp_values[1], model.encoder(X), rtol=1e-5, atol=1e-6)

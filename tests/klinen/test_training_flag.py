@@ -197,7 +197,7 @@ def test_the_flag_reaches_every_submodule() -> None:
 
 
 def test_klinen_submodules_of_a_linen_model() -> None:
-    """K1, reversed: plain Linen calls train unless the flag says otherwise."""
+    """In plain Linen calls they are in training mode unless the flag says otherwise."""
 
     class Model(nn.Module):
         part: knn.Module

@@ -192,7 +192,7 @@ def test_linen_and_nnx_models_in_a_notebook() -> None:
 
 
 def test_klinen_modules_created_in_linen_calls_get_the_flag() -> None:
-    """K8, in the Trainer: a Linen model that creates Klinen modules in its call."""
+    """Their dropout is active in training and inactive in evaluation."""
 
     class Model(nn.Module):
         @nn.compact

@@ -162,7 +162,7 @@ def test_teacher_forced_and_free_answers_agree() -> None:
 
 @pytest.mark.slow
 def test_it_learns_to_add(tmp_path: pathlib.Path) -> None:
-    """O1, the example seq2seq: held-out sums of numbers below one hundred."""
+    """The sequence-to-sequence example: held-out sums of numbers below one hundred."""
     experiment = load_and_build(
         str(ROOT / 'configs' / 'addition.py'), vars__digits=2, train_for='800 steps',
         data__batch_size=64, evals__held_out__data__source__count=200, checkpoint__every='never',

@@ -105,7 +105,7 @@ def test_half_precision() -> None:
 
 
 def test_weights_of_pytorch() -> None:
-    """1.L: a ResNet-18 with torchvision's names gives the same output as in PyTorch."""
+    """A ResNet-18 with torchvision's names gives the same output as in PyTorch."""
     torch = pytest.importorskip('torch')
     from tests.weights import torch_networks
     from tests.weights.test_from_torch import first, scramble
@@ -123,7 +123,7 @@ def test_weights_of_pytorch() -> None:
 
 @pytest.mark.slow
 def test_the_config(tmp_path: pathlib.Path) -> None:
-    """U5 in a config: statistics are updated, and the moving average is evaluated too."""
+    """Batch statistics are updated, and the moving average is evaluated too."""
     limit = {
         f'{data}__source__limit': 64
         for data in ('data', 'evals__test__data', 'evals__test_ema__data')

@@ -144,7 +144,7 @@ def test_the_list_is_complete() -> None:
 
 
 def test_variables_are_plain_dicts() -> None:
-    """1.P: neither frozen nor with a `pop` that returns a pair; `flax.core` has functions."""
+    """Neither frozen nor with a `pop` that returns a pair; `flax.core` has functions."""
     variables = nn.Dense(2).init(jax.random.key(0), np.ones((1, 3)))
     assert type(variables) is dict
     rest, params = flax.core.pop(variables, 'params')
@@ -154,7 +154,7 @@ def test_variables_are_plain_dicts() -> None:
 
 
 def test_cells_know_their_features() -> None:
-    """1.P: `RNN(cell, cell_size)` and `LSTMCell()` are gone, the features are the cell's."""
+    """`RNN(cell, cell_size)` and `LSTMCell()` are gone, the features are the cell's."""
     with pytest.raises(TypeError):
         nn.LSTMCell()
     with pytest.raises(TypeError):
@@ -169,7 +169,7 @@ def test_cells_know_their_features() -> None:
 
 
 def test_deprecated_names_still_work() -> None:
-    """1.P: self-attention and traversals warn, and equal their successors."""
+    """Self-attention and traversals warn, and equal their successors."""
     x, key = np.linspace(0.0, 1.0, 24, dtype='f4').reshape(2, 3, 4), jax.random.key(0)
     new, variables = nn.MultiHeadDotProductAttention(2).init_with_output(key, x)
     with pytest.warns(DeprecationWarning):
@@ -197,14 +197,14 @@ class TwoCompacts(nn.Module):
 
 
 def test_several_compact_methods() -> None:
-    """1.P: `MultipleMethodsCompactError` is never raised; a task may call both methods."""
+    """`MultipleMethodsCompactError` is never raised; a task may call both methods."""
     model = bind(TwoCompacts(), task=lambda model, batch: (model(batch['x']), model.other(X)))
     assert set(model.params) == {'one', 'two'}
     assert (model(X).shape, model.other(X).shape) == ((3, 2), (3, 3))
 
 
 def test_an_update_of_early_stopping_is_an_object() -> None:
-    """1.P: it has the values of the former pair."""
+    """It has the values of the former pair."""
     found = [EarlyStopping(min_delta=0.1, patience=0).update(1.0)]
     for loss in (0.5, 0.45):
         found.append(found[-1].update(loss))

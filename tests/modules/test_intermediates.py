@@ -144,7 +144,7 @@ class Branching(nn.Module):
 
 
 def test_branches_may_sow_differently() -> None:
-    """1.K4."""
+    """A model whose branches sow different values can be called; nothing is captured."""
     model = bind(Branching())
     expected = Branching().apply(model.variables, X)
     assert same(model(X), expected)

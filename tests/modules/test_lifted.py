@@ -498,7 +498,7 @@ def test_transformations_that_can_be_lifted(name: str) -> None:
 
 @pytest.mark.parametrize('name', ['custom_jvp', 'pmap', 'xmap'])
 def test_transformations_that_cannot_be_lifted(name: str) -> None:
-    """N2."""
+    """`flax.linen` does not export them."""
     assert not hasattr(nn, name)
 
 

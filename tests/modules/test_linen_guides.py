@@ -315,7 +315,7 @@ def test_arguments_of_initializers() -> None:
 
 @pytest.mark.slow
 def test_tied_embeddings_and_groups() -> None:
-    """1.Q: `Embed.attend`, `GroupNorm`; convolutions with no and several batch dimensions."""
+    """`Embed.attend`, `GroupNorm`; convolutions with no and several batch dimensions."""
     embed = nn.Embed(11, 8)
     variables = embed.init(KEY, jnp.array([1]))
     logits = embed.apply(variables, X, method=embed.attend)

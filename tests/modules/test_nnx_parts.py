@@ -184,7 +184,7 @@ class Perturbed(nnx.Module):
 
 
 def test_perturbations_are_not_in_the_state() -> None:
-    """X10."""
+    """A perturbation adds zero to the output, and no collection stores it."""
     model = bind(Perturbed)
     np.testing.assert_allclose(model(X), X @ model.params['linear']['kernel'], rtol=1e-5)
     assert model.collections == {}
@@ -209,7 +209,7 @@ class Filled(nnx.Module):
 
 @pytest.mark.parametrize('fills', [True, False])
 def test_an_intermediate_created_in_the_constructor(fills: bool) -> None:
-    """X10."""
+    """Each call sets its value, and no collection stores it."""
     model = bind(lambda rngs: Filled(fills, rngs))
     for _ in range(2):
         np.testing.assert_allclose(model.intermediates.get('mean', 0.0), 0.0)

@@ -144,7 +144,7 @@ class Named(nnx.Module):
 
 @pytest.mark.slow
 def test_dimension_names_follow_the_rules() -> None:
-    """J8 in NNX: parameters and momentum are sharded by name; losses equal those on one device."""
+    """Parameters and momentum are sharded by name; losses equal those on one device."""
     rules = {
         'target': 'trainer.sharding:ByName',
         'rules': (('batch', 'data'), ('embed', 'fsdp'), ('mlp', 'model')),

@@ -32,24 +32,24 @@ ROW = {
 
 
 class Terminal:
-    """A terminal with a number of columns: `read` returns what is written to `stream`."""
+    """A terminal with a number of columns: `read` returns what is written to `output`."""
 
     def __init__(self, columns: int) -> None:
         self._leader, follower = os.openpty()
         size = struct.pack('HHHH', 40, columns, 0, 0)
         fcntl.ioctl(follower, termios.TIOCSWINSZ, size)
-        self.stream: TextIO = os.fdopen(follower, 'w')
+        self.output: TextIO = os.fdopen(follower, 'w')
 
     def read(self) -> str:
         """Returns what was written since the last time; the kernel may pass it on in pieces."""
-        os.write(self.stream.fileno(), b'\0')
+        os.write(self.output.fileno(), b'\0')
         text = b''
         while not text.endswith(b'\0'):
             text += os.read(self._leader, 100_000)
         return text[:-1].decode()
 
     def close(self) -> None:
-        self.stream.close()
+        self.output.close()
         os.close(self._leader)
 
 
@@ -84,7 +84,7 @@ def test_a_pipe_gets_one_plain_line_for_each_row() -> None:
 
 
 def test_a_terminal_gets_one_line_that_is_rewritten(terminal: Terminal) -> None:
-    progress = Progress(1000, terminal.stream)
+    progress = Progress(1000, terminal.output)
     progress.update(100, ROW)
     progress.tick(101)
     line = terminal.read()
@@ -93,7 +93,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(terminal: Terminal) -> None:
 
 
 def test_a_message_first_clears_the_live_line(terminal: Terminal) -> None:
-    progress = Progress(10, terminal.stream)
+    progress = Progress(10, terminal.output)
     progress.message('begins')
     assert terminal.read() == 'begins\r\n'
     progress.tick(1)
@@ -104,7 +104,7 @@ def test_a_message_first_clears_the_live_line(terminal: Terminal) -> None:
 
 
 def test_at_most_five_refreshes_a_second(terminal: Terminal) -> None:
-    progress = Progress(1000, terminal.stream)
+    progress = Progress(1000, terminal.output)
     began = time.monotonic()
     for step in range(35):
         time.sleep(0.02)
@@ -120,7 +120,7 @@ def test_a_narrow_terminal_shows_the_most_important_parts(
 ) -> None:
     monkeypatch.setenv('TERM', 'xterm')
     terminal = Terminal(columns)
-    progress = Progress(100_000, terminal.stream)
+    progress = Progress(100_000, terminal.output)
     progress.update(50_000, ROW)
     progress.tick(50_000)
     line = terminal.read().removeprefix('\r\x1b[K')
@@ -137,7 +137,7 @@ def test_80_columns_fit_all_parts_but_the_accuracy(
 ) -> None:
     monkeypatch.setenv('TERM', 'xterm')
     terminal = Terminal(80)
-    progress = Progress(18_750, terminal.stream)
+    progress = Progress(18_750, terminal.output)
     progress.update(9_000, {**ROW, 'train/steps_per_sec': 140.0})
     progress.tick(9_000)
     line = terminal.read().removeprefix('\r\x1b[K')
@@ -150,7 +150,7 @@ def test_a_dumb_terminal_gets_no_control_characters(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('TERM', 'dumb')
-    progress = Progress(10, terminal.stream)
+    progress = Progress(10, terminal.output)
     progress.tick(1)
     progress.message('ends')
     assert terminal.read() == 'ends\r\n'
@@ -193,7 +193,7 @@ def test_a_real_run_on_a_terminal(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_continues_when_its_output_is_closed(tmp_path: pathlib.Path) -> None:
-    """As with `| head -1`, with standard output alone or both streams in the pipe."""
+    """As with `| head -1`, with standard output alone or with standard error too."""
     for name, stderr in (('both', subprocess.STDOUT), ('one', subprocess.PIPE)):
         workdir = tmp_path / name
         arguments = [command.MLP, *command.SMALL, f'--workdir={workdir}']
@@ -237,7 +237,7 @@ def test_rows_and_messages_are_recorded_and_the_live_line_is_not(
     log, recorded = logging.getLogger('trainer.screen'), io.StringIO()
     monkeypatch.setattr(log, 'handlers', [logging.StreamHandler(recorded)])
     log.setLevel(logging.INFO)
-    progress = Progress(1000, terminal.stream)
+    progress = Progress(1000, terminal.output)
     progress.update(100, ROW)
     for step in range(101, 110):
         progress.tick(step)

@@ -154,7 +154,7 @@ def test_handlers_are_installed_before_other_imports() -> None:
     code = (
         'import sys; before = set(sys.modules)\n'
         'from trainer.parallel import signals\n'
-        'from trainer.observe import streams\n'
+        'from trainer.observe import stdio\n'
         'new = {name.partition(".")[0] for name in set(sys.modules) - before}\n'
         'print(sorted(new - set(sys.stdlib_module_names)), "dataclasses" in sys.modules)\n'
     )

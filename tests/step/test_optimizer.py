@@ -49,7 +49,7 @@ def test_clip_norm_must_be_positive(norm: float) -> None:
 
 
 def test_clipping_uses_the_global_norm() -> None:
-    """F3."""
+    """Gradients above the limit are scaled by one factor; others are unchanged."""
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(GRADS)))
     new, _ = updates(Optimizer(base=optax.sgd(1.0), clip_norm=0.5))
     jax.tree.map(

@@ -158,7 +158,7 @@ def test_warmup_longer_than_a_cycle_is_rejected() -> None:
     """The message names the cycle; that of optax would not."""
     cycle = {'init_value': 0.0, 'peak_value': 0.1, 'warmup_steps': 2, 'decay_steps': 10}
     cycles = (cycle, {**cycle, 'warmup_steps': '2 epochs'})
-    words = r'learning_rate\.{}\[1\]\.warmup_steps: a warm-up of 10 steps does not fit into the 10'
+    words = r'learning_rate\.{}\[1\]\.warmup_steps: a warmup of 10 steps does not fit into the 10'
     for place, where in (
         ({'args': (cycles,)}, r'args\[0\]'),
         ({'cosine_kwargs': cycles}, 'cosine'),

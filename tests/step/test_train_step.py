@@ -123,7 +123,7 @@ def test_metrics_are_means_over_all_steps() -> None:
 
 @pytest.mark.parametrize('one_hot', [False, True])
 def test_integer_and_one_hot_labels_agree(one_hot: bool) -> None:
-    """A7."""
+    """Both equal the cross-entropy, with and without label smoothing."""
 
     def losses(smoothing: float) -> np.ndarray:
         batch = batch_of()

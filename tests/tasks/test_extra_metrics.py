@@ -144,9 +144,7 @@ def test_a_run_resumes_with_other_metrics(
     caplog.clear()
     more = {**given, 'train_for': '8 steps', 'task__extra_metrics': extra}
     resumed = small.trainer_in(tmp_path, allow=True, **more).fit()
-    assert (
-        'are not those of the checkpoint of step 4: a resumed run starts them anew' in caplog.text
-    )
+    assert 'are not those of the checkpoint of step 4: a resumed run resets them' in caplog.text
     whole = small.trainer_in(None, **more).fit()
     jax.tree.map(np.testing.assert_array_equal, resumed.state.params, whole.state.params)
     assert resumed.metrics['train/f1'] == whole.metrics['train/f1']  # Of the steps from 6 to 8.

@@ -86,7 +86,7 @@ def inner(layer: Any) -> Any:
     ],
 )
 def test_layers_with_the_channels_last(mine: Any, theirs: Any, shape: Any) -> None:
-    """1.L: a linear layer's weight is transposed, square or not."""
+    """A linear layer's weight is transposed, square or not."""
     x, layer = given(*shape), inner(theirs())
     close(convert(Inner(mine), layer, x), layer['layer'](torch.from_numpy(x)).detach().numpy())
 
@@ -110,13 +110,13 @@ def test_layers_with_the_channels_last(mine: Any, theirs: Any, shape: Any) -> No
     ],
 )  # fmt: skip
 def test_layers_with_the_channels_first(mine: Any, theirs: Any, shape: Any) -> None:
-    """1.L: kernels, running statistics, and a transposed convolution."""
+    """Kernels, running statistics, and a transposed convolution."""
     x, layer = given(*shape), inner(theirs())
     close(convert(Inner(mine), layer, x), last(layer['layer'](first(x))))
 
 
 def test_momentum_of_batch_norm() -> None:
-    """1.L: PyTorch's 0.1 is Flax's 0.9, and a training batch moves the mean equally (PyTorch's
+    """PyTorch's 0.1 is Flax's 0.9, and a training batch moves the mean equally (PyTorch's
     variance is that of a sample)."""
     x, layer = given(4, 3, 3, 2), inner(F.BatchNorm2d(2, momentum=0.1))
     mine = Inner(nn.BatchNorm(use_running_average=False, momentum=0.9))
@@ -128,7 +128,7 @@ def test_momentum_of_batch_norm() -> None:
 
 
 def test_pooling() -> None:
-    """1.L: `count_include_pad`, and the maximum."""
+    """`count_include_pad`, and the maximum."""
     x, pads = given(2, 6, 6, 3), ((1, 1), (1, 1))
     for count in (True, False):
         theirs = F.AvgPool2d(3, 2, 1, count_include_pad=count)(first(x))
@@ -146,7 +146,7 @@ def test_embedding() -> None:
 
 
 def test_attention() -> None:
-    """1.L: PyTorch's three projections are one tensor, Flax's kernels have a dimension of heads."""
+    """PyTorch's three projections are one tensor, Flax's kernels have a dimension of heads."""
     x = given(2, 5, 12)
     layer = inner(F.MultiheadAttention(12, 3, batch_first=True))
     mine = nn.MultiHeadDotProductAttention(num_heads=3)
@@ -161,7 +161,7 @@ class Cross(nn.Module):
 
 
 def test_attention_to_other_widths() -> None:
-    """1.L: PyTorch then has a tensor for each projection."""
+    """PyTorch then has a tensor for each projection."""
     inputs = given(2, 5, 12), given(2, 4, 7, seed=1), given(2, 4, 9, seed=2)
     theirs = inner(F.MultiheadAttention(12, 3, kdim=7, vdim=9, batch_first=True))
     mine = Cross()
@@ -172,7 +172,7 @@ def test_attention_to_other_widths() -> None:
 
 @pytest.mark.parametrize('height', [1, 6])
 def test_flatten_order(height: int) -> None:
-    """1.L: the dense layer's rows are reordered for Flax: the model needs no transpose."""
+    """The dense layer's rows are reordered for Flax: the model needs no transpose."""
     theirs = scramble(torch_networks.Flat(height))
     x = given(2, height, 4, 3)
     flatten = (('fc', (5, height, 4)),)
@@ -194,14 +194,14 @@ def test_flatten_order(height: int) -> None:
     ],
 )
 def test_a_wrong_flattening_is_refused(pattern: str, sizes: Any, message: str) -> None:
-    """1.L: neither a wrong size nor a pattern without a match passes silently."""
+    """Neither a wrong size nor a pattern without a match passes silently."""
     with pytest.raises(UserError, match=message):
         flatten = ((pattern, sizes),)
         convert(Flat(), torch_networks.Flat(6), given(2, 6, 4, 3), flatten=flatten)
 
 
 def test_resnet_18(tmp_path: pathlib.Path) -> None:
-    """1.L: with a map of names, from Python and by `config.init_from`."""
+    """With a map of names, from Python and by `config.init_from`."""
     theirs = scramble(torch_networks.ResNet())
     x = given(2, 64, 64, 3)
     expected = theirs(first(x)).detach().numpy()
@@ -226,7 +226,7 @@ def test_resnet_18(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize('norm_first', [True, False])
 def test_a_transformer_encoder_layer(norm_first: bool) -> None:
-    """1.L: attention, norms and MLP of `torch.nn.TransformerEncoderLayer`."""
+    """Attention, norms and MLP of `torch.nn.TransformerEncoderLayer`."""
     theirs = scramble(torch_networks.encoder_layer(norm_first))
     x = given(2, 7, 16)
     expected = theirs(torch.from_numpy(x)).detach().numpy()
@@ -251,7 +251,7 @@ def test_mismatches_are_listed() -> None:
 
 
 def test_files_with_more_than_tensors(tmp_path: pathlib.Path) -> None:
-    """1.L: checkpoints of training scripts, under any file name; a pickled module is refused,
+    """Checkpoints of training scripts, under any file name; a pickled module is refused,
     because unpickling could run any code."""
     net = inner(F.Linear(3, 2))
     optimizer = torch.optim.Adam(net.parameters())

@@ -98,7 +98,7 @@ def test_a_directory_of_flax_checkpoints(tmp_path: pathlib.Path, msgpack: None) 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_fractional_steps(tmp_path: pathlib.Path, msgpack: None) -> None:
-    """H19: -1.0 before 0.001 before .01 before 1e5, under any prefix."""
+    """Steps sort as numbers: -1.0 before 0.001 before .01 before 1e5, under any prefix."""
     steps = (-1.0, 1e-5, 0.001, 0.01, 0.1, 1.0, 1e5)
     for step in steps:
         checkpoints.save_checkpoint(tmp_path, {'x': np.float32(step)}, step, 'ckpt_', keep=9)
@@ -168,7 +168,7 @@ def test_before_linen(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_from_before_linen(tmp_path: pathlib.Path) -> None:
-    """U11 through the config: the run evaluates as the old model did."""
+    """`layout='pre_linen'` in a config loads the parameters of the old model."""
     cnn = CNN(hidden=16)
     params = cnn.init(jax.random.key(1), X)['params']
     before = {'Conv_0': 'Conv_0', 'Conv_1': 'Conv_1', 'Dense_0': 'Dense_2', 'Dense_1': 'Dense_4'}

@@ -262,7 +262,7 @@ def test_results_that_do_not_fit_the_model(tmp_path: pathlib.Path) -> None:
 
 
 def test_surgery_of_fresh_weights(tmp_path: pathlib.Path) -> None:
-    """1.K1 without a checkpoint: the moving average starts at the edited weights."""
+    """Without a checkpoint, the moving average starts at the edited weights."""
     edit = {'target': f'{OPERATION}:Edit', 'pattern': 'head/kernel',
             'function': {'ref': f'{__name__}:double'}}  # fmt: skip
     fresh = trainer(tmp_path, ema={'decay': 0.9}).init_state()

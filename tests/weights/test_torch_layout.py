@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1.L without PyTorch: weights in its layout, converted, compared with layers in numpy."""
+"""PyTorch's layout without PyTorch: weights are converted and compared with layers in numpy."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Inner(nn.Module):
 def test_layers_with_the_channels_last(
     mine: nn.Module, shapes: Any, theirs: Callable[..., np.ndarray], x: np.ndarray
 ) -> None:
-    """1.L: a square matrix is transposed if it is a kernel, but not if it is an embedding."""
+    """A square matrix is transposed if it is a kernel, but not if it is an embedding."""
     tensors = weights(shapes)
     close(convert(Inner(mine), tensors, x), theirs(x, tensors, AT))
 
@@ -132,14 +132,14 @@ def test_layers_with_the_channels_last(
 def test_layers_with_the_channels_first(
     mine: nn.Module, shapes: Any, theirs: Callable[..., np.ndarray], shape: tuple[int, ...]
 ) -> None:
-    """1.L: kernels, and running statistics."""
+    """Kernels, and running statistics."""
     x, tensors = given(*shape), weights(shapes)
     close(convert(Inner(mine), tensors, x), last(theirs(first(x), tensors, AT)))
 
 
 @pytest.mark.parametrize('count', [True, False])
 def test_pooling(count: bool) -> None:
-    """1.L: `count_include_pad`, and the maximum."""
+    """`count_include_pad`, and the maximum."""
     x, pads = given(2, 6, 6, 3), ((1, 1), (1, 1))
     theirs = layers.avg_pool2d(first(x), 3, stride=2, padding=1, count_include_pad=count)
     close(nn.avg_pool(x, (3, 3), (2, 2), pads, count_include_pad=count), last(theirs))
@@ -179,7 +179,7 @@ def network(x: np.ndarray) -> np.ndarray:
 
 
 def test_a_network_that_flattens(tmp_path: pathlib.Path) -> None:
-    """1.L: from Python, and by `config.init_from` from a file; the order of rows is the model's."""
+    """From Python, and by `config.init_from` from a file; the order of rows is the model's."""
     x = given(2, 32, 32, 3)
     expected, mine = network(x), Network()
     close(convert(mine, NETWORK, x, rename=NAMES, flatten=FLATTEN), expected)
@@ -209,7 +209,7 @@ def test_an_incomplete_map_of_names_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_transformer_encoder_layer() -> None:
-    """1.L: the names of `torch.nn.TransformerEncoderLayer`, norms before the branches."""
+    """The names of `torch.nn.TransformerEncoderLayer`, norms before the branches."""
     shapes = below(
         self_attn={'in_proj_weight': (48, 16), 'in_proj_bias': (48,)},
         self_attn__out_proj=linear(16, 16),

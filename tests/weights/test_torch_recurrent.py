@@ -49,7 +49,7 @@ class OneLayer(nn.Module):
 
 @pytest.mark.parametrize('kind', list(CELLS))
 def test_one_layer(kind: str) -> None:
-    """1.L: a tensor has all gates, a module of Flax one; the two biases of a gate are added."""
+    """A tensor has all gates, a module of Flax one; the two biases of a gate are added."""
     theirs, mine = layer(kind), OneLayer(kind)
     variables = mine.init(jax.random.key(0), X)
     loaded = restore.torch_variables(theirs.state_dict(), variables)
@@ -82,7 +82,7 @@ class Deep(nn.Module):
 
 @pytest.mark.parametrize('kind', ['OptimizedLSTM', 'GRU'])
 def test_two_layers_in_both_directions(kind: str) -> None:
-    """1.L: a rename maps layers and directions to cells."""
+    """A rename maps layers and directions to cells."""
     theirs, mine = layer(kind, num_layers=2, bidirectional=True), Deep(kind)
     variables = mine.init(jax.random.key(0), X)
     loaded = restore.torch_variables(theirs.state_dict(), variables, rename=LAYERS)
@@ -94,7 +94,7 @@ def test_two_layers_in_both_directions(kind: str) -> None:
     [('LSTM', nnx.LSTMCell), ('LSTM', nnx.OptimizedLSTMCell), ('RNN', nnx.SimpleCell)],
 )
 def test_cells_of_nnx(kind: str, cell: Any) -> None:
-    """1.L: some cells have one dense layer for all gates."""
+    """Some cells have one dense layer for all gates."""
     theirs, mine = layer(kind), nnx.RNN(cell(4, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(mine, nnx.Param))
     loaded = restore.torch_variables(

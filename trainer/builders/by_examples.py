@@ -92,8 +92,8 @@ def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) ->
             examples = math.ceil(clock.batches(count) * clock.batch_size)
             raise UserError(
                 f'{path}.{paths.join(at)}: {value!r} counts steps, and {counts_examples} counts '
-                'examples. '
-                'Now that config.data.batch_size has changed, a schedule cannot mix the two. '
+                'examples. Now that config.data.batch_size has changed, a schedule cannot mix the '
+                'two. '
                 f"Write '{examples} examples', the number consumed by step {count:,}"
             )
     return True

@@ -24,7 +24,7 @@ _log = logging.getLogger('trainer')
 
 _OPTIMIZER, _STEP = 'config.optimizer', 'config.step'
 
-# Schedules whose `decay_steps` (of the schedule, or of each cycle) include the warm-up.
+# Schedules whose `decay_steps` (of the schedule, or of each cycle) include the warmup.
 _WARMED_UP = (':warmup_cosine_decay_schedule', ':sgdr_schedule')
 
 # The arguments of a step. A target that takes them is the step itself; any other returns it.
@@ -212,7 +212,7 @@ def _check_is_optimizer(value: Any, node: Node, path: str) -> None:
 
 
 def _check_warmups(node: Any, path: str, within: str = '') -> None:
-    """Checks that a warm-up is shorter than the schedule that includes it."""
+    """Checks that a warmup is shorter than the schedule that includes it."""
     if isinstance(node, (tuple, list)):
         for index, value in enumerate(node):
             _check_warmups(value, f'{path}[{index}]', within)
@@ -224,7 +224,7 @@ def _check_warmups(node: Any, path: str, within: str = '') -> None:
         warmup, whole = node.get('warmup_steps'), node.get('decay_steps')
         if isinstance(warmup, int) and isinstance(whole, int) and warmup >= whole:
             raise UserError(
-                f'{path}.warmup_steps: a warm-up of {warmup:,} steps does not fit into the '
+                f'{path}.warmup_steps: a warmup of {warmup:,} steps does not fit into the '
                 f'{whole:,} steps of {path}.decay_steps, which include it; make it shorter, or '
                 'the run longer (config.train_for)'
             )

@@ -29,6 +29,7 @@ from trainer.input.host_field import HostFieldError
 from trainer.input.prefetch import Prefetcher
 from trainer.modules import seen
 from trainer.modules.shapes import describe
+from trainer.observe.summaries import Summary
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_sharding, replicated_sharding
@@ -47,6 +48,7 @@ from trainer.tasks.measured import (
 )
 from trainer.tasks.returned import name_of
 from trainer.tasks.runner import MASK, compute_metrics
+from trainer.tasks.summaries import create_summaries
 
 
 class Stopped(Exception):
@@ -103,6 +105,9 @@ class Evaluator:
         self.data = data
         # By the members of an ensemble that have not diverged.
         self._programs: dict[tuple[int, ...], Program] = {}
+        self._summarizers: dict[tuple[int, ...], Program] = {}
+        # Set by `prepare`: whether the task returns summaries.
+        self._has_summaries = False
         self._empty: Callable[[], Any] | None = None
         self._trial_metrics: MetricValues | None = None
         self.step = step
@@ -133,6 +138,8 @@ class Evaluator:
         """
         with self._explain_training_errors():
             output = self._output_shapes(state)
+        ensemble_output = output[0] if isinstance(output, tuple) else output
+        self._has_summaries = bool(ensemble_output.summaries)
         # Replicated, like the results of the step: it donates the totals, and a donated buffer is
         # reused only for a result of the same shape and sharding.
         self._empty = jax.jit(
@@ -194,7 +201,7 @@ class Evaluator:
             raise
 
     def _with_fresh_collections(self, step: EvalStep, variables: Any, shapes: Any) -> EvalStep:
-        with record_reads():  # In a record of its own: initialization is no step.
+        with record_reads():  # In a record of its own: initialization is not a step.
             fresh = find_fresh_collections(step, variables, shapes)
         self.step = self.step.with_fresh(fresh)
         return step.with_fresh(fresh)
@@ -257,6 +264,7 @@ class Evaluator:
         prediction = None if self._score is None else self.prediction(state)
         unchanged = {} if prediction is None else prediction.unchanged
         pending: tuple[Any, LoadedBatch] | None = None
+        summaries: dict[str, Summary] | None = None if self._has_summaries else {}
         # A context: leaving it by `Stopped` or an error ends the thread of the prefetcher.
         with self._batches(max_batches, **self._prefetch_options(prediction)) as batches:
             for batch in self._read_to_end(batches):
@@ -268,6 +276,8 @@ class Evaluator:
                 # Nothing is fetched here: the batches are queued, and the devices add them up
                 # without waiting for the host.
                 totals, rows = self._programs[members](*args)
+                if summaries is None:
+                    summaries = self._summarize(members, args[1:])
                 # The rows of a batch are read while the devices compute the next one.
                 if host is not None and pending is not None:
                     host.add(pending[0], unchanged, pending[1])
@@ -278,11 +288,27 @@ class Evaluator:
         self._check_labels(totals, state)
         with self._add_name_to_errors():
             measured = summarize(totals, members)
+            for name, summary in (summaries or {}).items():
+                measured.add(name, summary)
         if host is not None:
             values = host.finish()
             with self._add_name_to_errors():
                 measured.update_with(values)
         return measured
+
+    def _summarize(self, members: tuple[int, ...], args: tuple[Any, ...]) -> dict[str, Summary]:
+        """Returns the summaries of the task for a batch, without padding."""
+        if members not in self._summarizers:
+            # A program of its own: in that of the metrics, every batch would compute them.
+            self._summarizers[members] = Program(
+                f'the summaries of evaluation {self.name!r}',
+                self._run_step.summarize,
+                args,
+                tracing=self._tracing,
+                # All processes have all rows: those of one batch are few.
+                out_shardings=replicated_sharding(self._mesh),
+            )
+        return create_summaries(*fetch(self._summarizers[members](*args)))
 
     def _host_scores(self) -> HostScores | None:
         """Returns what the host computes in one run, or None if that is nothing."""
@@ -422,7 +448,8 @@ class Evaluator:
     @property
     def compile_secs(self) -> float:
         """Seconds spent in the compilations so far."""
-        return sum(program.compile_secs for program in self._programs.values())
+        programs = (*self._programs.values(), *self._summarizers.values())
+        return sum(program.compile_secs for program in programs)
 
     def _compile(self, args: tuple[Any, ...], prediction: Prediction | None) -> Program:
         name = f'the step of evaluation {self.name!r}'
@@ -476,7 +503,7 @@ def summarize(totals: Any, counted: Sequence[int] = ()) -> MetricValues:
         totals: the accumulators.
         counted: indices of the members that the means include; empty for all.
     """
-    # The findings are no metrics: `_check_labels` has read them.
+    # The findings are not metrics: `_check_labels` has read them.
     computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != FINDINGS}))
     row = MetricValues(computed['task'])
     row.add('examples', computed['examples'])

@@ -107,6 +107,13 @@ class EvalStep:
         """Returns what the task's collecting metrics collect, (rows, ...) each, by metric."""
         return self.task.collect(self._output(variables, batch, step, index))
 
+    def summarize(
+        self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
+    ) -> tuple[Mapping[str, Any], jax.Array]:
+        """Returns the task's summaries for a whole batch, padding included, and its mask."""
+        keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
+        return self.task.summarize(self._bind(variables, keys, batch), batch), batch[MASK]
+
     def predict(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> dict[str, Any]:

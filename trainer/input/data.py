@@ -116,6 +116,7 @@ class TrainData(_Common):
     """The training loader of a run.
 
     Attributes:
+        loader: the loader that the config defines.
         stream: the loader if it is a stream, None otherwise.
         resizable: the loader if it can resume with another batch size, None otherwise.
     """
@@ -209,7 +210,11 @@ class TrainData(_Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalData(_Common):
-    """The loader of one evaluation."""
+    """The loader of one evaluation.
+
+    Attributes:
+        loader: the loader that the config defines.
+    """
 
     loader: EvalLoader
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run shows and writes: metric rows, progress, tables, logs."""
+"""The output of a run: metric files, summaries, progress, tables, logs and profiles."""

@@ -28,7 +28,7 @@ CLEAR = '\r\x1b[K'
 
 
 class NullScreen(io.TextIOBase):
-    """The output stream of a process that prints nothing."""
+    """The output of a process that prints nothing."""
 
     def write(self, text: str) -> int:
         """Discards the text."""
@@ -38,17 +38,17 @@ class NullScreen(io.TextIOBase):
 class Progress:
     """Prints step, percent, losses, learning rate, examples per second, step time and ETA."""
 
-    def __init__(self, total_steps: int, stream: Screen):
-        """Prints nothing yet; the line is live if the stream is a terminal.
+    def __init__(self, total_steps: int, output: Screen):
+        """Prints nothing yet; the line is live if the output is a terminal.
 
         Args:
             total_steps: length of the run.
-            stream: where to write; control characters are sent only to a terminal that is not
+            output: where to write; control characters are sent only to a terminal that is not
                 'dumb'.
         """
         self._total = total_steps
-        self._stream = stream
-        self._live = stream.isatty() and os.environ.get('TERM') != 'dumb'
+        self._output = output
+        self._live = output.isatty() and os.environ.get('TERM') != 'dumb'
         self._row: Mapping[str, float] = {}
         self._last_refresh = 0.0
         self._open = False
@@ -95,19 +95,19 @@ class Progress:
 
     def _write(self, text: str) -> None:
         try:
-            self._stream.write(text)
-            self._stream.flush()
+            self._output.write(text)
+            self._output.flush()
         except OSError as error:
             # As with `| head`. Not a reason to end the run: its rows are also in a file.
             self._live = self._open = False
-            _redirect_to_devnull(self._stream)
+            _redirect_to_devnull(self._output)
             _log.warning(
                 'standard output is closed (%s); training continues, see metrics.jsonl', error
             )
 
     def _columns(self) -> int:
         try:
-            columns = os.get_terminal_size(self._stream.fileno()).columns
+            columns = os.get_terminal_size(self._output.fileno()).columns
         except OSError:
             columns = 0
         # Some terminals, as in containers, report a width of 0.
@@ -155,9 +155,9 @@ def duration(secs: float) -> str:
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-def _redirect_to_devnull(stream: Screen) -> None:
-    """Discards what is written to a stream from here on, and what it has buffered."""
+def _redirect_to_devnull(output: Screen) -> None:
+    """Discards what is written to an output from here on, and what it has buffered."""
     # Otherwise flushing the buffer at exit would fail, and change the exit code.
     devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, stream.fileno())
+    os.dup2(devnull, output.fileno())
     os.close(devnull)

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -55,6 +57,10 @@ class Images:
     images: np.ndarray
     columns: int
 
+    def __new__(cls, images: Any = None, columns: int | None = None) -> Any:
+        """Returns a `Traced` within a compiled function."""
+        return _create(cls, images, columns=columns)
+
     def __init__(self, images: Any, columns: int | None = None):
         """Takes images of bytes from 0 to 255, or of floats from 0 to 1.
 
@@ -83,7 +89,7 @@ class Images:
                     'Images: expected uint8 values from 0 to 255, or floats from 0 to 1, got '
                     f'{shape}'
                 )
-            # A generated image may be slightly out of range, which is no reason to end a run.
+            # A generated image may be slightly out of range, which is not a reason to end a run.
             clipped = np.clip(np.nan_to_num(array.astype(np.float32)), 0, 1)
             array = np.round(clipped * 255).astype(np.uint8)
         object.__setattr__(self, 'images', array)
@@ -134,6 +140,10 @@ class Histogram:
     mean: float
     std: float
 
+    def __new__(cls, values: Any = None, bins: int = 30) -> Any:
+        """Returns a `Traced` within a compiled function."""
+        return _create(cls, values, bins=bins)
+
     def __init__(self, values: Any, bins: int = 30):
         """Counts values.
 
@@ -142,7 +152,7 @@ class Histogram:
             bins: number of bins.
 
         Raises:
-            UserError: for values that are no real numbers.
+            UserError: for values that are not real numbers.
         """
         array = np.asarray(values)
         # By name: bfloat16 is none of numpy's floats.
@@ -194,6 +204,10 @@ class Arrays:
 
     arrays: Mapping[str, np.ndarray]
 
+    def __new__(cls, arrays: Any = None) -> Any:
+        """Returns a `Traced` within a compiled function."""
+        return _create(cls, arrays)
+
     def write(self, stem: epath.Path) -> epath.Path:
         """Writes `<stem>.npz` and returns its path."""
         path = _with_suffix(stem, '.npz')
@@ -202,6 +216,35 @@ class Arrays:
 
 
 Summary = Texts | Images | Histogram | Arrays
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=['arrays'], meta_fields=['kind', 'options']
+)
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A summary whose arrays a compiled program computes: what `Images(x)` returns in a task.
+
+    Attributes:
+        arrays: the array of the summary, or its arrays by name.
+        kind: class of the summary.
+        options: its further arguments.
+    """
+
+    arrays: Any
+    kind: type
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def create(self, select: Callable[[Any], np.ndarray]) -> Summary:
+        """Returns the summary, with a function applied to each array."""
+        summary: Summary = self.kind(jax.tree.map(select, self.arrays), **dict(self.options))
+        return summary
+
+
+def _create(cls: type, arrays: Any, **options: Any) -> Any:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
+        return Traced(arrays, cls, tuple(options.items()))
+    return object.__new__(cls)
 
 
 def as_summary(value: Any) -> Summary | None:

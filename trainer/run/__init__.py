@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the loop: set-up, resume, events, checks, messages, and the work directory."""
+"""A run around its loop: setup, resume, events, checks, messages, and the work directory."""

@@ -68,7 +68,7 @@ class Hooks:
         only: Sequence[str] | None = None,
         **more: Any,
     ) -> None:
-        """Calls hooks at an event before the end, and writes the row that is held.
+        """Calls hooks at an event before the end, and writes the open row.
 
         Args:
             kind: `Event.kind`.
@@ -92,7 +92,7 @@ class Hooks:
             with self._report.time.measure('hooks'):
                 self._call_each(names, event, stop)
         finally:
-            # Also if a hook has failed: the row was held for the values of hooks only.
+            # Also if a hook has failed: the row was left open only for the values of hooks.
             self._report.write_row()
 
     def _names_for(self, kind: str) -> list[str]:
@@ -214,7 +214,7 @@ class Hooks:
     def _event(self, kind: str, step: int, state: TrainState | None, **more: Any) -> Event:
         if kind == 'log':
             # Waits for the row, so that a hook gets the row and the state of the same step.
-            self._report.hold_row()
+            self._report.open_row()
         return Event(
             kind=kind,
             step=step,

@@ -61,7 +61,7 @@ class Reporter:
         self,
         total_steps: int,
         batch_size: int,
-        stream: Screen | None = None,
+        output: Screen | None = None,
         members: Sequence[str] = (),
     ):
         """Creates a reporter that writes no files before `open`.
@@ -69,7 +69,7 @@ class Reporter:
         Args:
             total_steps: length of the run.
             batch_size: examples of the global batch, for examples per second.
-            stream: where to print; standard output by default.
+            output: where to print; standard output by default.
             members: descriptions of an ensemble's members: 'seed 3, optimizer.learning_rate 0.1'.
         """
         self.step = 0
@@ -77,13 +77,13 @@ class Reporter:
         self.latest: dict[str, float] = {}
         self.history = History()
         self.time = TimeSpent()
-        self.progress = Progress(total_steps, stream or sys.stdout)
+        self.progress = Progress(total_steps, output or sys.stdout)
         self._writer = Writers(())
         self._directory: epath.Path | None = None
         self._batch_size = batch_size
         self._members = members
         self._pending: _Pending | None = None
-        self._held: HeldRow | None = None
+        self._open_row: OpenRow | None = None
         self._evaluated: set[tuple[str, int]] = set()
         # Of the newest row: its step and the seconds of the loop until then.
         self._mark = (0, 0.0)
@@ -179,10 +179,10 @@ class Reporter:
 
     def flush(self) -> None:
         """Writes the pending row, if there is one; blocks until its step is done."""
-        self.hold_row()
+        self.open_row()
         self.write_row()
 
-    def hold_row(self) -> None:
+    def open_row(self) -> None:
         """Computes the pending row, if there is one, so that hooks can read and extend it.
 
         Blocks until its step is done. `write_row` writes it.
@@ -201,10 +201,10 @@ class Reporter:
             examples_per_sec=rate * self._batch_size,
             data_wait_secs=pending.data_wait_secs,
         )
-        self._hold(HeldRow(step, row, 'train'))
+        self._set_open_row(OpenRow(step, row, 'train'))
 
-    def hold_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Holds the row of an evaluation, so that hooks can read and extend it.
+    def open_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Opens the row of an evaluation, so that hooks can read and extend it.
 
         Args:
             name: of the evaluation.
@@ -212,15 +212,15 @@ class Reporter:
             metrics: its values; the arrays and summaries of a `MetricValues` are written too.
         """
         values = metrics if isinstance(metrics, MetricValues) else MetricValues(metrics)
-        self._hold(HeldRow(step, values, f'eval/{name}', evaluation=name))
+        self._set_open_row(OpenRow(step, values, f'eval/{name}', evaluation=name))
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the row of an evaluation: see `hold_eval`."""
-        self.hold_eval(name, step, metrics)
+        """Writes the row of an evaluation: see `open_eval`."""
+        self.open_eval(name, step, metrics)
         self.write_row()
 
     def extend_row(self, values: MetricValues) -> None:
-        """Adds values to the row that is held.
+        """Adds values to the open row.
 
         Args:
             values: by name: 'eval/dev/bleu', or 'bleu' for a name of the row's own kind.
@@ -228,36 +228,36 @@ class Reporter:
         Raises:
             UserError: if the row has a value of that name.
         """
-        assert self._held is not None
-        self._held.add(values)
-        self._take(self._held)
+        assert self._open_row is not None
+        self._open_row.add(values)
+        self._update_latest(self._open_row)
 
     def record_hook(self, name: str, step: int, values: MetricValues) -> None:
         """Writes a row of the values that a hook has returned at an event of its own."""
-        self._hold(HeldRow(step, values, f'hook/{name}'))
+        self._set_open_row(OpenRow(step, values, f'hook/{name}'))
         self.write_row()
 
     def write_row(self) -> None:
-        """Writes the row that is held, if there is one."""
-        if self._held is None:
+        """Writes the open row, if there is one."""
+        if self._open_row is None:
             return
-        held, self._held = self._held, None
-        files = self._write_arrays(f'{held.stem}_{held.step}', held.values.arrays)
-        files += self._write_summaries(held.step, held.values.summaries, held.prefix)
-        self._writer.write(held.step, held.row())
-        self.history.add(held.step, held.row())
+        row, self._open_row = self._open_row, None
+        files = self._write_arrays(f'{row.stem}_{row.step}', row.values.arrays)
+        files += self._write_summaries(row.step, row.values.summaries, row.prefix)
+        self._writer.write(row.step, row.to_dict())
+        self.history.add(row.step, row.to_dict())
         # After the files, so that no printed value is missing there if the run is killed.
-        if held.prefix == 'train/':
-            self.progress.update(held.step, held.row())
+        if row.prefix == 'train/':
+            self.progress.update(row.step, row.to_dict())
             if files:
-                self.progress.message(f'step {held.step:,}:{files}')
+                self.progress.message(f'step {row.step:,}:{files}')
             return
-        if held.evaluation is not None:
+        if row.evaluation is not None:
             # An evaluation without a row counts as not run.
-            self._evaluated.add((held.evaluation, held.step))
-        numbers = {key: value for key, value in held.values.items() if not is_member_name(key)}
-        at = f'{held.prefix[:-1].replace("/", " ", 1)} at step {held.step:,}'
-        self.progress.message(f'{at}: {_format_values({**numbers, **held.others})}{files}')
+            self._evaluated.add((row.evaluation, row.step))
+        numbers = {key: value for key, value in row.values.items() if not is_member_name(key)}
+        at = f'{row.prefix[:-1].replace("/", " ", 1)} at step {row.step:,}'
+        self.progress.message(f'{at}: {_format_values({**numbers, **row.others})}{files}')
 
     def record_capture(
         self, step: int, row: Mapping[str, float], histograms: Mapping[str, Histogram]
@@ -313,19 +313,21 @@ class Reporter:
         write_npz(path, arrays)
         return f'  {", ".join(described)} in {path}'
 
-    def _hold(self, held: HeldRow) -> None:
+    def _set_open_row(self, row: OpenRow) -> None:
+        # Only one row is open at a time.
         self.write_row()
-        self._held = held
-        self._take(held)
+        self._open_row = row
+        self._update_latest(row)
 
-    def _take(self, held: HeldRow) -> None:
-        self.row = {'step': held.step, **held.row()}
-        self.latest.update(held.row())
+    def _update_latest(self, row: OpenRow) -> None:
+        values = row.to_dict()
+        self.row = {'step': row.step, **values}
+        self.latest.update(values)
 
     def _member_label(self, member: str) -> str:
         """Returns 'eval/test member 3 (seed 3)' for 'eval/test/member_3'."""
         prefix, _, number = member.rpartition('/member_')
-        # A metric of the task may have such a name too, in a run that is no ensemble.
+        # A metric of the task may have such a name too, in a run without an ensemble.
         description = self._members[int(number)] if int(number) < len(self._members) else ''
         return f'{prefix} member {number}' + (f' ({description})' if description else '')
 
@@ -337,8 +339,8 @@ class Reporter:
         return time.perf_counter() - sum(map(self.time.get, parts))
 
 
-class HeldRow:
-    """A row that is not written yet.
+class OpenRow:
+    """A row that hooks can still extend; it is not written yet.
 
     Attributes:
         step: number of completed steps.
@@ -359,7 +361,7 @@ class HeldRow:
         self.evaluation = evaluation
         self.others: dict[str, float] = {}
 
-    def row(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float]:
         """Returns the numbers by flat name."""
         return {**{self.prefix + name: x for name, x in self.values.items()}, **self.others}
 

@@ -56,7 +56,7 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
         raise UserError('restore: this Trainer has no work directory')
     if step == 'best' and experiment.saving.retention.best_metric is None:
         raise UserError(
-            "step 'best' needs a metric, and this config defines none. Add "
+            '--step=best needs a metric, and this config defines none. Add '
             '--config.checkpoint.best.metric=eval/NAME/accuracy'
         )
     if run.workdir is not None and not run.workdir.path.exists():
@@ -76,7 +76,7 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
     if saved != jax.tree.structure(programs.abstract.metrics):
         _log.warning(
             'the training metrics of this config are not those of the checkpoint of step %d: a '
-            'resumed run starts them anew, and its next row covers the steps from there',
+            'resumed run resets them, so its next row covers only the later steps',
             chosen,
         )
         state = dataclasses.replace(state, metrics=programs.empty_metrics())

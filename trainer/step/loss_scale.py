@@ -28,6 +28,7 @@ class LossScale:
         scale: float32 scalar.
         finite_steps: int32 scalar, finite steps since the scale last changed.
         skipped: int32 scalar, updates skipped so far.
+        growth_interval: number of finite steps in a row after which the scale doubles.
     """
 
     scale: jax.Array

@@ -22,7 +22,7 @@ from trainer.modules import seen
 
 @dataclasses.dataclass
 class Reads:
-    """What a task reads and returns.
+    """A record of the fields that a task reads, and of whether it returns weights.
 
     Attributes:
         names: the fields of the batch that it has read, directly or through device transforms.

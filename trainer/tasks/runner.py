@@ -29,6 +29,7 @@ from trainer.tasks.collecting import (
 )
 from trainer.tasks.measured import check_accumulates, metrics_by_name
 from trainer.tasks.metrics import broadcast_weights, is_metric, mean_collection
+from trainer.tasks.summaries import check_summaries
 from trainer.tasks.sums import empty_like
 from trainer.tasks.task import (
     METRIC_WEIGHTS,
@@ -246,7 +247,7 @@ class TaskRunner:
             # A product: padding has weight 0, whatever the task returns for it.
             if mask is not None:
                 each = each * broadcast_weights(mask, each.shape)
-            # Weights may depend on the parameters, but they are no part of what is minimized:
+            # Weights may depend on the parameters, but they are not part of what is minimized:
             # otherwise training could lower the loss by shrinking them.
             weights[name] = jax.lax.stop_gradient(jnp.asarray(each, jnp.float32))
         output = dataclasses.replace(output, weights=weights[ONLY_LOSS] if is_single else weights)
@@ -268,6 +269,9 @@ class TaskRunner:
         mask = batch.get(MASK)
         try:
             output = as_output(result, averaged=self.metrics is None)
+            if output.summaries:
+                first = jax.tree.leaves(device_fields(batch) if mask is None else mask)[0]
+                check_summaries(output.summaries, first.shape[0])
             for loss in losses_by_name(output.loss).values():
                 if mask is not None:
                     returned.check_num_examples(loss, mask)
@@ -275,6 +279,11 @@ class TaskRunner:
             return output
         except UserError as error:
             raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
+
+    def summarize(self, model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the summaries of the task, with rows for padding, too."""
+        # The first run alone: in a second one, examples without weight would be replaced.
+        return self._run(model, batch)[0].summaries
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns empty accumulators for outputs of these shapes.

@@ -58,6 +58,9 @@ class TaskOutput:
         penalties: named scalars that are added to the loss (to each loss of several), such as an L2
             term.
         checks: range checks by batch key; a value out of range stops the run.
+        summaries: `trainer.summaries.Images`, `Histogram` or `Arrays` by name, of arrays with one
+            row for each example, or for the first few. Each evaluation writes those of its first
+            batch, without padding. Training does not compute them.
     """
 
     loss: jax.Array | Mapping[str, jax.Array]
@@ -65,6 +68,7 @@ class TaskOutput:
     metrics: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
     penalties: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
     checks: Mapping[str, Check] = flax.struct.field(default_factory=dict)
+    summaries: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
 
 def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:

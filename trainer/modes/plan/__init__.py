@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run would need on devices that are not here: `--mode=plan`."""
+"""`--mode=plan`: estimates the memory, FLOPs and traffic of a step on virtual devices."""

@@ -16,7 +16,7 @@ from tests import command
 
 @pytest.mark.slow
 @pytest.mark.parametrize('closed', ['>&-', '2>&-'])
-def test_a_closed_stream_does_not_end_the_run(closed: str, tmp_path: pathlib.Path) -> None:
+def test_a_closed_output_does_not_end_the_run(closed: str, tmp_path: pathlib.Path) -> None:
     words = [sys.executable, '-m', 'trainer.main', command.MLP, *command.SMALL]
     words += ['--config.train_for=3steps', f'--workdir={tmp_path}']
     environ = {**os.environ, 'PYTHONPATH': str(command.ROOT)}

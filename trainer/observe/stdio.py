@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens closed standard streams; imported first, so it uses only the standard library."""
+"""Opens closed standard input and output; imported first, so it needs only `os` and `sys`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import sys
 
 
-def open_closed_streams() -> None:
-    """Opens /dev/null in place of standard streams that are closed, as with `>&-`.
+def open_closed_stdio() -> None:
+    """Opens /dev/null in place of closed standard input or output, as with `>&-`.
 
     Otherwise the next file to be opened would get the descriptor of standard output, and whatever
     a C++ library prints would end up in it.
