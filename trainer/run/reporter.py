@@ -319,7 +319,7 @@ class Reporter:
     def _member_label(self, member: str) -> str:
         """Returns 'eval/test member 3 (seed 3)' for 'eval/test/member_3'."""
         prefix, _, number = member.rpartition('/member_')
-        # A metric of the task may have such a name too, in a run that is no ensemble.
+        # A metric of the task may have such a name too, in a run without an ensemble.
         description = self._members[int(number)] if int(number) < len(self._members) else ''
         return f'{prefix} member {number}' + (f' ({description})' if description else '')
 
