@@ -297,7 +297,7 @@ class Evaluator:
         return measured
 
     def _summarize(self, members: tuple[int, ...], args: tuple[Any, ...]) -> dict[str, Summary]:
-        """Returns the summaries of the task for a batch, without padding."""
+        """Returns the summaries of the task for a batch, without padding; all processes call it."""
         if members not in self._summarizers:
             # A program of its own: in that of the metrics, every batch would compute them.
             self._summarizers[members] = Program(
@@ -308,7 +308,9 @@ class Evaluator:
                 # All processes have all rows: those of one batch are few.
                 out_shardings=replicated_sharding(self._mesh),
             )
-        return create_summaries(*fetch(self._summarizers[members](*args)))
+        summaries, mask = fetch(self._summarizers[members](*args))
+        # Like those of a score: the main process alone writes files.
+        return create_summaries(summaries, mask) if processes.is_main_process() else {}
 
     def _host_scores(self) -> HostScores | None:
         """Returns what the host computes in one run, or None if that is nothing."""
