@@ -206,6 +206,10 @@ class Reporter:
             metrics: its values; the arrays and summaries of a `MetricValues` are written too.
         """
         values = metrics if isinstance(metrics, MetricValues) else MetricValues(metrics)
+        # A value of an earlier step, which a hook does not return this time, must not rank the
+        # checkpoint of this one.
+        prefix = f'eval/{name}/'
+        self.latest = {n: x for n, x in self.latest.items() if not n.startswith(prefix)}
         self._set_open_row(OpenRow(step, values, f'eval/{name}', evaluation=name))
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
