@@ -230,6 +230,29 @@ def test_is_constructed() -> None:
     assert found == [False, True]
 
 
+def test_under_construction() -> None:
+    class Inner(nnx.Module):
+        """Fails where it creates its layers."""
+
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.layer = nnx.Linear(2, -1, rngs=rngs)
+
+    class Outer(nnx.Module):
+        """Creates the other."""
+
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.inner = Inner(rngs)
+
+    with pytest.raises(Exception) as caught:
+        Outer(nnx.Rngs(0))
+    kinds = [type(owner) for owner in compat.under_construction(caught.value)]
+    assert kinds[:3] == [Outer, Inner, nnx.Linear]
+    with pytest.raises(TypeError) as caught:
+        Outer()
+    assert compat.under_construction(caught.value) == []
+    assert compat.under_construction(ValueError('no')) == []
+
+
 def test_run_setup() -> None:
     """The submodules of `setup` exist after it, not before."""
 

@@ -594,6 +594,22 @@ def run_setup(module: Any) -> None:
     dir(module)  # For its side effect.
 
 
+# ---- flax.linen and flax.nnx ---------------------------------------------------------------------
+
+
+def under_construction(error: BaseException) -> list[Any]:
+    """Returns the objects whose `__init__` an error has left, from the outermost.
+
+    Checked with: Python 3.11 and flax 0.12.8.
+    Why: an error does not tell which object was being created; the frames of its traceback have it
+    as the local variable `self`.
+    Without it: an error within the user's own NNX module is reported as a model that is none.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [frame.f_locals.get('self') for frame in frames if frame.f_code.co_name == '__init__']
+    return [owner for owner in found if owner is not None]
+
+
 # ---- flax.nnx ------------------------------------------------------------------------------------
 
 

@@ -72,13 +72,13 @@ def _explain_concretization(where: str, values: Values) -> Iterator[None]:
     """Explains errors of JAX about an optimizer that needs the concrete value of a number."""
     try:
         yield
-    # A UserError is that of `targets.instantiate`, which wraps errors of constructors.
-    except (UserError, *_CONCRETIZATION_ERRORS) as error:
+    # `targets.instantiate` wraps errors of constructors.
+    except (targets.RefusedArguments, *_CONCRETIZATION_ERRORS) as error:
         who = where
-        if isinstance(error, UserError):
+        if isinstance(error, targets.RefusedArguments):
             if not isinstance(error.__cause__, _CONCRETIZATION_ERRORS):
                 raise
-            who = str(error).partition(' refused its arguments')[0]
+            who = error.who
         raise UserError(
             f'{who} branches in Python on {" or ".join(values)}, so it cannot differ between '
             'ensemble members (config.ensemble.vary)'

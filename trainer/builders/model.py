@@ -36,13 +36,13 @@ def check_model(node: Any, path: str = _PATH) -> None:
         raise UserError(reason)
     try:
         targets.check(node, path)
-    except UserError as error:
-        if inspect.isroutine(target) and ' is missing: ' in str(error):
-            raise UserError(
-                f'{error}. A function named by {path}.target must return the model: it is '
-                'called once, with the other keys of the model, not with inputs'
-            ) from error
-        raise
+    except targets.MissingArgument as error:
+        if not inspect.isroutine(target):
+            raise
+        raise UserError(
+            f'{error}. A function named by {path}.target must return the model: it is '
+            'called once, with the other keys of the model, not with inputs'
+        ) from error
 
 
 def build_model(

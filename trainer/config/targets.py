@@ -36,6 +36,22 @@ _ARGUMENT_ERRORS = (
 )
 
 
+class MissingArgument(UserError):
+    """A config omits an argument that its target has no default for."""
+
+
+class RefusedArguments(UserError):
+    """A target raised an error about its arguments, which is the cause of this one.
+
+    Attributes:
+        who: the config path and the name of the target.
+    """
+
+    def __init__(self, who: str, reason: str):
+        super().__init__(f'{who} refused its arguments: {reason}')
+        self.who = who
+
+
 def evaluate_annotation(annotation: str, target: Any) -> Any:
     """Returns the type that the text of an annotation names, None if it cannot be evaluated.
 
@@ -141,9 +157,8 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     except UserError:
         raise
     except _ARGUMENT_ERRORS as error:
-        raise UserError(
-            f'{path}: {node["target"]} refused its arguments: {_error_text(error)}'
-            f'{_hint(given, parameters, path)}'
+        raise RefusedArguments(
+            f'{path}: {node["target"]}', f'{_error_text(error)}{_hint(given, parameters, path)}'
         ) from error
 
 
@@ -225,7 +240,7 @@ def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
         # A function without any argument was probably to be passed, not called.
         if inspect.isroutine(target) and not keys and not positional:
             hint = f". To pass the function itself, write dict(ref='{node['target']}')"
-        raise UserError(
+        raise MissingArgument(
             f'{path}.{missing[0]} is missing: {node["target"]} has no default for it{hint}'
         )
     for key in keys:

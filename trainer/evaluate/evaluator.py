@@ -202,7 +202,7 @@ class Evaluator:
             raise
 
     def _with_fresh_collections(self, step: EvalStep, variables: Any, shapes: Any) -> EvalStep:
-        with record_reads():  # In a record of its own: initialization is no step.
+        with record_reads():  # In a record of its own: initialization is not a step.
             fresh = find_fresh_collections(step, variables, shapes)
         self.step = self.step.with_fresh(fresh)
         return step.with_fresh(fresh)
@@ -501,7 +501,7 @@ def summarize(totals: Any, counted: Sequence[int] = ()) -> MetricValues:
         totals: the accumulators.
         counted: indices of the members that the means include; empty for all.
     """
-    # The findings are no metrics: `_check_labels` has read them.
+    # The findings are not metrics: `_check_labels` has read them.
     computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != FINDINGS}))
     row = MetricValues(computed['task'])
     row.add('examples', computed['examples'])

@@ -121,8 +121,8 @@ class Prediction:
     def _trace(self, variables: Any) -> tuple[frozenset[str], dict[str, str]]:
         unchanged: dict[str, str] = {}
 
-        # A `HostField` is no array, so `eval_shape` cannot return it: such outputs leave as a side
-        # effect of tracing.
+        # A `HostField` is not an array, so `eval_shape` cannot return it: such outputs leave as a
+        # side effect of tracing.
         def run(*args: Any) -> Any:
             outputs = self.step.predict(*args)
             unchanged.update(self._find_unchanged(outputs, args[-1]))

@@ -6,11 +6,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import traceback
 from typing import Any
 
 import flax.linen as nn
 
+from trainer import compat
 from trainer.config import signatures
 from trainer.config.errors import UserError
 
@@ -35,7 +35,7 @@ _EXPECTED = 'expected a module of flax.linen or flax.nnx'
 
 
 def refusal(value: Any) -> str | None:
-    """Returns the error message for a value that is no module and cannot create one, else None.
+    """Returns the error message for a value that is not a module and cannot create one, else None.
 
     An NNX module is created by its class or by a function of `rngs`. If the argument has another
     name, only a call can tell whether the function takes `rngs`: see `failure_message`.
@@ -118,8 +118,7 @@ def _has_arrays(value: Any) -> bool:
 
 def _is_in_a_module(error: Exception) -> bool:
     """Whether an error was raised within the constructor of a module."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    owners = (frame.f_locals.get('self') for frame in frames if frame.f_code.co_name == '__init__')
+    owners = compat.under_construction(error)
     return any(_is_nnx_class(type(owner)) or isinstance(owner, nn.Module) for owner in owners)
 
 

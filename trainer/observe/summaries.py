@@ -91,7 +91,7 @@ class Images:
                     'Images: expected uint8 values from 0 to 255, or floats from 0 to 1, got '
                     f'{shape}'
                 )
-            # A generated image may be slightly out of range, which is no reason to end a run.
+            # A generated image may be slightly out of range, which is not a reason to end a run.
             clipped = np.clip(np.nan_to_num(array.astype(np.float32)), 0, 1)
             array = np.round(clipped * 255).astype(np.uint8)
         object.__setattr__(self, 'images', array)
@@ -154,7 +154,7 @@ class Histogram:
             bins: number of bins.
 
         Raises:
-            UserError: for values that are no real numbers.
+            UserError: for values that are not real numbers.
         """
         array = np.asarray(values)
         # By name: bfloat16 is none of numpy's floats.

@@ -23,6 +23,7 @@ from etils import epath
 from trainer.config.errors import UserError
 from trainer.ensemble.step import PerMember
 from trainer.modules.shapes import describe
+from trainer.observe.history import History
 from trainer.observe.npz import write_npz
 from trainer.observe.progress import Progress, Screen
 from trainer.observe.summaries import Histogram, Summary
@@ -51,6 +52,7 @@ class Reporter:
         step: number of steps that have been dispatched.
         row: the newest row: 'step' and values by flat name.
         latest: the newest value of each metric, by flat name.
+        history: all rows of the run, from earlier starts too.
         time: seconds spent in each part of the run.
         progress: prints messages and the progress line.
     """
@@ -73,6 +75,7 @@ class Reporter:
         self.step = 0
         self.row: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self.history = History()
         self.time = TimeSpent()
         self.progress = Progress(total_steps, output or sys.stdout)
         self._writer = Writers(())
@@ -102,6 +105,7 @@ class Reporter:
         """
         self.step = step
         self.latest = dict(metrics)
+        self.history.cut(step if step > 0 else -1)
         self._evaluated = {(name, step) for name in evaluated}
 
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
@@ -112,6 +116,8 @@ class Reporter:
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
             [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
         )
+        # Once the rows after the step are removed.
+        self.history.read(directory / 'metrics.jsonl')
 
     def begin(self, step: int) -> None:
         """Starts the clock of the loop."""
@@ -242,6 +248,7 @@ class Reporter:
         files = self._write_arrays(f'{row.stem}_{row.step}', row.values.arrays)
         files += self._write_summaries(row.step, row.values.summaries, row.prefix)
         self._writer.write(row.step, row.to_dict())
+        self.history.add(row.step, row.to_dict())
         # After the files, so that no printed value is missing there if the run is killed.
         if row.prefix == 'train/':
             self.progress.update(row.step, row.to_dict())
@@ -261,6 +268,7 @@ class Reporter:
         """Writes the captured values and histograms of a step; prints nothing."""
         if row:
             self._writer.write(step, row)
+            self.history.add(step, row)
         if histograms:
             self._writer.write_summaries(step, histograms)
 
@@ -326,7 +334,7 @@ class Reporter:
     def _member_label(self, member: str) -> str:
         """Returns 'eval/test member 3 (seed 3)' for 'eval/test/member_3'."""
         prefix, _, number = member.rpartition('/member_')
-        # A metric of the task may have such a name too, in a run that is no ensemble.
+        # A metric of the task may have such a name too, in a run without an ensemble.
         description = self._members[int(number)] if int(number) < len(self._members) else ''
         return f'{prefix} member {number}' + (f' ({description})' if description else '')
 
