@@ -57,8 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
     source = dict(target='trainer.data.docstrings:Docstrings', tokenizer=encoder, length=length)
     config.data = dict(source=dict(source, split='train'), batch_size=32)
     config.evals = dict(
-        test=dict(every='1 epochs', data=dict(source=dict(source, split='test'), batch_size=64)),
+        test=dict(every='1 epoch', data=dict(source=dict(source, split='test'), batch_size=64)),
     )
-    config.checkpoint = dict(every='1 epochs', keep_last=1)
+    config.checkpoint = dict(every='1 epoch', keep_last=1)
     config.log = dict(every='10 steps')
     return config

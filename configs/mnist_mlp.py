@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.evals = dict(
         test=dict(
-            every='1 epochs',
+            every='1 epoch',
             data=dict(
                 source=dict(target='trainer.data.mnist:MNIST', split='test'),
                 device_transforms=(to_float,),
@@ -36,6 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
 
-    config.checkpoint = dict(every='1 epochs', keep_last=2)
+    config.checkpoint = dict(every='1 epoch', keep_last=2)
     config.log = dict(every='100 steps')
     return config

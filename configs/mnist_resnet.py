@@ -52,10 +52,10 @@ def get_config() -> ml_collections.ConfigDict:
     # Without label smoothing, so that the evaluated loss is that of the true labels.
     plain = dict(target='trainer.tasks:Classification')
     config.evals = dict(
-        test=dict(every='1 epochs', task=plain, data=test),
-        test_ema=dict(every='1 epochs', task=plain, data=test, ema=True),
+        test=dict(every='1 epoch', task=plain, data=test),
+        test_ema=dict(every='1 epoch', task=plain, data=test, ema=True),
     )
 
-    config.checkpoint = dict(every='1 epochs', keep_last=1)
+    config.checkpoint = dict(every='1 epoch', keep_last=1)
     config.log = dict(every='50 steps')
     return config

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from trainer import main  # noqa: E402
 from trainer.checkpoint.errors import CheckpointError, SaveError  # noqa: E402
-from trainer.config import identity, schema, sections, sentences  # noqa: E402
+from trainer.config import identity, schema, sections, sentences, show  # noqa: E402
 from trainer.config.durations import Duration  # noqa: E402
 from trainer.config.errors import UserError  # noqa: E402
 from trainer.parallel import handshake, signals  # noqa: E402
@@ -163,7 +163,7 @@ def _key(path: str, section: type, field: dataclasses.Field[Any]) -> list[str]:
     elif default is schema.REQUIRED:
         facts.append('required')
     else:
-        facts.append(f'default `{str(default) if isinstance(default, Duration) else default!r}`')
+        facts.append(f'default `{show.plain_default(default)!r}`')
     if not identity.is_identity(path.replace('.<name>', '.name')):
         facts.append('may change on resume')
     label = f'{{ #{_anchor(path)} data-toc-label="{field.name}" }}'

@@ -78,7 +78,7 @@ def int_at_least(minimum: int) -> Callable[[str], int]:
     """Returns a flag type: an integer of at least `minimum`."""
 
     def parse(text: str) -> int:
-        # Text that is no integer gets the same message as an integer that is too small.
+        # Text that is not an integer gets the same message as an integer that is too small.
         try:
             value = int(text)
         except ValueError:

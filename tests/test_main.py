@@ -24,7 +24,7 @@ CNN = f'--config={command.ROOT}/configs/mnist.py'
     [
         ((CNN, '--config.modle.hidden=3'), 'Did you mean config.model.hidden?'),
         ((CNN, '--config.data.batch_size=3.5'), 'expected int'),
-        ((CNN, '--config.mesh.data=3'), 'does not fit 1 devices'),
+        ((CNN, '--config.mesh.data=3'), 'does not fit 1 device. The sizes must multiply to 1; '),
         pytest.param(
             (CNN, '--config.task.label=klass'),
             'image: float32[32, 28, 28, 1], label: int32[32]',

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import pathlib
 import re
 from collections.abc import Iterator
 
@@ -30,6 +31,16 @@ SKIPS = (
     'pytest.xfail',
     'pytest.mark.xfail',
 )
+
+# The modules of `trainer` that most of its files import, ties of the last of 20 included. Each has
+# tests in a file of its own name, in the folder of its package.
+CENTRAL = (
+    'config/errors', 'compat', 'step/state', 'modules/model_view', 'config/durations',
+    'tasks/runner', 'config/text', 'config/sections', 'parallel/mesh', 'tasks/metrics',
+    'parallel/processes', 'experiment', 'config/objects', 'parallel/host', 'tasks/task',
+    'modules/rng', 'modules/shapes', 'step/health', 'config/targets', 'modules/recorder',
+    'parallel/signals', 'step/context',
+)  # fmt: skip
 
 # A function is named by a verb, or by the noun that it returns, not by one of these alone. `as_`,
 # `to_`, `from_`, `with_` and `without_` begin the names of conversions.
@@ -145,3 +156,11 @@ def test_functions_are_named_by_verbs_and_nouns() -> None:
             if not is_value and is_no_name_of_a_function(node.name):
                 found.append(f'{path}:{node.lineno} {node.name}')
     assert not found
+
+
+@pytest.mark.parametrize('module', CENTRAL)
+def test_central_modules_have_tests_of_their_name(module: str) -> None:
+    path = pathlib.PurePosixPath(module)
+    assert (ROOT / 'trainer' / f'{module}.py').is_file(), f'{module} has moved: change CENTRAL'
+    tests = ROOT / 'tests' / path.parent / f'test_{path.name}.py'
+    assert tests.is_file() and 'def test_' in tests.read_text(), tests

@@ -238,6 +238,19 @@ class Experiment:
     hook_rules: Mapping[str, HookRules]
     build_clock_parts: Callable[[TrainData], ClockParts] = dataclasses.field(repr=False)
 
+    def __repr__(self) -> str:
+        """Returns what is trained, a line for each part, without its objects."""
+        config = self.origin.config
+        lines = [f'Experiment({self.origin.path or "a ConfigDict"})']
+        for name in ('model', 'task', 'data', 'optimizer'):
+            node = config.get(name) or {}
+            node = node.get('source', node) if name == 'data' else node
+            target = node.get('target', node.get('ref', 'see config'))
+            lines.append(f'  {name:<10} {target}')
+        sizes = f'{self.training.total_steps:,} steps of {self.clock.batch_size:,} examples'
+        lines.append(f'  training   {sizes}')
+        return '\n'.join([*lines, f'  evals      {", ".join(self.evals) or "none"}'])
+
     def with_batch_sizes(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
         """Returns the experiment of a run that resumes with a different batch size.
 

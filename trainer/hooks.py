@@ -38,7 +38,7 @@ class Event:
 
     kind: str
     step: int
-    # Comparing arrays is no bool, and printing them would copy them from the devices.
+    # Comparing arrays gives an array, and printing them would copy them from the devices.
     state: Any = dataclasses.field(repr=False, compare=False)
     metrics: Mapping[str, float]
     workdir: str | None

@@ -117,7 +117,7 @@ flags.DEFINE_list(
 flags.DEFINE_multi_string(
     'match',
     [],
-    '--mode=grad_probe: regular expression for whole module paths; may be repeated.',
+    '--mode=grad_probe: regular expression for whole module paths (repeatable)',
     flag_values=FLAGS,
 )
 flags.DEFINE_bool('helpconfig', False, 'List all config keys and exit.', flag_values=FLAGS)

@@ -177,7 +177,7 @@ def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> t
     """Returns the transforms that run in the compiled step.
 
     Raises:
-        UserError: for one that takes a numpy generator, or is no function.
+        UserError: for one that takes a numpy generator, or is not a function.
     """
     transforms = targets.instantiate(data.device_transforms, f'{path}.device_transforms')
     for index, transform in enumerate(transforms):

@@ -37,5 +37,5 @@ class EarlyStopping:
         if best is None:
             return True
         gain = best - value if self.mode == 'min' else value - best
-        # Strictly greater: with min_delta=0, an equal value is no improvement.
+        # Strictly greater: with min_delta=0, an equal value is not an improvement.
         return gain > self.min_delta

@@ -202,7 +202,7 @@ def _dtype_name(value: Any) -> str | None:
         return value.name
     if inspect.isclass(value) and issubclass(value, np.generic):
         return np.dtype(value).name
-    # `jnp.float32` is no subclass of NumPy's type, but has its dtype as an attribute.
+    # `jnp.float32` is not a subclass of NumPy's type, but has its dtype as an attribute.
     dtype = getattr(value, 'dtype', None) if inspect.isclass(value) else None
     return dtype.name if isinstance(dtype, np.dtype) else None
 

@@ -88,7 +88,7 @@ def _hint(value: str) -> str:
     ]
     word = value.rpartition('.')[2]
     nearest = synonyms.DTYPES.get(word)
-    # 'package.module:name' exists but is no dtype; a similar name would be a coincidence.
+    # 'package.module:name' exists but is not a dtype; a similar name would be a coincidence.
     if nearest is None and ':' not in value:
         nearest = suggest.nearest_name(word, ['bfloat16', *names])
     return f'Did you mean {nearest!r}?' if nearest else "Write 'bfloat16', 'float16' or 'float32'."

@@ -20,7 +20,7 @@ Dtype = Literal['float32', 'bfloat16', 'float16']
 Sharding = Literal['replicated', 'fsdp'] | Node
 
 NEVER = Duration.parse('never')
-EACH_EPOCH = Duration.parse('1 epochs')
+EACH_EPOCH = Duration.parse('1 epoch')
 EACH_100_STEPS = Duration.parse('100 steps')
 TEN_STEPS = Duration.parse('10 steps')
 

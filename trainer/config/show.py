@@ -39,7 +39,7 @@ def format_resolved(config: Mapping[str, Any], overrides: Sequence[Override]) ->
             notes.append('arguments are not checked')
         lines.append((f'{path} = {value!r}', ', '.join(notes)))
     for path, _, default in schema.defaults(config):
-        lines.append((f'{path} = {_plain_default(default)!r}', 'default'))
+        lines.append((f'{path} = {plain_default(default)!r}', 'default'))
     return '\n'.join(f'{text}  # {note}' if note else text for text, note in lines)
 
 
@@ -54,7 +54,7 @@ def format_helpconfig(config: Mapping[str, Any]) -> str:
         for path, value in _leaves(config, '')
     ]
     for path, hint, default in [*schema.defaults(config), *schema.optional_fields(config)]:
-        rows.append((f'--config.{path}', schema.describe(hint), repr(_plain_default(default))))
+        rows.append((f'--config.{path}', schema.describe(hint), repr(plain_default(default))))
     lines = ['Keys of the config (type, value):']
     for flag, hint, value in rows:
         line = f'  {flag:<{_FLAG_WIDTH}}  {hint:<{_TYPE_WIDTH}}  {value}'
@@ -71,8 +71,13 @@ def _type_name(path: str, value: Any) -> str:
     return type(value).__name__ if hint is None else schema.describe(hint)
 
 
-def _plain_default(default: Any) -> Any:
-    return str(default) if isinstance(default, Duration) else default
+def plain_default(default: Any) -> Any:
+    """Returns a default as a config would write it: '1 epoch' for a Duration."""
+    if not isinstance(default, Duration):
+        return default
+    # `str` keeps the plural, because the configs in work directories have it, and are compared.
+    text = str(default)
+    return text.removesuffix('s') if default.value == 1 else text
 
 
 def _origins(overrides: Sequence[Override]) -> dict[str, str]:

@@ -149,7 +149,7 @@ _LEADS = {word: find_leads for words, find_leads in _TABLE for word in words.spl
 def hint(
     word: str, config: Mapping[str, Any], exists: Callable[[Mapping[str, Any], str], bool]
 ) -> str | None:
-    """Returns what to use in place of another framework's name, None if it is no such name.
+    """Returns what to use in place of another framework's name, None if it is not such a name.
 
     Args:
         word: the last key of a path.

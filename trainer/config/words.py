@@ -71,7 +71,7 @@ def _resolve_function(value: Any, default: Any, path: str, *, must: bool) -> Any
     if isinstance(value, str):
         for module in modules:
             function = getattr(module, value, None)
-            # A class is no replacement for a function: calling it makes an object.
+            # A class cannot replace a function: calling it makes an object.
             if _is_callable(function) and inspect.isclass(function) == inspect.isclass(default):
                 return function
         if re.fullmatch(r'[\w.]+:[\w.]+', value):

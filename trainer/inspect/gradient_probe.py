@@ -90,7 +90,7 @@ def gradients(
     def perturbations(state: TrainState, batch: Batch) -> Any:
         recorder = ModuleRecorder(selects=wants, perturbations={})
         forward(recorder, state, batch, micro_batches=1)
-        # A list outside of the traced function: names are no arrays, so they cannot be returned.
+        # A list outside of the traced function: names are not arrays, so they cannot be returned.
         called.extend(recorder.called)
         return recorder.perturbations
 

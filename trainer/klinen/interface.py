@@ -48,7 +48,7 @@ class Interface:
         # `init` computes with its inputs; `lazy_init` also takes shapes.
         lazy = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
         init = module.lazy_init if lazy else module.init
-        # Both collections hold values of one call, which are no part of a model.
+        # Both collections hold values of one call, which are not part of a model.
         mutable = nn.DenyList((intermediates.COLLECTION, 'perturbations'))
         with pmap_axes.intercept_calls(), nnx_bridge.pass_training_to_nnx(empty.training):
             variables = init(keys, *args, method=call, mutable=mutable, **kwargs)

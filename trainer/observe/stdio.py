@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens stdin, stdout and stderr if closed; imported before everything else."""
+"""Opens closed standard input and output; imported first, so it needs only `os` and `sys`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ class Texts:
     def write(self, stem: epath.Path) -> epath.Path:
         """Writes `<stem>.txt`, the texts separated by a line of dashes, and returns its path."""
         path = _with_suffix(stem, '.txt')
-        files.replace(path, ('\n' + '-' * 8 + '\n').join(self.texts).encode() + b'\n')
+        text = ('\n' + '-' * 8 + '\n').join(self.texts)
+        # Generated text may have half of a character.
+        files.replace(path, text.encode(errors='backslashreplace') + b'\n')
         return path
 
 
@@ -89,7 +91,7 @@ class Images:
                     'Images: expected uint8 values from 0 to 255, or floats from 0 to 1, got '
                     f'{shape}'
                 )
-            # A generated image may be slightly out of range, which is no reason to end a run.
+            # A generated image may be slightly out of range, which is not a reason to end a run.
             clipped = np.clip(np.nan_to_num(array.astype(np.float32)), 0, 1)
             array = np.round(clipped * 255).astype(np.uint8)
         object.__setattr__(self, 'images', array)
@@ -152,7 +154,7 @@ class Histogram:
             bins: number of bins.
 
         Raises:
-            UserError: for values that are no real numbers.
+            UserError: for values that are not real numbers.
         """
         array = np.asarray(values)
         # By name: bfloat16 is none of numpy's floats.
@@ -247,21 +249,22 @@ def _create(cls: type, arrays: Any, **options: Any) -> Any:
     return object.__new__(cls)
 
 
-def as_summary(value: Any) -> Summary | None:
-    """Returns a value as a summary, None if it is none.
+def with_summaries(value: Any) -> Any:
+    """Returns a value with its texts, lists of text and matplotlib figures as summaries.
 
-    Text, lists of text and matplotlib figures are summaries.
+    Other values are returned as they are; of a dict, the entries are treated alike. An empty list
+    is a list of no texts.
     """
-    if isinstance(value, Summary):
-        return value
+    if isinstance(value, Mapping):
+        return {name: with_summaries(each) for name, each in value.items()}
     if isinstance(value, str):
         return Texts(value)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(x, str) for x in value):
+    if isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value):
         return Texts(value)
     # matplotlib is not imported: a value can be one of its figures only if the user has done so.
     if callable(getattr(value, 'savefig', None)):
         return image_of_figure(value)
-    return None
+    return value
 
 
 def image_of_figure(figure: Any) -> Images:

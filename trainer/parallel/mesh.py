@@ -42,8 +42,8 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
                 f'--config.mesh.{free[0]}=1 (axes that are not set come from the default config)'
             )
         raise UserError(
-            f'config.mesh: {dict(axes)} does not fit {devices} devices. The sizes must multiply to '
-            f'{devices}; {advice}.'
+            f'config.mesh: {dict(axes)} does not fit {devices} device'
+            f'{"s" if devices != 1 else ""}. The sizes must multiply to {devices}; {advice}.'
         )
     # Auto axes: Linen's partitioned initialization fails with explicit ones, JAX's default.
     return jax.make_mesh(

@@ -38,9 +38,12 @@ def check_batch(experiment: Experiment, shards: int) -> None:
     # 0 is a multiple too, but no batch size.
     below, above = size // divisor * divisor, -(-size // divisor) * divisor
     nearest = f'{above}' if below == 0 else f'{below} or {above}'
+    devices = f'{shards} device{"s" if shards != 1 else ""}'
+    parts = experiment.training.accumulate
+    micro_batches = f'{parts} micro-batch{"es" if parts != 1 else ""}'
     raise UserError(
-        f'config.data.batch_size={size} is not divisible by {shards} devices x '
-        f'{experiment.training.accumulate} micro-batches (config.accumulate); use {nearest}'
+        f'config.data.batch_size={size} is not divisible by {devices} x {micro_batches} '
+        f'(config.accumulate); use {nearest}'
     )
 
 

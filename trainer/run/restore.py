@@ -56,7 +56,7 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
         raise UserError('restore: this Trainer has no work directory')
     if step == 'best' and experiment.saving.retention.best_metric is None:
         raise UserError(
-            "step 'best' needs a metric, and this config defines none. Add "
+            '--step=best needs a metric, and this config defines none. Add '
             '--config.checkpoint.best.metric=eval/NAME/accuracy'
         )
     if run.workdir is not None and not run.workdir.path.exists():

@@ -210,7 +210,7 @@ def findings_from_metrics(metrics: Any) -> Findings:
     leaves = jax.tree_util.tree_leaves_with_path(
         metrics, is_leaf=lambda node: isinstance(node, WeightedMean)
     )
-    # The sum and not the mean: the mean of a batch of weight 0 is NaN, which is no failure.
+    # The sum, because the mean of a batch of weight 0 is NaN, which is not a failure.
     losses = [
         x.total
         for path, x in leaves

@@ -59,8 +59,8 @@ def _match_params(tree: Any, params: Any, shardings: Any, default: NamedSharding
         # The longest suffix first: 'a/b' and 'b' can both be parameters.
         for start in range(len(keys)):
             shape, sharding = known.get(keys[start:], (None, default))
-            # A leaf of another shape is no slot of it, such as Adafactor's means over rows. Several
-            # slots may be stacked along new dimensions in front, such as the memory of L-BFGS.
+            # A leaf of another shape, such as Adafactor's means over rows, is not a slot. Several
+            # slots may be stacked along new leading dimensions, as in the memory of L-BFGS.
             if shape and leaf.shape[-len(shape) :] == shape:
                 return _add_dimensions(sharding, len(leaf.shape) - len(shape))
         return default

@@ -68,7 +68,7 @@ def empty_task_metrics(output: TaskOutput, task: TaskRunner) -> dict[str, Any]:
 def empty_metrics(output: TaskOutput, state: TrainState, ctx: StepContext) -> dict[str, Any]:
     """Returns empty accumulators for the metrics of a default step."""
     metrics = empty_task_metrics(output, ctx.task)
-    # `default_step` takes the findings out; they are no metric of a row.
+    # `default_step` removes the findings, which are not written to a row.
     del metrics[FINDINGS]
     metrics['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
     rates = functools.partial(learning_rates, ctx.optimizer)

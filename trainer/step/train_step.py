@@ -46,7 +46,7 @@ def default_step(
     """Computes one gradient and makes one update: the step of a config without `step`."""
     grads, collections, metrics, loss = gradients(state, batch, ctx)
     # The findings of the forward pass are returned as a metric, so that those of micro-batches are
-    # merged. They are no metric of a row.
+    # merged. They are not written to a row.
     findings = metrics.pop(FINDINGS)
     state, more = apply_update(state, grads, collections, ctx, findings=findings, loss=loss)
     return state, {**metrics, **more}
@@ -219,7 +219,7 @@ def skip_if_not_finite(
     """
     assert old.health is not None and ctx.facts is not None
     health, step = old.health, old.step + 1
-    # A non-finite loss is no failure if the optimizer or the loss scale handles it.
+    # A non-finite loss is not a failure if the optimizer or the loss scale handles it.
     excused = ctx.facts.handles_non_finite or old.loss_scale is not None
     if findings is not None:
         # Labels first: a label out of range explains a NaN loss, and the first flag is kept.

@@ -183,7 +183,7 @@ def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def non_finite_names(metrics: Any) -> list[str]:
     """Returns the names of the means in a tree of metrics whose sum is not finite.
 
-    Not of those whose mean is not finite: the mean of no examples is NaN, which is no failure.
+    Not of those whose mean is not finite: the mean of no examples is NaN, which is not a failure.
     """
     leaves = jax.tree_util.tree_leaves_with_path(
         fetch(metrics), is_leaf=lambda x: isinstance(x, WeightedMean)

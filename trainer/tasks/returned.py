@@ -129,7 +129,7 @@ def warn_about_pairs(loss: Any, batch: Mapping[str, Any], task: Any) -> None:
 
     Args:
         loss: the loss of the task.
-        batch: arrays (batch, ...). A loss (batch, batch) is no mistake if examples are sequences
+        batch: arrays (batch, ...). A loss (batch, batch) is not a mistake if examples are sequences
             of that length, or one longer, for next-token losses.
         task: the task.
     """

@@ -247,7 +247,7 @@ class TaskRunner:
             # A product: padding has weight 0, whatever the task returns for it.
             if mask is not None:
                 each = each * broadcast_weights(mask, each.shape)
-            # Weights may depend on the parameters, but they are no part of what is minimized:
+            # Weights may depend on the parameters, but they are not part of what is minimized:
             # otherwise training could lower the loss by shrinking them.
             weights[name] = jax.lax.stop_gradient(jnp.asarray(each, jnp.float32))
         output = dataclasses.replace(output, weights=weights[ONLY_LOSS] if is_single else weights)

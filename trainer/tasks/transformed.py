@@ -39,7 +39,7 @@ class KeyedTransform:
 
         Args:
             function: the transform.
-            index: its position among the device transforms, which makes its numbers its own.
+            index: its position among the device transforms, which makes its random numbers its own.
         """
         parameters = parameters_of(function)
         takes = {name for name in ('key', 'training') if name in parameters}
@@ -122,7 +122,7 @@ def field_origins(
 
     def run(fields: Mapping[str, Any]) -> dict[str, Any]:
         batch = apply_transforms(transforms, fields, hidden, keys)
-        # Host fields are no arrays, and cannot be outputs of a jaxpr.
+        # Host fields are not arrays, and cannot be outputs of a jaxpr.
         return {name: x for name, x in batch.items() if not isinstance(x, HostField)}
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
