@@ -24,13 +24,31 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
     def loss_fn(params: Any) -> Any:
         model = ctx.bind(params, state.collections)
         output = ctx.task(model, batch)
-        return ctx.loss(output), (model.collections, ctx.task.measure(output))
+        return ctx.loss(output), (model.collections, output)
 
-    grads, (collections, measured) = jax.grad(loss_fn, has_aux=True)(state.params)
+    grads, (collections, output) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = ctx.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    state = state.replace(params=params, opt_state=opt_state, collections=collections)
-    return state, measured
+    new = state.replace(params=params, opt_state=opt_state, collections=collections)
+    return new, ctx.metrics(output, new, grads)
+
+
+def own_gradients(state: Any, batch: Any, ctx: Any) -> Any:
+    """The default step with gradients by hand."""
+
+    def loss_fn(params: Any) -> Any:
+        model = ctx.bind(params)
+        output = ctx.task(model, batch)
+        return ctx.loss(output), (model.collections, output)
+
+    (loss, (collections, output)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    state, norms = ctx.update(state, grads, collections, value=loss)
+    return state, {**ctx.metrics(output), **norms}
+
+
+def forgets_gradients(state: Any, batch: Any, ctx: Any) -> Any:
+    """A mistake: norms without gradients."""
+    return state, ctx.metrics(ctx.task(ctx.bind(), batch), state)
 
 
 def make_by_hand() -> Any:

@@ -34,6 +34,7 @@ from trainer.step.loss_scale import choose
 from trainer.step.objective import Objective
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
+from trainer.step.step_metrics import measure, step_metrics
 from trainer.tasks.batch import device_fields
 from trainer.tasks.measured import check_accumulates
 from trainer.tasks.metrics import WeightedMean, is_metric
@@ -172,6 +173,37 @@ class CustomStepContext:
             loss=self._objective(grads),
             extra=extra,
         )
+
+    def metrics(
+        self, output: TaskOutput, new: TrainState | None = None, grads: Any = None
+    ) -> dict[str, Any]:
+        """Returns the metrics of a default row, for a step that computes its own gradients.
+
+        They include the findings of the forward pass, so that a loss that is not finite and a label
+        out of range stop the run as in a default step.
+
+        Args:
+            output: what `task` has returned. Return it from the differentiated function as an
+                auxiliary value.
+            new: the state after the update, of a step that does not call `update`. With it, the
+                metrics include norms and learning rates, which `update` would return.
+            grads: the gradients, like `state.params`; needed with `new`.
+
+        Raises:
+            UserError: if only one of `new` and `grads` is given.
+        """
+        if (new is None) != (grads is None):
+            raise UserError(
+                'ctx.metrics: norms need both the state after the update and the gradients: '
+                'ctx.metrics(output, new, grads). After ctx.update, which returns norms itself, '
+                'call ctx.metrics(output)'
+            )
+        totals, _, penalty = loss_sums(output)
+        measured = measure(output, (totals, penalty), self.context.task)
+        if new is None:
+            return measured
+        updates = jax.tree.map(jnp.subtract, new.params, self.state.params)
+        return {**measured, **step_metrics(self.state, new, grads, updates, self.context)}
 
     def check_used(self) -> None:
         """Checks that no config key is ignored because the function does not use its part.
