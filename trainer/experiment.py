@@ -12,6 +12,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import ml_collections
@@ -65,7 +66,7 @@ class Origin:
     Attributes:
         name: name of the config file.
         path: path of the config file, or None if the config came from Python.
-        config: the resolved config as plain Python.
+        config: the resolved config as plain Python: dicts, which JSON can write.
         schedule_steps: steps of each duration inside the optimizer, by config path.
         objects: config paths of objects that only the program that built it has.
     """
@@ -180,10 +181,10 @@ class ClockParts:
             clock=clock,
             total_steps=total_steps,
             optimizer=optimizer,
-            schedule_steps=schedule_steps,
+            schedule_steps=MappingProxyType(schedule_steps),
             ensemble=build_ensemble(sections, clock),
             profile=build_profile(sections, clock),
-            captures=build_captures(sections, clock),
+            captures=MappingProxyType(build_captures(sections, clock)),
             retention=build_retention(sections, clock),
         )
 
@@ -236,6 +237,19 @@ class Experiment:
     hooks: Mapping[str, Callable[[Event], None]]
     hook_rules: Mapping[str, HookRules]
     build_clock_parts: Callable[[TrainData], ClockParts] = dataclasses.field(repr=False)
+
+    def __repr__(self) -> str:
+        """Returns what is trained, a line for each part, without its objects."""
+        config = self.origin.config
+        lines = [f'Experiment({self.origin.path or "a ConfigDict"})']
+        for name in ('model', 'task', 'data', 'optimizer'):
+            node = config.get(name) or {}
+            node = node.get('source', node) if name == 'data' else node
+            target = node.get('target', node.get('ref', 'see config'))
+            lines.append(f'  {name:<10} {target}')
+        sizes = f'{self.training.total_steps:,} steps of {self.clock.batch_size:,} examples'
+        lines.append(f'  training   {sizes}')
+        return '\n'.join([*lines, f'  evals      {", ".join(self.evals) or "none"}'])
 
     def with_batch_sizes(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
         """Returns the experiment of a run that resumes with a different batch size.
@@ -323,7 +337,7 @@ def _build(loaded: LoadedConfig) -> Experiment:
         task=task,
         data=data,
         prefetch=prefetch,
-        evals=evals,
+        evals=MappingProxyType(evals),
         default_evaluation=build_default_evaluation(sections, task),
         clock=parts.clock,
         optimizer=parts.optimizer,
@@ -339,8 +353,8 @@ def _build(loaded: LoadedConfig) -> Experiment:
         ),
         saving=Saving(sections.checkpoint.every, parts.retention),
         start=start,
-        hooks=hooks,
-        hook_rules=build_hook_rules(sections),
+        hooks=MappingProxyType(hooks),
+        hook_rules=MappingProxyType(build_hook_rules(sections)),
         # A function and not the sections themselves: no code after `build` reads a config.
         build_clock_parts=functools.partial(ClockParts.from_sections, sections),
     )

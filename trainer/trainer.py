@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trainer.checkpoint.manager import Checkpoints
+from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
 from trainer.input.batch import LoadedBatch
@@ -80,6 +81,7 @@ class Trainer:
         stop: StopRequest | None = None,
         allow_config_change: bool = False,
         overrides: Mapping[str, str] | None = None,
+        verbose: bool = True,
     ):
         """Prepares a run; nothing is compiled before a method is called.
 
@@ -91,11 +93,12 @@ class Trainer:
                 current batch of an evaluation. If None, Ctrl-C has this effect.
             allow_config_change: resume even though the config identifies a different run.
             overrides: those of the command line, recorded in `run.json`.
+            verbose: whether to print the banner and the rows; the files are the same.
         """
         self.run = open_run(experiment, workdir)
         # Not the argument: if the batch size has changed since the checkpoint, lengths differ.
         experiment = self.run.experiment
-        screen = None if processes.is_main_process() else NullScreen()
+        screen = None if verbose and processes.is_main_process() else NullScreen()
         ensemble = experiment.ensemble
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
         total, batch_size = experiment.training.total_steps, experiment.clock.batch_size
@@ -176,7 +179,7 @@ class Trainer:
         # of them.
         self._recovery.check()
 
-    def fit(self, *, max_steps: int | None = None) -> Result:
+    def fit(self, *, state: TrainState | None = None, max_steps: int | None = None) -> Result:
         """Trains until `train_for`, resuming from the newest checkpoint of the work directory.
 
         Ctrl-C, or the stop button of a notebook, ends it after the current step with status
@@ -184,6 +187,9 @@ class Trainer:
         fails, the completed steps are saved first.
 
         Args:
+            state: continue from this state, which may be of an experiment with another optimizer
+                or learning rate; its arrays are donated to the first step. A work directory must
+                be new, or its newest checkpoint of the same step.
             max_steps: return after this many steps of this call, without a final evaluation. The
                 next call resumes from there, and donates the state in this call's result.
 
@@ -203,7 +209,7 @@ class Trainer:
                 last_words.register(self._recovery.record_exit, stay=several),
                 contextlib.ExitStack() as until_end,
             ):
-                return self._fit(max_steps, until_end)
+                return self._fit(state, max_steps, until_end)
         except BaseException as error:
             self._hooks.add_note_to(error)
             donated.explain(error)
@@ -220,8 +226,10 @@ class Trainer:
         finally:
             self._reached = None
 
-    def _fit(self, max_steps: int | None, until_end: contextlib.ExitStack) -> Result:
-        state, step = self._begin()
+    def _fit(
+        self, given: TrainState | None, max_steps: int | None, until_end: contextlib.ExitStack
+    ) -> Result:
+        state, step = self._begin(given)
         if self._given_stop is None:
             # Not while the state is restored and compiled: there is nothing to save yet, so Ctrl-C
             # may interrupt it as usual.
@@ -260,7 +268,7 @@ class Trainer:
             self._evaluate_all(self._events.final, step, state)
         return self._end(step, state)
 
-    def _begin(self) -> tuple[TrainState, int]:
+    def _begin(self, given: TrainState | None) -> tuple[TrainState, int]:
         """Restores or creates the state, opens the run's files and prints the banner."""
         report = self.report
         report.start()
@@ -270,7 +278,7 @@ class Trainer:
             # The compiler works in the background while the state is restored. What waits for it
             # comes after the banner, which is then on the screen meanwhile.
             programs = self.compile()
-            state, step = self._recovery.start(self.set_up().programs)
+            state, step = self._recovery.start(self.set_up().programs, given)
         self._reached = step, state
         # Only now: a start that fails before this point leaves the directory unchanged.
         self._recovery.open(step)
@@ -327,7 +335,8 @@ class Trainer:
         # Once `result.json` is written, so that a hook can read it.
         self._hooks.end(step, state, status)
         self.report.end(status, step)
-        return Result(status=status, step=step, metrics=dict(self.report.latest), state=state)
+        metrics, history = dict(self.report.latest), self.report.history.columns()
+        return Result(status=status, step=step, metrics=metrics, history=history, state=state)
 
     def _rescue(self, error: BaseException) -> None:
         """Saves the state of the last completed step before an error ends the run."""
@@ -414,7 +423,11 @@ class Trainer:
         finally:
             # Also if a hook fails: the evaluation has its part in early stopping in any case.
             self._print(self._recovery.follow(name, self.report.eval_values(name)))
-        checks.check_watched(self.experiment, name, self.report.eval_values(name))
+        try:
+            checks.check_watched(self.experiment, name, self.report.eval_values(name))
+        except UserError:
+            self.report.forget_eval(name, step)
+            raise
 
     @functools.cached_property
     def _profile(self) -> Profile:

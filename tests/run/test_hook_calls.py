@@ -105,6 +105,22 @@ def test_a_metric_that_no_hook_returns_is_an_error_after_a_save(tmp_path: pathli
     assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
 
 
+def once(event: Event) -> dict[str, Any] | None:
+    if event.kind != 'eval':
+        return None
+    if event.step == 4:
+        raise RuntimeError('too late')
+    return {'bleu': 0.9}
+
+
+def test_a_value_of_an_earlier_evaluation_ranks_no_later_checkpoint(tmp_path: pathlib.Path) -> None:
+    made = config('once')
+    made.checkpoint = dict(every='2 steps', best=dict(metric='eval/dev/bleu', mode='max'))
+    with pytest.raises(RuntimeError, match='too late'):
+        trainer(made, tmp_path / 'run').fit()
+    assert trainer(made, tmp_path / 'run').restore('best').step == 2
+
+
 def test_an_evaluation_is_written_although_a_hook_fails(tmp_path: pathlib.Path) -> None:
     run = tmp_path / 'run'
     with pytest.raises(RuntimeError, match='the disk is full'):

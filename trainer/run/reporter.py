@@ -23,6 +23,7 @@ from etils import epath
 from trainer.config.errors import UserError
 from trainer.ensemble.step import PerMember
 from trainer.modules.shapes import describe
+from trainer.observe.history import History
 from trainer.observe.npz import write_npz
 from trainer.observe.progress import Progress, Screen
 from trainer.observe.summaries import Histogram, Summary
@@ -51,6 +52,7 @@ class Reporter:
         step: number of steps that have been dispatched.
         row: the newest row: 'step' and values by flat name.
         latest: the newest value of each metric, by flat name.
+        history: all rows of the run, from earlier starts too.
         time: seconds spent in each part of the run.
         progress: prints messages and the progress line.
     """
@@ -73,6 +75,7 @@ class Reporter:
         self.step = 0
         self.row: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self.history = History()
         self.time = TimeSpent()
         self.progress = Progress(total_steps, output or sys.stdout)
         self._writer = Writers(())
@@ -102,6 +105,7 @@ class Reporter:
         """
         self.step = step
         self.latest = dict(metrics)
+        self.history.cut(step if step > 0 else -1)
         self._evaluated = {(name, step) for name in evaluated}
 
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
@@ -112,6 +116,8 @@ class Reporter:
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
             [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
         )
+        # Once the rows after the step are removed.
+        self.history.read(directory / 'metrics.jsonl')
 
     def begin(self, step: int) -> None:
         """Starts the clock of the loop."""
@@ -206,10 +212,9 @@ class Reporter:
             metrics: its values; the arrays and summaries of a `MetricValues` are written too.
         """
         values = metrics if isinstance(metrics, MetricValues) else MetricValues(metrics)
-        # A value of an earlier step, which a hook does not return this time, must not rank the
-        # checkpoint of this one.
-        prefix = f'eval/{name}/'
-        self.latest = {n: x for n, x in self.latest.items() if not n.startswith(prefix)}
+        # A value that this evaluation does not have must not be taken for one of this step: a
+        # checkpoint is ranked by the newest values.
+        self.latest = {n: x for n, x in self.latest.items() if not n.startswith(f'eval/{name}/')}
         self._set_open_row(OpenRow(step, values, f'eval/{name}', evaluation=name))
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -243,6 +248,7 @@ class Reporter:
         files = self._write_arrays(f'{row.stem}_{row.step}', row.values.arrays)
         files += self._write_summaries(row.step, row.values.summaries, row.prefix)
         self._writer.write(row.step, row.to_dict())
+        self.history.add(row.step, row.to_dict())
         # After the files, so that no printed value is missing there if the run is killed.
         if row.prefix == 'train/':
             self.progress.update(row.step, row.to_dict())
@@ -262,6 +268,7 @@ class Reporter:
         """Writes the captured values and histograms of a step; prints nothing."""
         if row:
             self._writer.write(step, row)
+            self.history.add(step, row)
         if histograms:
             self._writer.write_summaries(step, histograms)
 
@@ -286,6 +293,10 @@ class Reporter:
         """Returns the values of the newest row that are of an evaluation, by name."""
         prefix = f'eval/{name}/'
         return {n.removeprefix(prefix): x for n, x in self.row.items() if n.startswith(prefix)}
+
+    def forget_eval(self, name: str, step: int) -> None:
+        """Counts an evaluation as not run, so that the next start runs it again."""
+        self._evaluated.discard((name, step))
 
     def has_eval(self, name: str, step: int) -> bool:
         """Whether this evaluation has run at this step."""
@@ -365,6 +376,8 @@ class OpenRow:
         """Adds values, whose names are below the prefix or have one of their own."""
         for name, value in values.items():
             if name.startswith(('train/', 'eval/')) and not name.startswith(self.prefix):
+                if name in self.others:
+                    raise UserError(f'two values of a row of metrics are named {name!r}')
                 self.others[name] = value
             else:
                 self.values.add(name.removeprefix(self.prefix), value)

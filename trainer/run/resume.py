@@ -22,6 +22,7 @@ from trainer.run import failure
 from trainer.run.batch_sizes import BatchSizes, describe_position_in_new_data, describe_resize
 from trainer.run.early_stopping import Patience
 from trainer.run.failure import NonFiniteError
+from trainer.run.given_state import adopt
 from trainer.run.provenance import CodeInspector
 from trainer.run.reporter import Reporter
 from trainer.run.restore import init_state, restore, with_health, with_hyperparams
@@ -104,13 +105,23 @@ class Recovery:
                 '--config.train_for.'
             )
 
-    def start(self, programs: Programs) -> tuple[TrainState, int]:
-        """Returns the state that the run starts from, restored or fresh, and its step."""
+    def start(self, programs: Programs, given: TrainState | None = None) -> tuple[TrainState, int]:
+        """Returns the state that the run starts from (restored, fresh or given), and its step.
+
+        Args:
+            programs: the training programs.
+            given: a state of the caller to continue from, or None.
+
+        Raises:
+            UserError: if the given state does not fit the experiment or the work directory.
+        """
         experiment = self._run.experiment
         if self._run.workdir is not None and processes.is_main_process():
             # As early as possible: git works in the background, and the code may be edited as soon
             # as the run has started.
             self._code = CodeInspector(self._run.experiment.origin.path)
+        if given is not None:
+            return self._start_from(programs, given)
         # After an earlier call of `fit` without a work directory. Only the prefetcher has moved
         # since: it may have read batches that no step consumed.
         if self._paused is not None:
@@ -147,6 +158,28 @@ class Recovery:
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
         return state, latest
 
+    def _start_from(self, programs: Programs, given: TrainState) -> tuple[TrainState, int]:
+        message, latest = self._report.progress.message, self._latest_step()
+        state, step = adopt(self._run.experiment, programs, given, message)
+        if latest not in (None, step):
+            raise UserError(
+                f'fit(state): the state is at step {step:,}, but the newest checkpoint of the work '
+                f'directory is of step {latest:,}. Use another work directory, or none'
+            )
+        self._fingerprint_data()
+        paused = self._paused
+        if paused is not None and paused[1] == step:
+            self._consumed.resume(step)
+        else:
+            self._consumed.restart()
+            if step and self._run.experiment.data.is_stream:
+                message('fit(state): the data is a stream, and starts from its beginning.')
+        self._restore_early_stopping({})
+        # The evaluations of this step are of another run, unless this Trainer has made them.
+        names = [n for n in self._run.experiment.evals if self._report.has_eval(n, step)]
+        self._report.restore(step, self._report.latest, names)
+        return state, step
+
     def open(self, step: int) -> None:
         """Opens the run's files, and writes the config and `run.json`.
 
@@ -169,7 +202,8 @@ class Recovery:
         # After `begin`, which creates the `run.json` that the code is added to.
         if self._code is not None:
             self._code.deliver_to(workdir.keep_code)
-        if step > 0:
+        # A state that was given to `fit` may be past step 0 without a checkpoint.
+        if step > 0 and self._latest_step() is not None:
             workdir.mark_saved()
         else:
             workdir.unmark_saved()
@@ -222,10 +256,12 @@ class Recovery:
 
     def amend(self, step: int) -> None:
         """Adds the results of evaluations that ran after a step was saved to its checkpoint."""
-        if self._run.checkpoints is not None:
+        checkpoints = self._run.checkpoints
+        # A state that was given to `fit` may have no checkpoint yet.
+        if checkpoints is not None and checkpoints.has(step):
             # As for a save: no checkpoint may say that an evaluation ran whose row is lost.
             self._report.sync()
-            self._run.checkpoints.amend(step, self._measurements(step))
+            checkpoints.amend(step, self._measurements(step))
 
     def end(self, status: str, step: int, state: TrainState) -> None:
         """Waits for the saves, and writes `result.json` unless the run is only paused."""

@@ -96,6 +96,13 @@ class Program:
         are per thread.
         """
         if self._future is None:
+            config: Any = jax.config  # Its attributes have no types.
+            if config.jax_disable_jit:
+                raise UserError(
+                    f'{self.name} cannot run under jax.disable_jit(): it is compiled before its '
+                    'first call. Leave jax.disable_jit() (or JAX_DISABLE_JIT=1) out; to see '
+                    'values in a step, use jax.debug.print'
+                )
             self._future = _compiler.submit(self._compile, self._lower())
         return self
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 import optax
 
 from trainer.step.health import Health
@@ -39,6 +41,22 @@ class TrainState:
     ema: Any = None
     loss_scale: LossScale | None = None
     health: Health | None = None
+
+    def __repr__(self) -> str:
+        """Returns the step and the sizes of the parts, without their arrays."""
+        step = self.step
+        # A traced or deleted one has no value.
+        known = isinstance(step, np.ndarray | np.integer | int) or (
+            isinstance(step, jax.Array)
+            and not isinstance(step, jax.core.Tracer)
+            and not step.is_deleted()
+            and step.is_fully_addressable
+        )
+        number = f'{np.asarray(step).max():,}' if known else '?'
+        parts = ('params', 'opt_state', 'collections', 'ema')
+        sizes = {part: _count(getattr(self, part)) for part in parts}
+        text = ', '.join(f'{part} {size:,}' for part, size in sizes.items() if size)
+        return f'TrainState(step={number}; numbers in {text})'
 
     @property
     def durable(self) -> TrainState:
@@ -91,6 +109,11 @@ class TrainState:
             opt_state=opt_state,
             **changes,
         )
+
+
+def _count(tree: Any) -> int:
+    """Returns the number of elements in all arrays of a tree."""
+    return sum(math.prod(getattr(x, 'shape', ())) for x in jax.tree.leaves(tree))
 
 
 def _cast_like(param: Any, mean: Any) -> Any:

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fit(state=...)` continues from a state in memory, also in a changed experiment."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.in_memory import make_config
+from trainer import Trainer, load_and_build
+from trainer.config.errors import UserError
+from trainer.step.donated import DonatedError
+from trainer.step.state import TrainState
+
+
+def make_trainer(workdir: str | None = None, **overrides: Any) -> Trainer:
+    return Trainer(load_and_build(make_config(), **overrides), workdir, verbose=False)
+
+
+def copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
+def params(state: TrainState) -> dict[str, Any]:
+    return jax.device_get(state.params)
+
+
+def test_the_same_experiment_continues_as_without_interruption() -> None:
+    whole = make_trainer().fit()
+    half = make_trainer().fit(max_steps=4)
+    other = make_trainer()
+    result = other.fit(state=half.state)
+    assert (result.status, result.step) == ('finished', 8)
+    jax.tree.map(np.testing.assert_array_equal, params(result.state), params(whole.state))
+    assert result.history['train/loss'].steps.tolist() == [8]
+    with pytest.raises(DonatedError):
+        _ = half.state
+
+
+def test_another_learning_rate_continues_with_the_moments(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    half = make_trainer().fit(max_steps=4).state
+    before, same = params(copy(half)), copy(half)
+    fast = Trainer(load_and_build(make_config(), optimizer__learning_rate=1.0))
+    moved = params(fast.fit(state=half, max_steps=1).state)
+    assert 'anew' not in capsys.readouterr().out
+    slow = params(make_trainer().fit(state=same, max_steps=1).state)
+    # Adam's update is the learning rate times a function of its moments.
+    steps = jax.tree.map(np.subtract, moved, before)
+    jax.tree.map(
+        lambda step, x, y: np.testing.assert_allclose(step, 100 * (x - y), rtol=1e-2, atol=1e-4),
+        *(steps, slow, before),
+    )
+    # With moments that start anew, each step would be the learning rate, or its negative.
+    assert np.std(np.abs(steps['Dense_0']['kernel'])) > 0.05
+
+
+def test_another_optimizer_starts_its_state_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    half = make_trainer().fit(max_steps=4)
+    optimizer = {'target': 'optax:sgd', 'momentum': 0.9}
+    other = Trainer(load_and_build(make_config(), optimizer=optimizer, ema__decay=0.5))
+    expected = params(copy(half.state))
+    result = other.fit(state=half.state, max_steps=0)
+    printed = capsys.readouterr().out
+    sentence = 'this experiment has another optimizer state, moving average, which starts anew.'
+    assert sentence in printed
+    for tree in (params(result.state), jax.device_get(result.state.ema)):
+        jax.tree.map(np.testing.assert_array_equal, tree, expected)
+    assert not any(np.any(x) for x in jax.tree.leaves(jax.device_get(result.state.opt_state)))
+    assert other.fit().step == 8
+
+
+def test_a_new_work_directory_gets_the_run_from_there_on(tmp_path: pathlib.Path) -> None:
+    half = make_trainer().fit(max_steps=4)
+    workdir = str(tmp_path / 'run')
+    make_trainer(workdir).fit(state=half.state, max_steps=2)
+    result = make_trainer(workdir).fit()
+    whole = make_trainer().fit()
+    jax.tree.map(np.testing.assert_array_equal, params(result.state), params(whole.state))
+    early = make_trainer().fit(max_steps=2)
+    with pytest.raises(UserError, match=r'at step 2, but the newest checkpoint .* of step 8'):
+        make_trainer(workdir).fit(state=early.state)
+
+
+def test_a_finished_state_of_the_same_trainer_is_no_error(tmp_path: pathlib.Path) -> None:
+    trainer = make_trainer(str(tmp_path / 'run'))
+    state = trainer.fit().state
+    assert trainer.fit(state=state).status == 'finished'
+
+
+def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
+    state = make_trainer().fit().state
+    with pytest.raises(
+        UserError,
+        match=r"params\['Dense_0'\]\['kernel'\] is float32\[8, 2\] in .* float32\[3, 2\] in",
+    ):
+        make_trainer(vars__width=3).fit(state=state)
+    with pytest.raises(UserError, match=r'at step 8, but config\.train_for is only 6 steps'):
+        make_trainer(train_for='6 steps').fit(state=state)
+    with pytest.raises(UserError, match=r'expected a TrainState, .* got a dict'):
+        make_trainer().fit(state=state.params)
