@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
 
 from tests.command import ROOT
 from trainer.experiment import load_and_build
+from trainer.hooks import Event
 from trainer.trainer import Trainer
 
 OPTIONS = {
@@ -27,6 +30,7 @@ def trainer_in(
     *,
     mesh: Mesh | None = None,
     allow: bool = False,
+    hook: Callable[[Event], None] | None = None,
     **overrides: Any,
 ) -> Trainer:
     """Returns a trainer of a small MLP.
@@ -35,8 +39,11 @@ def trainer_in(
         workdir: of its runs, or None.
         mesh: of all devices by default.
         allow: whether its config may differ from that of the run in there.
+        hook: its only hook, named 'mine'.
         **overrides: of the config, with '__' for dots.
     """
     experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**OPTIONS, **overrides})
+    if hook is not None:
+        experiment = dataclasses.replace(experiment, hooks={'mine': hook})
     directory = None if workdir is None else str(workdir)
     return Trainer(experiment, directory, mesh=mesh, allow_config_change=allow)

@@ -230,7 +230,7 @@ def test_is_constructed() -> None:
     assert found == [False, True]
 
 
-def test_under_construction() -> None:
+def test_objects_under_construction() -> None:
     class Inner(nnx.Module):
         """Fails where it creates its layers."""
 
@@ -245,12 +245,12 @@ def test_under_construction() -> None:
 
     with pytest.raises(Exception) as caught:
         Outer(nnx.Rngs(0))
-    kinds = [type(owner) for owner in compat.under_construction(caught.value)]
+    kinds = [type(owner) for owner in compat.objects_under_construction(caught.value)]
     assert kinds[:3] == [Outer, Inner, nnx.Linear]
     with pytest.raises(TypeError) as caught:
         Outer()
-    assert compat.under_construction(caught.value) == []
-    assert compat.under_construction(ValueError('no')) == []
+    assert compat.objects_under_construction(caught.value) == []
+    assert compat.objects_under_construction(ValueError('no')) == []
 
 
 def test_run_setup() -> None:

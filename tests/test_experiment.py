@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import types
 from typing import Any
 
 import ml_collections
@@ -80,3 +81,16 @@ def test_a_config_dict_is_checked_like_a_file() -> None:
     config.vars.inner = config
     with pytest.raises(UserError, match='a dict of the config contains itself'):
         build(ml_collections.ConfigDict(config))
+
+
+def test_the_mappings_of_an_experiment_are_read_only() -> None:
+    experiment = load_and_build('mnist')
+    for mapping in (
+        experiment.origin.schedule_steps,
+        experiment.evals,
+        experiment.logging.captures,
+        experiment.hooks,
+        experiment.hook_rules,
+        experiment.model.modes,
+    ):
+        assert type(mapping) is types.MappingProxyType

@@ -169,6 +169,10 @@ def test_broken_config_file(
             (CNN, '--config.optimizer.lr_multipliers=(("Conv.*",0.1),)'),
             'no pattern matches',
         ),
+        (
+            (CNN, '--config.data.batch_size=31'),
+            'is not divisible by 8 devices x 1 micro-batch (config.accumulate); use 24 or 32',
+        ),
         ((CNN, '--config.accumulate=5'), 'micro-batches (config.accumulate); use 40'),
         (
             (CNN, '--config.accumulate=5', '--mode=summary'),

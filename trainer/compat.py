@@ -597,7 +597,7 @@ def run_setup(module: Any) -> None:
 # ---- flax.linen and flax.nnx ---------------------------------------------------------------------
 
 
-def under_construction(error: BaseException) -> list[Any]:
+def objects_under_construction(error: BaseException) -> list[Any]:
     """Returns the objects whose `__init__` an error has left, from the outermost.
 
     Checked with: Python 3.11 and flax 0.12.8.

@@ -12,6 +12,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import ml_collections
@@ -65,7 +66,7 @@ class Origin:
     Attributes:
         name: name of the config file.
         path: path of the config file, or None if the config came from Python.
-        config: the resolved config as plain Python.
+        config: the resolved config as plain Python: dicts, which JSON can write.
         schedule_steps: steps of each duration inside the optimizer, by config path.
         objects: config paths of objects that only the program that built it has.
     """
@@ -180,10 +181,10 @@ class ClockParts:
             clock=clock,
             total_steps=total_steps,
             optimizer=optimizer,
-            schedule_steps=schedule_steps,
+            schedule_steps=MappingProxyType(schedule_steps),
             ensemble=build_ensemble(sections, clock),
             profile=build_profile(sections, clock),
-            captures=build_captures(sections, clock),
+            captures=MappingProxyType(build_captures(sections, clock)),
             retention=build_retention(sections, clock),
         )
 
@@ -336,7 +337,7 @@ def _build(loaded: LoadedConfig) -> Experiment:
         task=task,
         data=data,
         prefetch=prefetch,
-        evals=evals,
+        evals=MappingProxyType(evals),
         default_evaluation=build_default_evaluation(sections, task),
         clock=parts.clock,
         optimizer=parts.optimizer,
@@ -352,8 +353,8 @@ def _build(loaded: LoadedConfig) -> Experiment:
         ),
         saving=Saving(sections.checkpoint.every, parts.retention),
         start=start,
-        hooks=hooks,
-        hook_rules=build_hook_rules(sections),
+        hooks=MappingProxyType(hooks),
+        hook_rules=MappingProxyType(build_hook_rules(sections)),
         # A function and not the sections themselves: no code after `build` reads a config.
         build_clock_parts=functools.partial(ClockParts.from_sections, sections),
     )

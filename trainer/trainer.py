@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trainer.checkpoint.manager import Checkpoints
+from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
 from trainer.input.batch import LoadedBatch
@@ -422,7 +423,11 @@ class Trainer:
         finally:
             # Also if a hook fails: the evaluation has its part in early stopping in any case.
             self._print(self._recovery.follow(name, self.report.eval_values(name)))
-        checks.check_watched(self.experiment, name, self.report.eval_values(name))
+        try:
+            checks.check_watched(self.experiment, name, self.report.eval_values(name))
+        except UserError:
+            self.report.forget_eval(name, step)
+            raise
 
     @functools.cached_property
     def _profile(self) -> Profile:

@@ -82,6 +82,9 @@ def test_a_watched_metric_that_no_score_returns_is_an_error_after_a_save(
     with pytest.raises(UserError, match=r"best\.metric: evaluation 'dev' has no 'aera'"):
         trainer(config, tmp_path / 'run').fit()
     assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
+    # The next start runs the evaluation again, and does not call the run finished.
+    with pytest.raises(UserError, match="has no 'aera'"):
+        trainer(config, tmp_path / 'run').fit()
 
 
 def test_a_score_that_fails_ends_the_run_after_a_save(tmp_path: pathlib.Path) -> None:
@@ -131,11 +134,61 @@ def test_a_field_with_the_name_of_a_prediction_is_refused() -> None:
     config = scored.config(score={**SCORE, 'fields': ('label', 'name', 'logits')})
     config.evals.dev.data.transforms = (dict(ref='tests.evaluate.test_host_scores:with_logits'),)
     with pytest.raises(UserError, match="'logits' is also a name among the outputs"):
-        trainer(config).fit()
+        trainer(config).compile()
 
 
 def with_logits(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, 'logits': batch['x']}
+
+
+def scalar(examples: Any) -> Any:
+    return {}
+
+
+class ReturnsAScalar(scored.Task):
+    def predict(self, model: Any, batch: Any) -> dict[str, Any]:
+        return {'total': model(batch['x']).sum()}
+
+
+def test_a_prediction_that_is_not_one_row_for_each_example_is_refused() -> None:
+    config = scored.config(score={'ref': f'{__name__}:scalar'})
+    config.evals.dev.task = dict(target=f'{__name__}:ReturnsAScalar')
+    with pytest.raises(UserError, match=r"returned 'total' as float32\[\]; expected an array with"):
+        trainer(config).compile()
+
+
+class Broken(scored.Streaming):
+    calls = 0
+
+    def __call__(self, examples: Any) -> None:
+        Broken.calls += 1
+        raise RuntimeError('in the first batch')
+
+
+def test_a_streaming_score_that_fails_is_not_called_again() -> None:
+    trained = trainer(scored.config(score={'target': f'{__name__}:Broken'}))
+    with pytest.raises(RuntimeError, match='in the first batch'):
+        trained.evaluate(trained.init_state())
+    assert Broken.calls == 1
+
+
+def kinds(examples: Any) -> Any:
+    return {'none': [], 'nested': {'text': 'a \ud800 b', 'number': 1.0}}
+
+
+def test_texts_may_be_nested_and_lists_empty(tmp_path: pathlib.Path) -> None:
+    run = tmp_path / 'run'
+    result = trainer(scored.config(score={'ref': f'{__name__}:kinds'}), run).fit()
+    assert result.metrics['eval/dev/nested/number'] == 1.0
+    written = run / 'summaries' / '2' / 'eval' / 'dev' / 'nested' / 'text.txt'
+    assert written.read_text() == 'a \\ud800 b\n'
+
+
+def test_a_dry_run_computes_no_score(tmp_path: pathlib.Path) -> None:
+    trained = trainer(scored.config(score={'ref': 'tests.evaluate.scored:failing'}))
+    trained.compile()
+    evaluator = trained.set_up().evaluators['dev']
+    assert 'loss' in evaluator.run(trained.init_state(), max_batches=1)
 
 
 def test_an_ensemble_is_scored_as_one_model() -> None:

@@ -128,3 +128,9 @@ def test_an_ensemble_is_evaluated_in_another_form(tmp_path: pathlib.Path) -> Non
     made.evals.other.model = {'settings': {'decode': True}}
     with pytest.raises(UserError, match='collections of its own'):
         trainer(made).compile()
+
+
+def test_an_argument_of_the_model_may_be_a_bool() -> None:
+    made = config('NNXNet', scale=True)
+    metrics = trainer(made).fit().metrics
+    assert metrics['eval/other/scaled'] == metrics['eval/plain/scaled']

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.modules.examples import X, bind, same
+from trainer.modules.train_flags import set_fields
 
 
 # Modules that return whether they train, by each spelling of the flag.
@@ -231,3 +232,17 @@ def test_settings_of_the_model_get_the_flag(settings: Settings | Nested) -> None
 def test_settings_that_the_user_has_changed_are_kept() -> None:
     module = WithSettings(Settings(deterministic=True))
     assert bind(module, 'train')(X) is False
+
+
+@dataclasses.dataclass
+class Counts:
+    train: int = 100
+    itself: Any = None
+
+
+def test_numbers_are_no_flags_and_settings_may_be_circular() -> None:
+    counts = Counts()
+    counts.itself = counts
+    module = WithSettings(Settings(), name=None)
+    changed = set_fields(dataclasses.replace(module, settings=counts), False)
+    assert changed.settings.train == 100

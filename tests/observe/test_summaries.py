@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.observe.test_writers import events
 from trainer.config.errors import UserError
-from trainer.observe.summaries import Histogram, Images, as_summary
+from trainer.observe.summaries import Histogram, Images, with_summaries
 from trainer.observe.summary_files import check_name, remove_after, write_files
 from trainer.observe.writers import TensorBoard
 
@@ -60,7 +60,7 @@ def test_tensorboard_has_histograms(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_figure_is_an_image() -> None:
-    summary = as_summary(Figure())
+    summary = with_summaries(Figure())
     assert isinstance(summary, Images)
     assert summary.images.shape == (1, 4, 6, 3)
 

@@ -105,6 +105,22 @@ def test_a_metric_that_no_hook_returns_is_an_error_after_a_save(tmp_path: pathli
     assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
 
 
+def once(event: Event) -> dict[str, Any] | None:
+    if event.kind != 'eval':
+        return None
+    if event.step == 4:
+        raise RuntimeError('too late')
+    return {'bleu': 0.9}
+
+
+def test_a_value_of_an_earlier_evaluation_ranks_no_later_checkpoint(tmp_path: pathlib.Path) -> None:
+    made = config('once')
+    made.checkpoint = dict(every='2 steps', best=dict(metric='eval/dev/bleu', mode='max'))
+    with pytest.raises(RuntimeError, match='too late'):
+        trainer(made, tmp_path / 'run').fit()
+    assert trainer(made, tmp_path / 'run').restore('best').step == 2
+
+
 def test_an_evaluation_is_written_although_a_hook_fails(tmp_path: pathlib.Path) -> None:
     run = tmp_path / 'run'
     with pytest.raises(RuntimeError, match='the disk is full'):
@@ -278,3 +294,21 @@ def test_a_resumed_run_removes_the_summaries_of_later_steps(tmp_path: pathlib.Pa
     trainer(made, run).fit()
     assert [path.name for path in (run / 'summaries').iterdir()] == ['2']
     assert [path.name for path in (run / 'metrics').iterdir()] == ['eval_dev_2.npz']
+
+
+def values_once(event: Event) -> Any:
+    if event.step > 2 and event.kind == 'eval':
+        raise RuntimeError('no disk')
+    return {'bleu': 1.0} if event.kind == 'eval' else None
+
+
+def test_a_watched_metric_is_missed_also_after_a_warning(tmp_path: pathlib.Path) -> None:
+    made = config('values_once')
+    made.hooks.mine.on_error = 'warn'
+    made.checkpoint = dict(every='2 steps', best=dict(metric='eval/dev/bleu', mode='max'))
+    trained = trainer(made, tmp_path / 'run')
+    with pytest.raises(UserError, match="'dev' has no 'bleu'"):
+        trained.fit()
+    # Step 4 is saved, but not ranked by the value of step 2.
+    assert (tmp_path / 'run' / 'checkpoints' / '4').is_dir()
+    assert trained.restore('best').step == 2

@@ -105,10 +105,7 @@ def trainer_in(
     # On one CPU device the loop itself reads the data; on several a thread does.
     kind = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((devices,), ('data',), kind, devices=jax.devices()[:devices])
-    trainer = small.trainer_in(workdir, mesh=mesh, **overrides)
-    if hook is not None:
-        trainer.experiment.hooks['mine'] = hook
-    return trainer
+    return small.trainer_in(workdir, mesh=mesh, hook=hook, **overrides)
 
 
 def raising_hook(error: BaseException, kind: str, step: int) -> Hook:

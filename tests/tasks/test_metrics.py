@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import pytest
 
+from trainer.config.errors import UserError
 from trainer.tasks.metrics import WeightedMean, non_finite_names
 
 
@@ -13,3 +15,24 @@ def test_mean_of_no_examples_is_not_a_failure() -> None:
     masked = WeightedMean.from_model_output(jnp.array([jnp.nan]), jnp.zeros(1))
     assert non_finite_names({'task': {'a_loss': nothing, 'b_loss': masked}}) == []
     assert non_finite_names({'task': {'a_loss': nothing, 'b_loss': bad}}) == ['b_loss']
+
+
+def test_the_mean_of_batches_of_different_weights_is_exact() -> None:
+    first = WeightedMean.from_model_output(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.5]))
+    second = WeightedMean.from_model_output(jnp.array([4.0]))
+    assert first.merge(second).compute() == (1 + 1 + 4) / 2.5
+    assert WeightedMean.empty().merge(second).compute() == 4
+    assert jnp.isnan(WeightedMean.empty().compute())
+
+
+def test_a_value_of_weight_0_may_be_anything() -> None:
+    values = jnp.array([1.0, jnp.nan, jnp.inf])
+    assert WeightedMean.from_model_output(values, jnp.array([2.0, 0.0, 0.0])).compute() == 1
+
+
+def test_named_outputs_are_averaged_with_named_weights() -> None:
+    kind = WeightedMean.from_output('hits', weighted_by='rows')
+    outputs = {'hits': jnp.array([[1.0, 3.0], [5.0, 7.0]]), 'rows': jnp.array([1.0, 0.0])}
+    assert kind.from_model_output(**outputs, weights=None).compute() == 2
+    with pytest.raises(UserError, match="the metric 'hits' of the task: expected an array with"):
+        kind.from_model_output(hits=jnp.ones(3), rows=jnp.ones(2))

@@ -17,7 +17,6 @@ from tests.weights.examples import assert_same, flatten, initial_state, pretrain
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config.errors import UserError
 from trainer.weights import safetensors
-from trainer.weights.leaves import HostLeaf, align_slots
 
 FOUR = {'model__classes': 4, 'data__source__classes': 4}
 
@@ -328,20 +327,6 @@ def test_moments_of_a_differently_nested_optimizer(tmp_path: pathlib.Path) -> No
         assert_same(moments['head'], others['head'])
         assert not any(x.any() for x in flatten(moments['backbone']).values())
     assert int(adam.count) == 10
-
-
-def test_ambiguous_slots_are_not_guessed() -> None:
-    def leaf(value: int) -> HostLeaf:
-        return HostLeaf(np.array(value))
-
-    one = {'opt_state.0.mu/x': leaf(1), 'opt_state.0.count': leaf(2), 'params/x': leaf(3)}
-    wanted = ('params/x', 'opt_state.2.1.mu/x', 'opt_state.2.1.count', 'opt_state.3.count')
-    found = align_slots(one, wanted)
-    assert {p: int(x.array) for p, x in found.items() if isinstance(x, HostLeaf)} == {
-        'params/x': 3, 'opt_state.2.1.mu/x': 1, 'opt_state.2.1.count': 2}  # fmt: skip
-    two = {**one, 'opt_state.1.mu/x': leaf(4)}
-    assert align_slots(two, wanted) == two
-    assert align_slots(one, (*wanted, 'opt_state.4.mu/x')) == one
 
 
 @pytest.mark.slow

@@ -93,8 +93,7 @@ def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) ->
             raise UserError(
                 f'{path}.{paths.join(at)}: {value!r} counts steps, and {counts_examples} counts '
                 'examples. Now that config.data.batch_size has changed, a schedule cannot mix the '
-                'two. '
-                f"Write '{examples} examples', the number consumed by step {count:,}"
+                f"two. Write '{examples} examples', the number consumed by step {count:,}"
             )
     return True
 

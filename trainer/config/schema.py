@@ -255,7 +255,8 @@ def check(value: Any, hint: Any, path: str, config: Mapping[str, Any]) -> Any:
         raise UserError(f'{path}: {short_repr(value)} does not fit 64 bits')
     # In Python a bool is an int, but `batch_size=True` is a mistake.
     is_bool = isinstance(value, bool)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == is_bool:
+    fits = hint is object or (hint is bool) == is_bool
+    if isinstance(hint, type) and isinstance(value, hint) and fits:
         return value
     raise UserError(f'{path}: expected {describe(hint)}, got {short_repr(value)}')
 

@@ -363,7 +363,7 @@ class HookSection:
 
     Attributes:
         every: how often the hook is called with an event 'step', in place of 'log', 'eval' and
-            'save'; None for those events. 'start' and 'end' it gets in any case.
+            'save'; None for those events (the hook always gets 'start' and 'end').
         on_error: what happens if the hook raises an error: 'stop' saves and ends the run, 'warn'
             logs the error, and the hook is called again at its next event.
     """

@@ -20,7 +20,7 @@ from trainer.config.errors import UserError
 from trainer.evaluate.host_scores import HostScores, StepWithRows
 from trainer.evaluate.model_form import find_fresh_collections
 from trainer.evaluate.prediction import Prediction
-from trainer.evaluate.score import Score, check_fields
+from trainer.evaluate.score import Score, check_fields, check_names
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.input.batch import LoadedBatch
 from trainer.input.data import EvalData
@@ -150,7 +150,8 @@ class Evaluator:
         self._trial_metrics = self._check_metrics()
         if self._score is not None:
             self.check_predicts()
-            self._trace_prediction(state)
+            prediction = self._trace_prediction(state)
+            check_names(self._score, prediction.computed, prediction.unchanged)
 
     def _check_metrics(self) -> MetricValues | None:
         assert self._empty is not None
@@ -260,7 +261,8 @@ class Evaluator:
         assert self._empty is not None
         members = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
-        host = self._host_scores()
+        # In a dry run there are only some examples, and a score may need them all.
+        host = self._host_scores() if max_batches is None else None
         prediction = None if self._score is None else self.prediction(state)
         unchanged = {} if prediction is None else prediction.unchanged
         pending: tuple[Any, LoadedBatch] | None = None
@@ -281,7 +283,7 @@ class Evaluator:
                 # The rows of a batch are read while the devices compute the next one.
                 if host is not None and pending is not None:
                     host.add(pending[0], unchanged, pending[1])
-                pending = rows, batch
+                pending = None if host is None else (rows, batch)
         if host is not None and pending is not None:
             host.add(pending[0], unchanged, pending[1])
         # Before the metrics: with labels out of range they are wrong, or NaN.
@@ -290,14 +292,10 @@ class Evaluator:
             measured = summarize(totals, members)
             for name, summary in (summaries or {}).items():
                 measured.add(name, summary)
-        if host is not None:
-            values = host.finish()
-            with self._add_name_to_errors():
-                measured.update_with(values)
-        return measured
+        return measured if host is None else host.finish(measured)
 
     def _summarize(self, members: tuple[int, ...], args: tuple[Any, ...]) -> dict[str, Summary]:
-        """Returns the summaries of the task for a batch, without padding."""
+        """Returns the summaries of the task for a batch, without padding; all processes call it."""
         if members not in self._summarizers:
             # A program of its own: in that of the metrics, every batch would compute them.
             self._summarizers[members] = Program(
@@ -308,7 +306,9 @@ class Evaluator:
                 # All processes have all rows: those of one batch are few.
                 out_shardings=replicated_sharding(self._mesh),
             )
-        return create_summaries(*fetch(self._summarizers[members](*args)))
+        summaries, mask = fetch(self._summarizers[members](*args))
+        # Like those of a score: the main process alone writes files.
+        return create_summaries(summaries, mask) if processes.is_main_process() else {}
 
     def _host_scores(self) -> HostScores | None:
         """Returns what the host computes in one run, or None if that is nothing."""

@@ -13,10 +13,10 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.evaluate.host_rows import AllRows, Arrays, gather_rows
 from trainer.evaluate.prediction import Prediction
-from trainer.evaluate.score import Score, is_streaming, merge_fields
+from trainer.evaluate.score import Score, is_streaming
 from trainer.evaluate.step import EvalStep
 from trainer.input.batch import LoadedBatch
-from trainer.observe.summaries import as_summary
+from trainer.observe.summaries import with_summaries
 from trainer.parallel import processes
 from trainer.parallel.handshake import EXIT_PEER_FAILED
 from trainer.parallel.messages import Messages
@@ -91,7 +91,7 @@ class HostScores:
         self._error: Exception | None = None
         self._function: Any = None
         if score is not None and processes.is_main_process():
-            self._function = score.make()
+            self._try(self._make_function)
 
     def add(
         self, rows: Mapping[str, jax.Array], unchanged: Mapping[str, str], batch: LoadedBatch
@@ -120,15 +120,25 @@ class HostScores:
             arrays = {name: x for name, x in arrays.items() if name.startswith(_COLLECTED)}
         self._rows.add(ids, arrays)
 
-    def finish(self) -> MetricValues:
-        """Returns the values; all processes must call it.
+    def _make_function(self) -> None:
+        assert self._score is not None
+        self._function = self._score.make()
 
-        Arrays, texts and images are in the main process only.
+    def finish(self, measured: MetricValues) -> MetricValues:
+        """Returns the values of the evaluation, those of the host included.
+
+        All processes must call it.
+
+        Args:
+            measured: what the devices have measured; changed.
+
+        Returns:
+            `measured` with the values of the host. Of these, arrays, texts and images are in the
+            main process only.
 
         Raises:
             MainScoreError: in the other processes, if the main process has failed.
         """
-        measured = MetricValues()
         if processes.is_main_process() and self._error is None:
             self._try(lambda: self._compute(measured))
         failure = None if self._error is None else f'{type(self._error).__name__}: {self._error}'
@@ -141,7 +151,8 @@ class HostScores:
                 f'config.evals.{self._evaluation}: its metrics could not be computed in process 0: '
                 f'{failure}'
             )
-        return measured if processes.is_main_process() else MetricValues(numbers)
+        measured.update(numbers)
+        return measured
 
     def _compute(self, measured: MetricValues) -> None:
         arrays = self._rows.join()
@@ -160,13 +171,10 @@ class HostScores:
                 "of values by name, such as {'auc': 0.9}"
             )
         for name, value in values.items():
-            summary = as_summary(value)
-            measured.add(str(name), value if summary is None else summary)
+            measured.add(str(name), with_summaries(value))
 
     def _examples(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
-        assert self._score is not None
-        predicted, fields = _with_prefix(arrays, _PREDICTED), _with_prefix(arrays, _FIELD)
-        return merge_fields(self._score.path, predicted, fields)
+        return {**_with_prefix(arrays, _PREDICTED), **_with_prefix(arrays, _FIELD)}
 
     def _try(self, act: Any) -> None:
         try:
@@ -177,6 +185,8 @@ class HostScores:
         except Exception as error:
             error.add_note(f'This happened on the host, in config.evals.{self._evaluation}')
             self._error = error
+        if self._error is not None and jax.process_count() == 1:
+            raise self._error
 
 
 def _with_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> Arrays:

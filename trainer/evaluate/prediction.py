@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainer.config.errors import UserError
 from trainer.evaluate.step import EvalStep
-from trainer.input.fields import Fields
+from trainer.input.fields import MASK, Fields
 from trainer.input.host_field import HostField, HostFieldError
+from trainer.modules.shapes import describe
 from trainer.parallel import processes
 from trainer.parallel.mesh import LocalExamples
 from trainer.tasks.batch import record_reads
@@ -29,11 +31,13 @@ class Prediction:
         step: one batch of the evaluation; its task knows which fields stay on the host.
         fields: those that are sent to the devices.
         unchanged: outputs that are an unchanged field: output name to field name.
+        computed: names of the other outputs.
     """
 
     step: EvalStep
     fields: Fields
     unchanged: Mapping[str, str]
+    computed: frozenset[str] = frozenset()
 
     @classmethod
     def trace(cls, step: EvalStep, fields: Fields, variables: Any) -> Prediction:
@@ -57,7 +61,7 @@ class Prediction:
             # that the next one does not take.
             with record_reads() as reads:
                 try:
-                    unchanged = trial._trace(variables)
+                    computed, unchanged = trial._trace(variables)
                     break
                 except HostFieldError as error:
                     # Not a field that sending could help: devices cannot store its dtype.
@@ -77,7 +81,12 @@ class Prediction:
                     opaque = opaque - reads.names
         # Fields that `predict` does not read need not be sent.
         sent = sent.with_sent(reads.names)
-        return cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged=unchanged)
+        return cls(
+            step=_keep_on_host(step, sent, opaque),
+            fields=sent,
+            unchanged=unchanged,
+            computed=computed,
+        )
 
     def __call__(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
@@ -109,7 +118,7 @@ class Prediction:
         whole = {name: np.concatenate([x[name] for _, x in parts])[order] for name in rows}
         return {output: whole[field] for output, field in self.unchanged.items()}
 
-    def _trace(self, variables: Any) -> dict[str, str]:
+    def _trace(self, variables: Any) -> tuple[frozenset[str], dict[str, str]]:
         unchanged: dict[str, str] = {}
 
         # A `HostField` is not an array, so `eval_shape` cannot return it: such outputs leave as a
@@ -119,8 +128,15 @@ class Prediction:
             unchanged.update(self._find_unchanged(outputs, args[-1]))
             return {name: x for name, x in outputs.items() if name not in unchanged}
 
-        jax.eval_shape(run, variables, np.int32(0), np.int32(0), self.fields.shapes)
-        return unchanged
+        shapes = jax.eval_shape(run, variables, np.int32(0), np.int32(0), self.fields.shapes)
+        rows = shapes.pop(MASK).shape
+        for name, x in shapes.items():
+            if not hasattr(x, 'shape') or x.shape[:1] != rows:
+                raise UserError(
+                    f"the task's predict returned {name!r} as {describe(x)}; expected an array "
+                    f'with one row for each of the {rows[0]} examples of a batch'
+                )
+        return frozenset(shapes), unchanged
 
     def _find_unchanged(
         self, outputs: Mapping[str, Any], batch: Mapping[str, Any]

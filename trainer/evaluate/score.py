@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,18 +46,23 @@ def is_streaming(score: Any) -> bool:
     return callable(getattr(score, 'close', None))
 
 
-def merge_fields(path: str, rows: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the predictions and the fields of the batch by name.
+def check_names(score: Score, computed: Iterable[str], unchanged: Mapping[str, str]) -> None:
+    """Checks that no field of a score has the name of another prediction.
+
+    Args:
+        score: the score.
+        computed: names of the predictions that the task computes.
+        unchanged: those that are a field of the batch, unchanged: output to field.
 
     Raises:
-        UserError: if a field has the name of a prediction.
+        UserError: naming the field.
     """
-    if both := sorted(rows.keys() & fields.keys()):
-        raise UserError(
-            f'{path}.fields: {", ".join(map(repr, both))} is also a name among the outputs of the '
-            "task's predict; remove it from fields, or rename the output"
-        )
-    return {**rows, **fields}
+    for name in score.fields:
+        if name in computed or unchanged.get(name, name) != name:
+            raise UserError(
+                f"{score.path}.fields: {name!r} is also a name among the outputs of the task's "
+                'predict; remove it from fields, or rename the output'
+            )
 
 
 def check_fields(score: Score, spec: Mapping[str, Any]) -> None:

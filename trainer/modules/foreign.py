@@ -118,7 +118,7 @@ def _has_arrays(value: Any) -> bool:
 
 def _is_in_a_module(error: Exception) -> bool:
     """Whether an error was raised within the constructor of a module."""
-    owners = compat.under_construction(error)
+    owners = compat.objects_under_construction(error)
     return any(_is_nnx_class(type(owner)) or isinstance(owner, nn.Module) for owner in owners)
 
 

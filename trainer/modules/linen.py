@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ class Linen:
         modes = {
             training: train_flags.set_fields(self.module, training) for training in (False, True)
         }
-        object.__setattr__(self, 'modes', modes)
+        object.__setattr__(self, 'modes', types.MappingProxyType(modes))
 
     def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
         """Returns fresh variables of everything that `task` calls on this batch.

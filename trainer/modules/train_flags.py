@@ -41,6 +41,7 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
     def visit(value: Any) -> Any:
         if isinstance(value, nn.Module) or _is_settings(value):
             if id(value) not in by_id:
+                by_id[id(value)] = value  # Settings may refer to themselves.
                 replace = replace_flags if isinstance(value, nn.Module) else replace_settings
                 by_id[id(value)] = replace(value)
             return by_id[id(value)]
@@ -73,10 +74,17 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
         defaults = {f.name: f.default for f in dataclasses.fields(settings)}
         after = {name: visit(value) for name, value in before.items()}
         for name, value in _flags_in(before, training).items():
-            if before[name] in (None, defaults[name]):
+            # `train: int = 100` is a number of steps, and no flag.
+            is_flag = all(x is None or isinstance(x, bool) for x in (before[name], defaults[name]))
+            if is_flag and before[name] in (None, defaults[name]):
                 after[name] = value
         changes = {name: value for name, value in after.items() if value is not before[name]}
-        return dataclasses.replace(settings, **changes) if changes else settings
+        if not changes:
+            return settings
+        try:
+            return dataclasses.replace(settings, **changes)
+        except (TypeError, ValueError):  # It has arguments that it does not keep (`InitVar`).
+            return settings
 
     return visit(module)
 

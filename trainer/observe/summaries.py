@@ -41,7 +41,9 @@ class Texts:
     def write(self, stem: epath.Path) -> epath.Path:
         """Writes `<stem>.txt`, the texts separated by a line of dashes, and returns its path."""
         path = _with_suffix(stem, '.txt')
-        files.replace(path, ('\n' + '-' * 8 + '\n').join(self.texts).encode() + b'\n')
+        text = ('\n' + '-' * 8 + '\n').join(self.texts)
+        # Generated text may have half of a character.
+        files.replace(path, text.encode(errors='backslashreplace') + b'\n')
         return path
 
 
@@ -247,21 +249,22 @@ def _create(cls: type, arrays: Any, **options: Any) -> Any:
     return object.__new__(cls)
 
 
-def as_summary(value: Any) -> Summary | None:
-    """Returns a value as a summary, None if it is none.
+def with_summaries(value: Any) -> Any:
+    """Returns a value with its texts, lists of text and matplotlib figures as summaries.
 
-    Text, lists of text and matplotlib figures are summaries.
+    Other values are returned as they are; of a dict, the entries are treated alike. An empty list
+    is a list of no texts.
     """
-    if isinstance(value, Summary):
-        return value
+    if isinstance(value, Mapping):
+        return {name: with_summaries(each) for name, each in value.items()}
     if isinstance(value, str):
         return Texts(value)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(x, str) for x in value):
+    if isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value):
         return Texts(value)
     # matplotlib is not imported: a value can be one of its figures only if the user has done so.
     if callable(getattr(value, 'savefig', None)):
         return image_of_figure(value)
-    return None
+    return value
 
 
 def image_of_figure(figure: Any) -> Images:

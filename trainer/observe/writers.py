@@ -71,9 +71,11 @@ class MetricsFile:
             ) from error
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Appends one line, unless the resumed run had already written it."""
+        """Appends one line, without what the resumed run had already written at this step."""
         # Evaluations at the step of a checkpoint may run again after it is restored.
-        if step == self._resume_step and not self._resumed_names.isdisjoint(row):
+        if step == self._resume_step:
+            row = {name: x for name, x in row.items() if name not in self._resumed_names}
+        if not row:
             return
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._file.write(json.dumps({'step': step, **values}) + '\n')

@@ -13,7 +13,7 @@ from trainer.builders.hooks import HookRules
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.hooks import Event
-from trainer.observe.summaries import as_summary
+from trainer.observe.summaries import with_summaries
 from trainer.parallel import processes
 from trainer.parallel.handshake import EXIT_PEER_FAILED
 from trainer.parallel.signals import StopRequest
@@ -255,8 +255,7 @@ def returned_values(returned: Any, hook: str, kind: str) -> MetricValues:
         )
     try:
         for name, value in returned.items():
-            summary = as_summary(value)
-            values.add(str(name), value if summary is None else summary)
+            values.add(str(name), with_summaries(value))
     except UserError as error:
         raise UserError(f'{where}: {error}') from error
     full = [name for name in values if name.startswith(('train/', 'eval/'))]

@@ -212,6 +212,9 @@ class Reporter:
             metrics: its values; the arrays and summaries of a `MetricValues` are written too.
         """
         values = metrics if isinstance(metrics, MetricValues) else MetricValues(metrics)
+        # A value that this evaluation does not have must not be taken for one of this step: a
+        # checkpoint is ranked by the newest values.
+        self.latest = {n: x for n, x in self.latest.items() if not n.startswith(f'eval/{name}/')}
         self._set_open_row(OpenRow(step, values, f'eval/{name}', evaluation=name))
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -291,6 +294,10 @@ class Reporter:
         prefix = f'eval/{name}/'
         return {n.removeprefix(prefix): x for n, x in self.row.items() if n.startswith(prefix)}
 
+    def forget_eval(self, name: str, step: int) -> None:
+        """Counts an evaluation as not run, so that the next start runs it again."""
+        self._evaluated.discard((name, step))
+
     def has_eval(self, name: str, step: int) -> bool:
         """Whether this evaluation has run at this step."""
         return (name, step) in self._evaluated
@@ -369,6 +376,8 @@ class OpenRow:
         """Adds values, whose names are below the prefix or have one of their own."""
         for name, value in values.items():
             if name.startswith(('train/', 'eval/')) and not name.startswith(self.prefix):
+                if name in self.others:
+                    raise UserError(f'two values of a row of metrics are named {name!r}')
                 self.others[name] = value
             else:
                 self.values.add(name.removeprefix(self.prefix), value)

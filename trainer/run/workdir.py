@@ -143,7 +143,7 @@ class Workdir:
         self.create()
         # Random: process ids and host names repeat in containers.
         self._start = secrets.token_hex(8)
-        self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
+        self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': dict(resolved)})
         # Before `run.json` is overwritten, likewise.
         self._starts = self._earlier_starts()
         with self._lock:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import clu.metrics
+import flax.struct
 import jax
 import numpy as np
 
@@ -31,6 +32,17 @@ def split_collecting(
     collecting = {name: kind for name, kind in kinds.items() if _is_collecting(kind)}
     if not collecting and kinds == written:
         return metrics, ()
+    assert metrics is not None
+    if not collecting:
+        # A subclass, so that methods of the user's own remain.
+        body = {'__annotations__': dict(kinds), '__module__': metrics.__module__}
+        return flax.struct.dataclass(type(metrics.__name__, (metrics,), body)), ()
+    if metrics.compute is not clu.metrics.Collection.compute:
+        raise UserError(
+            f'{metrics.__name__} has a compute() of its own, which cannot see '
+            f'{", ".join(collecting)}: a CollectingMetric is computed on the host, apart from the '
+            'others. Move the CollectingMetric to another collection, or compute its value itself'
+        )
     rest = {name: kind for name, kind in kinds.items() if name not in collecting}
     return clu.metrics.Collection.create(**rest), tuple(collecting.items())
 
