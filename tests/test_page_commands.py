@@ -50,7 +50,9 @@ SAYS = (
     ('mnist_ensemble', r'^eval test at step 3: .*members'),
     ('mine/config.py', r'^eval sure at step 100: .*examples 77$'),
     ('mine/config.py', r'^hook: step 50 wrong [\d.]+$'),
-    ('mine.mistakes', r'^eval test at step 3: .*errors [\d,]+  .*confused in .*/summaries/3/'),
+    ('mine.mistakes', r'^eval test: .*errors \d+'),
+    ('mine.mistakes', r'/summaries/3/eval/test/confused\.txt$'),
+    ('mine.margins', r'/summaries/3/eval/test/unsure\.png$'),
     ('mine.unsure', r'/summaries/3/eval/test/unsure\.png$'),
     ('mine.streaming', r'^eval test: .*least_sure 0\.'),
     ('gan/', r'^  train/gen_loss '),
@@ -135,6 +137,7 @@ SCRIPTS = {
     'weights.py': r'\(64, 20\) \(64, 20\)',
     'features.py': r'0\.\d+',
     'call_exported.py': r'\(3,\)',
+    'report.py': r'\d+ summaries',
 }
 
 
