@@ -49,7 +49,10 @@ for file in files:
         objects.resolve(name, file.name)
 loaded = {name: module for name, module in sys.modules.items() if not name.startswith('_config_')}
 paths = [getattr(module, '__file__', None) or '' for module in loaded.values()]
-ours = [path for path in paths if path.startswith(str(bundled.FOLDER))]
+prefix = str(bundled.FOLDER) + '/'
+ours = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+# A checkout may have an environment of its own, with modules that libraries load twice.
+ours = [path for path in ours if 'site-packages' not in path]
 print(bundled.FOLDER)
 print(len(files), len(ours), len(set(ours)))
 """
