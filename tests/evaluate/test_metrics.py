@@ -86,12 +86,6 @@ class Unusable(Confused):
     )  # type: ignore[assignment]
 
 
-class Collecting(Confused):
-    metrics = clu.metrics.Collection.create(  # type: ignore[assignment]
-        scores=clu.metrics.CollectingMetric.from_outputs(('guess',))
-    )
-
-
 class Spread(Confused):
     metrics = clu.metrics.Collection.create(scores=clu.metrics.Std.from_output('loss'))  # type: ignore[assignment]
 
@@ -225,7 +219,6 @@ def test_without_a_work_directory_array_metrics_are_printed() -> None:
     ('name', 'message'),
     [
         ('Unusable', "the metric 'scores' computes list; expected a number, an array"),
-        ('Collecting', "the metric 'scores' is a clu.metrics.CollectingMetric"),
         ('Spread', "the metric 'scores' cannot be computed for any data: TypeError"),
         ('Clashing', "two values of a row of metrics are named 'scores/a/b'"),
     ],
