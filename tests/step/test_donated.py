@@ -97,7 +97,7 @@ def test_state_of_a_result_is_donated_by_the_next_fit() -> None:
             use()
     assert trainer.evaluate(copy)['test']['examples'] == 100
     # The repr of a result does not need its state.
-    assert repr(result).startswith("Result(status='paused', step=10, metrics=")
+    assert repr(result).startswith("Result(status='paused', step=10)")
 
 
 def test_other_errors_get_no_note() -> None:
