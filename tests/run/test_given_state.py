@@ -49,7 +49,7 @@ def test_another_learning_rate_continues_with_the_moments(
     before, same = params(copy(half)), copy(half)
     fast = Trainer(load_and_build(make_config(), optimizer__learning_rate=1.0))
     moved = params(fast.fit(state=half, max_steps=1).state)
-    assert 'anew' not in capsys.readouterr().out
+    assert 'is reset' not in capsys.readouterr().out
     slow = params(make_trainer().fit(state=same, max_steps=1).state)
     # Adam's update is the learning rate times a function of its moments.
     steps = jax.tree.map(np.subtract, moved, before)
@@ -57,18 +57,18 @@ def test_another_learning_rate_continues_with_the_moments(
         lambda step, x, y: np.testing.assert_allclose(step, 100 * (x - y), rtol=1e-2, atol=1e-4),
         *(steps, slow, before),
     )
-    # With moments that start anew, each step would be the learning rate, or its negative.
+    # With moments that are reset, each step would be the learning rate, or its negative.
     assert np.std(np.abs(steps['Dense_0']['kernel'])) > 0.05
 
 
-def test_another_optimizer_starts_its_state_anew(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_state_of_another_optimizer_is_reset(capsys: pytest.CaptureFixture[str]) -> None:
     half = make_trainer().fit(max_steps=4)
     optimizer = {'target': 'optax:sgd', 'momentum': 0.9}
     other = Trainer(load_and_build(make_config(), optimizer=optimizer, ema__decay=0.5))
     expected = params(copy(half.state))
     result = other.fit(state=half.state, max_steps=0)
     printed = capsys.readouterr().out
-    sentence = 'this experiment has another optimizer state, moving average, which starts anew.'
+    sentence = 'this experiment has another optimizer state, moving average, which is reset.'
     assert sentence in printed
     for tree in (params(result.state), jax.device_get(result.state.ema)):
         jax.tree.map(np.testing.assert_array_equal, tree, expected)

@@ -29,7 +29,8 @@ def test_the_wait_for_data_is_a_mean_over_the_steps_of_a_row(tmp_path: pathlib.P
 
 def test_restored_metrics_replace_earlier_ones() -> None:
     report = Reporter(30, 8, io.StringIO())
-    report.record_eval('test', 10, {'loss': 1.0})
+    report.open_eval('test', 10, {'loss': 1.0})
+    report.write_row()
     assert report.has_eval('test', 10)
     report.restore(20, {'train/loss': 0.5}, ['other'])
     assert report.latest == {'train/loss': 0.5}
@@ -42,7 +43,8 @@ def test_members_are_printed_with_their_description() -> None:
     report.start()
     report.begin(0)
     metrics = {'loss': 1.5, 'member_0/loss': 1.0, 'member_1/loss': 2.0, 'member_1/top/5': 0.5}
-    report.record_eval('test', 30, metrics)
+    report.open_eval('test', 30, metrics)
+    report.write_row()
     report.end('finished', 30)
     lines = screen.getvalue().splitlines()
     assert '  eval/test member 0 (seed 0, optimizer.learning_rate 0.1)  loss 1' in lines

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.modules.model_view import param_path
+from trainer.modules.model_view import path_names
 
 Names = tuple[str, ...]
 _KEY = 'empty'
@@ -30,7 +30,7 @@ def remove(tree: Any) -> Any:
 def to_metadata(tree: Any) -> dict[str, Any]:
     """Returns the metadata entry that describes the empty arrays of a tree, or {}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    empties = [(names_of(path), _stored_form(leaf)) for path, leaf in leaves if is_empty(leaf)]
+    empties = [(path_names(path), _stored_form(leaf)) for path, leaf in leaves if is_empty(leaf)]
     entries = [[names, str(leaf.dtype), list(leaf.shape)] for names, leaf in empties]
     return {_KEY: entries} if entries else {}
 
@@ -66,11 +66,3 @@ def is_key(leaf: Any) -> bool:
 def _stored_form(leaf: Any) -> Any:
     """Returns the shape and dtype that are stored: for a typed key, those of its data."""
     return jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
-
-
-def names_of(path: tuple[Any, ...]) -> Names:
-    """Returns the names along a key path of JAX.
-
-    Named tuples and dicts give the same names: Orbax restores the former as the latter.
-    """
-    return tuple(param_path((key,)) for key in path)

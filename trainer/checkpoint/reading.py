@@ -12,8 +12,9 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainer.checkpoint import empty
-from trainer.checkpoint.empty import Names, names_of
+from trainer.checkpoint.empty import Names
 from trainer.config.text import indented_list
+from trainer.modules.model_view import path_names
 
 
 class StateMismatch(Exception):
@@ -64,19 +65,19 @@ def read_state(
             )
             raise other
         # Our leaves in the stored structure: Orbax refuses an item of another structure.
-        item = jax.tree_util.tree_map_with_path(lambda path, _: wanted[names_of(path)], stored)
+        item = jax.tree_util.tree_map_with_path(lambda path, _: wanted[path_names(path)], stored)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
         restored = _leaves_by_names(handler.restore(directory, args=args))
     finally:
         handler.close()
     restored.update({names: empty.make(wanted[names]) for names in empties})
-    return jax.tree_util.tree_map_with_path(lambda path, _: restored[names_of(path)], abstract)
+    return jax.tree_util.tree_map_with_path(lambda path, _: restored[path_names(path)], abstract)
 
 
 def _leaves_by_names(tree: Any) -> dict[Names, Any]:
     # Orbax stores named tuples as dicts, so only the names along the key paths agree.
-    return {names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _leaves_of_field(field: str, leaves: dict[Names, Any]) -> dict[Names, Any]:

@@ -21,6 +21,7 @@ from trainer.checkpoint.errors import SaveError, first_line
 from trainer.checkpoint.manager import Checkpoints, Retention
 from trainer.config.errors import UserError
 from trainer.config.text import indented_list
+from trainer.modules.model_view import path_names
 
 _PLAIN = ('x',)
 
@@ -49,7 +50,7 @@ def check_storable(abstract: Any) -> None:
         UserError: naming the leaves that cannot be saved.
     """
     leaves = {
-        empty.names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+        path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
     }
     lines = _duplicate_names(leaves)
     if not lines and jax.process_count() == 1:

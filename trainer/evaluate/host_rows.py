@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from trainer.parallel.mesh import LocalExamples
 from trainer.parallel.messages import Messages
 
 Arrays = dict[str, np.ndarray]
+# The name of the ids among the arrays of a part.
+_IDS = '_ids'
 
 
 def gather_rows(
@@ -52,10 +54,20 @@ def gather_rows(
         return None
     if len(parts) == 1:
         return parts[0][1], parts[0][2]
-    order = np.argsort(np.concatenate([rows for rows, _, _ in parts]))
-    ids = np.concatenate([some for _, some, _ in parts])[order]
-    names = parts[0][2]
-    return ids, {name: np.concatenate([part[name] for *_, part in parts])[order] for name in names}
+    joined = join_parts([(rows, {_IDS: some, **part}) for rows, some, part in parts])
+    return joined.pop(_IDS), joined
+
+
+def join_parts(parts: Sequence[tuple[np.ndarray, Arrays]]) -> Arrays:
+    """Returns arrays of several processes in the order of the rows of the global batch.
+
+    Args:
+        parts: of each process, the indices of its rows and their arrays by name.
+    """
+    # The parts arrive in the order of the processes, which need not be that of the batch.
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    names = parts[0][1]
+    return {name: np.concatenate([x[name] for _, x in parts])[order] for name in names}
 
 
 def _local_rows(outputs: Mapping[str, jax.Array], rows: LocalExamples | None) -> Arrays:

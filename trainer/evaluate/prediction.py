@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.evaluate.host_rows import join_parts
 from trainer.evaluate.step import EvalStep
 from trainer.input.fields import MASK, Fields
 from trainer.input.host_field import HostField, HostFieldError
@@ -112,10 +113,7 @@ class Prediction:
         # An example that several processes hold comes from its owner only.
         owned = process_rows.is_owned
         own_rows = (process_rows.indices[owned], {name: x[owned] for name, x in rows.items()})
-        parts = processes.gather_objects(own_rows)
-        # The parts arrive in the order of the processes, which need not be that of the batch.
-        order = np.argsort(np.concatenate([indices for indices, _ in parts]))
-        whole = {name: np.concatenate([x[name] for _, x in parts])[order] for name in rows}
+        whole = join_parts(processes.gather_objects(own_rows))
         return {output: whole[field] for output, field in self.unchanged.items()}
 
     def _trace(self, variables: Any) -> tuple[frozenset[str], dict[str, str]]:

@@ -223,6 +223,14 @@ class _Method:
         return _Method(self._model, (*self._getters, operator.itemgetter(key)))
 
 
+def path_names(path: Iterable[Any]) -> tuple[str, ...]:
+    """Returns ('Dense_0', 'kernel') for the key path of a leaf.
+
+    Named tuples and dicts give the same names: Orbax restores the former as the latter.
+    """
+    return tuple(param_path((key,)) for key in path)
+
+
 def param_path(path: Iterable[Any]) -> str:
     """Returns 'Dense_0/kernel' for the key path of a leaf."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator='/')

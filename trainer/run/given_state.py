@@ -25,8 +25,8 @@ def adopt(
 ) -> tuple[TrainState, int]:
     """Returns a state as the programs of this experiment take it, and its step.
 
-    Parameters and collections must have the same names and shapes; what else does not fit starts
-    anew, with a message.
+    Parameters and collections must have the same names and shapes; what else does not fit is reset,
+    with a message.
 
     Args:
         experiment: what is trained from here on.
@@ -52,11 +52,11 @@ def adopt(
             'steps. Use a longer train_for.'
         )
     parts: dict[str, Any] = {name: getattr(given, name) for name in _KEPT}
-    anew = [name for name in _KEPT if not _are_same(parts[name], getattr(wanted, name))]
-    if anew:
-        parts.update(_start_anew(experiment, programs, given, anew))
-        what = ', '.join(_KEPT[name] for name in anew)
-        message(f'fit(state): this experiment has another {what}, which starts anew.')
+    unfit = [name for name in _KEPT if not _are_same(parts[name], getattr(wanted, name))]
+    if unfit:
+        parts.update(_reset(experiment, programs, given, unfit))
+        what = ', '.join(_KEPT[name] for name in unfit)
+        message(f'fit(state): this experiment has another {what}, which is reset.')
     parts['metrics'] = programs.empty_metrics()
     placed = dataclasses.replace(given, **parts, health=None)
     durable = wanted.durable
@@ -72,7 +72,7 @@ _KEPT = {
 }
 
 
-def _start_anew(
+def _reset(
     experiment: Experiment, programs: Programs, given: TrainState, names: list[str]
 ) -> dict[str, Any]:
     """Returns fresh parts of a state, the optimizer's and the average's for its parameters."""

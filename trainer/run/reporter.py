@@ -217,11 +217,6 @@ class Reporter:
         self.latest = {n: x for n, x in self.latest.items() if not n.startswith(f'eval/{name}/')}
         self._set_open_row(OpenRow(step, values, f'eval/{name}', evaluation=name))
 
-    def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the row of an evaluation: see `open_eval`."""
-        self.open_eval(name, step, metrics)
-        self.write_row()
-
     def extend_row(self, values: MetricValues) -> None:
         """Adds values to the open row.
 

@@ -17,6 +17,7 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.tasks.decisions import Decisions, decide, read_scored
 from trainer.tasks.metrics import WeightedMean, broadcast_weights
+from trainer.tasks.scores import check_average
 from trainer.tasks.sums import Sums, configure
 
 Average = Literal['binary', 'micro', 'macro', 'weighted', 'per_class']
@@ -160,10 +161,8 @@ def _configure_counts(
     threshold: float,
     classes: int | None,
 ) -> type[Sums]:
-    if average not in (None, *get_args(Average)):
-        raise ValueError(
-            f'average: expected one of {", ".join(map(repr, get_args(Average)))}, got {average!r}'
-        )
+    if average is not None:
+        check_average(average, get_args(Average))
     names = {'scores': scores, 'labels': labels, 'weights': weights}
     settings = {'average': average, 'threshold': threshold, 'classes': classes}
     return configure(base, name, **names, **settings)

@@ -16,7 +16,7 @@ from trainer.config.errors import UserError
 from trainer.modules.shapes import describe
 from trainer.tasks import scores as functions
 from trainer.tasks.decisions import read_output, read_scored, read_weights
-from trainer.tasks.scores import Average
+from trainer.tasks.scores import Average, check_average
 from trainer.tasks.sums import configure
 
 
@@ -100,10 +100,7 @@ def _configure_ranking(
     from_logits: bool,
     **names: str,
 ) -> type[clu.metrics.CollectingMetric]:
-    if average not in get_args(Average):
-        raise ValueError(
-            f'average: expected one of {", ".join(map(repr, get_args(Average)))}, got {average!r}'
-        )
+    check_average(average, get_args(Average))
     settings = {'average': average, 'skip_absent': skip_absent, 'from_logits': from_logits}
     return configure(base, name, **settings, **names)
 

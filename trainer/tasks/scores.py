@@ -6,7 +6,7 @@ They equal those of scikit-learn and scipy, in float64, and are exact for ties.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -111,6 +111,16 @@ def spearman(targets: Any, predictions: Any, weights: Any = None) -> float:
     return pearson(_rank(one, weights), _rank(two, weights), weights)
 
 
+def check_average(average: Any, known: Sequence[str]) -> None:
+    """Checks the way in which a metric averages.
+
+    Raises:
+        ValueError: if it is not one of those that are known, naming them.
+    """
+    if average not in known:
+        raise ValueError(f'average: expected one of {", ".join(map(repr, known))}, got {average!r}')
+
+
 def _average(
     function: Callable[..., float],
     labels: Any,
@@ -119,10 +129,7 @@ def _average(
     average: Average,
     skip_absent: bool,
 ) -> Any:
-    if average not in get_args(Average):
-        raise ValueError(
-            f'average: expected one of {", ".join(map(repr, get_args(Average)))}, got {average!r}'
-        )
+    check_average(average, get_args(Average))
     labels, scores, weights = _columns(labels, scores, weights)
     if average == 'micro' or labels.shape[1] == 1:
         value = function(*(x.ravel() for x in (labels, scores, weights)))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from trainer.config.errors import UserError
 from trainer.config.text import indented_list
 from trainer.ensemble import step
+from trainer.modules.model_view import path_names
 from trainer.modules.shapes import describe
 from trainer.step.state import TrainState
 from trainer.weights import flax_layout
@@ -187,7 +188,7 @@ def _slots(state: TrainState) -> dict[str, jax.Array]:
 
 def _with_variables(state: TrainState, loaded: Mapping[str, jax.Array]) -> TrainState:
     def pick(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return loaded.get('/'.join(lib.keys_of(path)), x)
+        return loaded.get('/'.join(path_names(path)), x)
 
     variables = jax.tree_util.tree_map_with_path(pick, state.variables)
     params = variables.pop('params')

@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from trainer.checkpoint.errors import CheckpointError, first_line
-from trainer.modules.model_view import param_path
+from trainer.modules.model_view import param_path, path_names
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -269,7 +269,7 @@ def read_orbax(directory: epath.Path, asked: Mapping[Keys, Any]) -> dict[Keys, A
     import orbax.checkpoint as ocp
 
     def pick(path: tuple[Any, ...], _: Any) -> Any:
-        return asked.get(keys_of(path), ocp.PLACEHOLDER)
+        return asked.get(path_names(path), ocp.PLACEHOLDER)
 
     with orbax_handler(directory) as handler:
         args = jax.tree_util.tree_map_with_path(pick, handler.metadata(directory).tree)
@@ -281,9 +281,4 @@ def read_orbax(directory: epath.Path, asked: Mapping[Keys, Any]) -> dict[Keys, A
         wanted = ocp.args.PyTreeRestore(item=item, restore_args=args)
         restored = handler.restore(directory, args=wanted)
     restored_leaves = jax.tree_util.tree_leaves_with_path(restored)
-    return {keys_of(path): x for path, x in restored_leaves if keys_of(path) in asked}
-
-
-def keys_of(path: tuple[Any, ...]) -> Keys:
-    """Returns the names along a key path of JAX."""
-    return tuple(param_path((key,)) for key in path)
+    return {path_names(path): x for path, x in restored_leaves if path_names(path) in asked}

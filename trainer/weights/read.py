@@ -22,12 +22,12 @@ from trainer.checkpoint.writing import step_directories
 from trainer.config import places
 from trainer.config.errors import UserError
 from trainer.config.text import indented_list
+from trainer.modules.model_view import path_names
 from trainer.weights import safetensors, torch_file
 from trainer.weights.leaves import (
     HostLeaf,
     Leaf,
     OrbaxLeaf,
-    keys_of,
     orbax_handler,
     read_arrays,
     read_orbax,
@@ -78,7 +78,7 @@ def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
             f'{source} does not contain a tree of arrays: {first_line(error)}'
         ) from error
     arrays = ((path, np.asarray(x)) for path, x in leaves if not isinstance(x, (str, bytes)))
-    return {keys_of(path): HostLeaf(x) for path, x in arrays}
+    return {path_names(path): HostLeaf(x) for path, x in arrays}
 
 
 def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
@@ -122,7 +122,7 @@ def open_texts(path: epath.PathLike, step: str | int = 'latest') -> dict[tuple[s
     source = locate(epath.Path(path), str(step))
     if not source.is_dir():
         leaves = jax.tree_util.tree_leaves_with_path(open_raw(source))
-        return {keys_of(path): x for path, x in leaves if isinstance(x, str)}
+        return {path_names(path): x for path, x in leaves if isinstance(x, str)}
     return {
         (*item, *keys): text
         for item, directory in _trees(source).items()
@@ -136,7 +136,7 @@ def _read_texts(directory: epath.Path) -> dict[tuple[str, ...], str]:
     import orbax.checkpoint as ocp
 
     as_string = ocp.RestoreArgs(restore_type=str)
-    keys = [keys_of(p) for p, x in leaves if isinstance(x, ocp.metadata.StringMetadata)]
+    keys = [path_names(p) for p, x in leaves if isinstance(x, ocp.metadata.StringMetadata)]
     return read_orbax(directory, dict.fromkeys(keys, as_string)) if keys else {}
 
 
@@ -288,7 +288,7 @@ def _orbax_leaves(directory: epath.Path) -> Leaves:
         stored = handler.metadata(directory).tree
     leaves = jax.tree_util.tree_leaves_with_path(stored)
     stored_leaves: Leaves = {
-        keys_of(path): OrbaxLeaf(directory, keys_of(path), tuple(x.shape), x.dtype)
+        path_names(path): OrbaxLeaf(directory, path_names(path), tuple(x.shape), x.dtype)
         for path, x in leaves
         if getattr(x, 'shape', None) is not None
     }

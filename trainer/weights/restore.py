@@ -19,6 +19,7 @@ from flax.core import meta
 
 from trainer.config.errors import UserError
 from trainer.config.text import indented_list
+from trainer.modules.model_view import path_names
 from trainer.modules.shapes import describe
 from trainer.weights import flax_layout, pre_linen, torch_layout
 from trainer.weights import leaves as lib
@@ -148,10 +149,10 @@ def into(
     # As numpy arrays, so that shapes and kinds of strings are checked like those of numbers.
     text_leaves = {keys: lib.HostLeaf(np.asarray(text)) for keys, text in texts.items()}
     leaves = subtree({**open_tree(path, step), **text_leaves}, at)
-    names = {lib.keys_of(keys): _stored_form(x) for keys, x in wanted}
+    names = {path_names(keys): _stored_form(x) for keys, x in wanted}
     _check_leaves(leaves, names, path, on_missing)
     shapes = (keys for keys, x in wanted if isinstance(x, jax.ShapeDtypeStruct))
-    if empty := ['/'.join(n) for n in map(lib.keys_of, shapes) if n not in leaves]:
+    if empty := ['/'.join(n) for n in map(path_names, shapes) if n not in leaves]:
         raise UserError(
             f'missing from {path}, and the target has no value:\n{indented_list(empty)}\n'
             "on_missing='init' keeps the target's values, but these leaves are only shapes."
@@ -166,7 +167,7 @@ def into(
     loaded.update(lib.load({p: x for p, x in available.items() if p in placed}, placed))
 
     def pick(keys: Any, x: Any) -> Any:
-        name = '/'.join(lib.keys_of(keys))
+        name = '/'.join(path_names(keys))
         if name not in loaded:
             return x
         if isinstance(x, str):
