@@ -36,7 +36,7 @@ SKIPS = (
 # tests in a file of its own name, in the folder of its package.
 CENTRAL = (
     'config/errors', 'compat', 'step/state', 'modules/model_view', 'config/durations',
-    'tasks/runner', 'config/text', 'config/sections', 'parallel/mesh', 'tasks/metrics',
+    'tasks/runner', 'config/sections', 'parallel/mesh', 'tasks/metrics',
     'parallel/processes', 'experiment', 'config/objects', 'parallel/host', 'tasks/task',
     'modules/rng', 'modules/shapes', 'step/health', 'config/targets', 'modules/recorder',
     'parallel/signals', 'step/context',

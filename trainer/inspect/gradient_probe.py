@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from trainer.config.columns import align_columns
 from trainer.config.errors import UserError
-from trainer.config.patterns import compile_pattern
-from trainer.config.text import align_columns
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import float_leaves
+from trainer.modules.patterns import compile_pattern
 from trainer.modules.recorder import ROOT, ModuleRecorder, output_name, output_number
 from trainer.parallel.host import fetch
 from trainer.run.setup import Run, Setup, training_batches

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from trainer import compat
-from trainer.config.text import align_columns
+from trainer.config.columns import align_columns
 from trainer.ensemble.step import member_state
 from trainer.experiment import Experiment
 from trainer.inspect.forward import Batch, Forward

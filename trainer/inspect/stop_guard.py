@@ -21,8 +21,7 @@ import numpy as np
 
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
-from trainer.config.errors import UserError
-from trainer.config.text import and_more
+from trainer.config.errors import UserError, and_more
 from trainer.ensemble.step import Ensemble
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import explain

@@ -13,8 +13,7 @@ from typing import Any
 
 import jax
 
-from trainer.config import patterns
-from trainer.modules import seen
+from trainer.modules import patterns, seen
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
