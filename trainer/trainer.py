@@ -508,6 +508,10 @@ class Trainer:
     ) -> Any:
         """Returns the task's predictions for a split of the config, or for other data.
 
+        They are what the task's method `predict` returns. For a task without one, they are the
+        output of the model: an array under 'output', the entries of a dict under their names. The
+        data then needs all fields that the task reads.
+
         Args:
             data: the name of an evaluation, whose split is predicted; or other data, as in
                 `evaluate`.
@@ -519,7 +523,8 @@ class Trainer:
             data, the predictions for all of its rows, by name.
 
         Raises:
-            UserError: if the task has no method `predict`.
+            UserError: if a task without a method `predict` calls the model not exactly once, or its
+                output has not one row for each example.
         """
         state = self._resolve_state(state, 'predict(state)')
         if isinstance(data, str):
@@ -528,5 +533,11 @@ class Trainer:
 
     def _resolve_state(self, state: TrainState | None, what: str) -> TrainState:
         """Returns the state, or that of the newest checkpoint; refuses a donated state."""
+        if not isinstance(state, (TrainState, type(None))):
+            raise UserError(
+                f'{what}: expected a training state, such as that of a result, got a '
+                f'{type(state).__name__}. The order is evaluate(state, data=arrays), and '
+                'predict(arrays, state)'
+            )
         donated.check(state, what)
         return self.restore() if state is None else state

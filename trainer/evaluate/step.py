@@ -16,6 +16,7 @@ from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.health import FINDINGS, Findings, Health
+from trainer.tasks.default_prediction import has_predict, predict_by_call
 from trainer.tasks.metrics import Count, merge_metrics
 from trainer.tasks.runner import MASK, TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
@@ -119,14 +120,21 @@ class EvalStep:
     ) -> dict[str, Any]:
         """Returns the task's predictions for a whole batch, padding included, and its mask.
 
-        Fields that stay on the host are `HostField`s among them.
+        Fields that stay on the host are `HostField`s among them. A task without a method `predict`
+        predicts the output of the model.
         """
         # The keys of `_output`: a task that samples predicts what its metrics were computed from.
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
-        seen = self.task.prepare_batch(batch, keys, passing=True)
-        with explain_host_fields(seen):
-            outputs = task.predict(self._bind(variables, keys, batch), seen)
+        is_default = not has_predict(task)
+        # Those of a model have been computed, so no field of the host is among them.
+        fields = self.task.prepare_batch(batch, keys, passing=not is_default)
+        model = self._bind(variables, keys, batch)
+        with explain_host_fields(fields):
+            if is_default:
+                outputs = predict_by_call(task, model, fields)
+            else:
+                outputs = task.predict(model, fields)
         # The caller removes the padding on the host: the number of real examples is not static.
         return {**outputs, MASK: batch[MASK]}
 

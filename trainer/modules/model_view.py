@@ -187,8 +187,8 @@ class BoundModel(abc.ABC):
         is_cast = self._precision.compute is not None
         with self._precision.model_scope() if is_cast else contextlib.nullcontext():
             output = self._apply(getters, args, kwargs)
-        if call is not None:
-            call.output = seen.describe(output)
+        if record is not None and call is not None:
+            call.end(output, keep=record.keeps_results)
         return output
 
     @abc.abstractmethod
