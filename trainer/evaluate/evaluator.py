@@ -261,13 +261,26 @@ class Evaluator:
         Raises:
             Stopped: if `should_stop` returned True.
         """
+        # In a dry run there are only some examples, and a score may need them all.
+        host = self._host_scores() if max_batches is None else None
+        try:
+            return self._run(state, host, max_batches, should_stop)
+        finally:
+            if host is not None:
+                host.discard()
+
+    def _run(
+        self,
+        state: TrainState,
+        host: HostScores | None,
+        max_batches: int | None,
+        should_stop: Callable[[], bool],
+    ) -> MetricValues:
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
         members = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
-        # In a dry run there are only some examples, and a score may need them all.
-        host = self._host_scores() if max_batches is None else None
         prediction = None if self._score is None else self.prediction(state)
         unchanged = {} if prediction is None else prediction.unchanged
         pending: tuple[Any, LoadedBatch] | None = None
