@@ -95,7 +95,12 @@ class Prediction:
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> dict[str, jax.Array]:
         """Returns the computed outputs for a whole batch, and its mask."""
-        outputs = self.step.predict(variables, step, index, batch)
+        return self.without_unchanged(self.step.predict(variables, step, index, batch), batch)
+
+    def without_unchanged(
+        self, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        """Returns the outputs that are not an unchanged field of the batch."""
         unchanged = self._find_unchanged(outputs, batch)
         return {name: x for name, x in outputs.items() if name not in unchanged}
 
