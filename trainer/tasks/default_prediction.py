@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The predictions of a task that has no method `predict`: the output of its call of the model."""
+"""Predictions without a method `predict`, and tasks that have nothing but this method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import clu.metrics
 import jax
+import jax.numpy as jnp
 
 from trainer.config.errors import UserError
 from trainer.modules import seen
@@ -27,6 +29,40 @@ _ADVICE = (
 def has_predict(task: Any) -> bool:
     """Whether a task has a method `predict`."""
     return callable(getattr(task, 'predict', None))
+
+
+class ScoredTask:
+    """A task of an evaluation with a score, made from one that has nothing but a method `predict`.
+
+    It has neither loss nor metrics.
+    """
+
+    metrics = clu.metrics.Collection.create()
+
+    def __init__(self, task: Any):
+        self._named_task = task
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_'):  # Such as `_named_task` itself while an object is copied.
+            raise AttributeError(name)
+        return getattr(self._named_task, name)
+
+    def predict(self, model: Any, batch: Any) -> Any:
+        """Returns the predictions of the task."""
+        return self._named_task.predict(model, batch)
+
+    def __call__(self, model: Any, batch: Any) -> jax.Array:
+        """Returns zeros, one for each example."""
+        # Predicted, so that the calls of the model are checked as those of other tasks are. The
+        # compiler removes them.
+        outputs = jax.tree.leaves(self.predict(model, batch))
+        arrays = [x for x in outputs if isinstance(x, jax.Array) and x.ndim]
+        if not arrays:
+            raise UserError(
+                f'the task {name_of(self)}: `predict` must return arrays with one row for each '
+                'example'
+            )
+        return jnp.zeros(len(arrays[0]))
 
 
 def predict_by_call(task: Any, model: Any, batch: Any) -> dict[str, Any]:
