@@ -122,12 +122,12 @@ def test_mistakes_in_a_score_are_found_before_training(score: Any, message: str)
 def test_a_score_needs_predictions() -> None:
     config = scored.config(score=SCORE)
     config.evals.dev.task = dict(ref='tests.evaluate.test_host_scores:loss_only')
-    with pytest.raises(UserError, match='has no method predict'):
+    with pytest.raises(UserError, match=r'config\.evals\.dev: .* does not call the model'):
         trainer(config).compile()
 
 
 def loss_only(model: Any, batch: Any) -> Any:
-    return model(batch['x'])[:, 0]
+    return batch['x'][:, 0]
 
 
 def test_a_field_with_the_name_of_a_prediction_is_refused() -> None:
@@ -189,6 +189,51 @@ def test_a_dry_run_computes_no_score(tmp_path: pathlib.Path) -> None:
     trained.compile()
     evaluator = trained.set_up().evaluators['dev']
     assert 'loss' in evaluator.run(trained.init_state(), max_batches=1)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns the inputs of each call of the model that is traced."""
+    found: list[Any] = []
+    call = scored.Net.__call__
+
+    def counted(self: Any, x: Any) -> Any:
+        found.append(x)
+        return call(self, x)
+
+    monkeypatch.setattr(scored.Net, '__call__', counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ('task', 'has_score'),
+    [
+        ('scored:Task', False),  # With a collecting metric.
+        ('scored:Task', True),
+        ('test_host_scores:no_predict', True),
+    ],
+)
+def test_the_program_of_an_evaluation_calls_the_model_once(
+    task: str, has_score: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = scored.config(**({'score': {'ref': f'{__name__}:count'}} if has_score else {}))
+    kind = 'target' if task.endswith('Task') else 'ref'
+    config.task = {kind: f'tests.evaluate.{task}'}
+    trained = trainer(config)
+    state, evaluator = trained.init_state(), trained.set_up().evaluators['dev']
+    evaluator.prepare(state)
+    calls = count_calls(monkeypatch)
+    found = evaluator.run(state)
+    assert len(calls) == 1
+    assert found.get('count', 21) == 21
+
+
+def no_predict(model: Any, batch: Any) -> Any:
+    # Not the batch itself, as after any preparation in the task.
+    return (model(2 * batch['x']) ** 2).sum(-1)
+
+
+def count(examples: dict[str, np.ndarray]) -> dict[str, int]:
+    return {'count': len(next(iter(examples.values())))}
 
 
 def test_an_ensemble_is_scored_as_one_model() -> None:

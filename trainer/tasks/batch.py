@@ -66,6 +66,10 @@ class UnsentField:
     name: str
 
 
+class MissingFieldError(UserError):
+    """A task reads a field that its batch does not have."""
+
+
 class PlainBatch(dict[str, Any]):
     """The fields of a batch by name; the error for a missing field lists the existing ones.
 
@@ -78,7 +82,7 @@ class PlainBatch(dict[str, Any]):
         # Without the fields that were not sent: these placeholders have no dtype.
         arrays = {key: x for key, x in dict.items(self) if hasattr(x, 'dtype')}
         fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in arrays.items())
-        raise UserError(
+        raise MissingFieldError(
             f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
             'Name the field in its arguments, or rename it with a transform '
             '(trainer.data.transforms:Rename).'
