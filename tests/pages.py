@@ -278,7 +278,7 @@ def run(line: str, cwd: pathlib.Path, *more: str, python: str = sys.executable) 
         args += ['--config.evals={}', '--config.model.layers=2']
     elif name == 'mnist_resnet':
         args.append('--config.evals={}')
-    elif name.startswith(('mnist', 'vae')) and 'evals={}' not in line:
+    elif name.startswith('mnist') and 'evals={}' not in line:
         args.append('--config.evals.test.data.source.limit=1000')
     devices = int(count[1]) if count else 1
     return command.run(*args, *more, cwd=cwd, devices=devices, python=python)
