@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -16,6 +17,7 @@ from tests.evaluate import scored
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
+from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import build
 from trainer.trainer import Trainer
 
@@ -174,6 +176,66 @@ def test_a_streaming_score_that_fails_is_not_called_again() -> None:
 
 def kinds(examples: Any) -> Any:
     return {'none': [], 'nested': {'text': 'a \ud800 b', 'number': 1.0}}
+
+
+ENDED: list[str] = []
+
+
+class Recording(scored.Streaming):
+    """Records how each of its objects ends."""
+
+    def __init__(self, fails: str = ''):
+        super().__init__()
+        self.fails = fails
+
+    def __call__(self, examples: Any) -> None:
+        if self.fails == 'call':
+            raise RuntimeError('call failed')
+        super().__call__(examples)
+
+    def close(self) -> dict[str, Any]:
+        ENDED.append('close')
+        if self.fails == 'close':
+            raise RuntimeError('close failed')
+        return {'batches': len(self.batches)}
+
+    def discard(self) -> None:
+        ENDED.append('discard')
+        if self.fails:
+            raise RuntimeError('nor can it be discarded')
+
+
+@pytest.mark.parametrize(
+    ('fails', 'is_stopped', 'ends'),
+    [
+        ('', False, ['close']),
+        ('', True, ['discard']),
+        ('call', False, ['discard']),
+        ('close', False, ['close']),
+    ],
+)
+def test_a_streaming_score_is_closed_or_discarded(
+    fails: str, is_stopped: bool, ends: list[str]
+) -> None:
+    score = {'target': f'{__name__}:Recording', 'fails': fails}
+    trained = trainer(scored.config(score=score))
+    evaluator, state = trained.set_up().evaluators['dev'], trained.init_state()
+    ENDED.clear()
+    error: Any = contextlib.nullcontext()
+    if is_stopped:
+        error = pytest.raises(Stopped)
+    elif fails:
+        error = pytest.raises(RuntimeError, match=f'{fails} failed')
+    batches = iter(range(10))
+    with error:
+        evaluator.run(state, should_stop=lambda: is_stopped and next(batches) == 2)
+    assert ends == ENDED
+
+
+def test_the_score_that_is_built_to_find_mistakes_is_discarded() -> None:
+    ENDED.clear()
+    trainer(scored.config(score={'target': f'{__name__}:Recording'}))
+    assert ENDED == ['discard']
 
 
 def test_texts_may_be_nested_and_lists_empty(tmp_path: pathlib.Path) -> None:

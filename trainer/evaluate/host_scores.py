@@ -13,7 +13,7 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.evaluate.host_rows import AllRows, Arrays, gather_rows
 from trainer.evaluate.prediction import Prediction
-from trainer.evaluate.score import Score, is_streaming
+from trainer.evaluate.score import Score, discard, is_streaming
 from trainer.evaluate.step import EvalStep
 from trainer.input.batch import LoadedBatch
 from trainer.modules.reuse import reuse_calls
@@ -162,6 +162,11 @@ class HostScores:
         measured.update(numbers)
         return measured
 
+    def discard(self) -> None:
+        """Ends a streaming score that has not been closed, without its values."""
+        function, self._function = self._function, None
+        discard(function)
+
     def _compute(self, measured: MetricValues) -> None:
         arrays = self._rows.join()
         for name, kind in self._collecting:
@@ -169,10 +174,9 @@ class HostScores:
             measured.add(name, compute_collected(kind, collected))
         if self._score is None:
             return
-        if is_streaming(self._function):
-            values = self._function.close()
-        else:
-            values = self._function(self._examples(arrays))
+        # From here on it has been closed, even if that fails.
+        function, self._function = self._function, None
+        values = function.close() if is_streaming(function) else function(self._examples(arrays))
         if not isinstance(values, Mapping):
             raise UserError(
                 f'the score returned {type(values).__name__}; expected a dict '
