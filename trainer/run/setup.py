@@ -138,6 +138,7 @@ def set_up(experiment: Experiment, log: Periodic, mesh: Mesh) -> Setup:
         _train_step(experiment, log, mesh),
         experiment.data.spec,
         mesh,
+        structure=experiment.data.structure,
         sharding=experiment.devices.sharding,
         fused=experiment.training.steps_per_call,
     )
