@@ -203,8 +203,8 @@ def _export(
         spec: shapes and dtypes of the fields of a batch.
         platforms: platforms to compile for.
     """
-    # Read from the jaxpr, and not from the task: a field that is read, by a transform or for a loss,
-    # may still not reach any output.
+    # Read from the jaxpr, and not from the task: a field that is read, by a transform or for a
+    # loss, may still not reach any output.
     traced = jax.make_jaxpr(predict)(*leading, dict(spec)).jaxpr
     used_vars = {id(x) for x in traced.outvars}
     for equation in reversed(traced.eqns):
