@@ -26,7 +26,7 @@ def summary(run: Run, setup: Setup, step: int) -> str:
         f'devices      {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), '
         f'mesh {mesh}',
         f'train state  {human_bytes(bytes_per_device(state))} per device',
-        f'batch size   {batch_size} ({batch_size // shards} per device)',
+        f'batch size   {_batch_size(experiment, batch_size, shards)}',
         f'training     {_length(experiment)}',
         f'workdir      {workdir}',
         _start(experiment, step),
@@ -41,6 +41,14 @@ def summary(run: Run, setup: Setup, step: int) -> str:
         members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
         lines += [f'ensemble     {ensemble.size} members', *(f'  {member}' for member in members)]
     return '\n'.join(lines)
+
+
+def _batch_size(experiment: Experiment, batch_size: int, shards: int) -> str:
+    number = experiment.data.num_shapes
+    if number is None:
+        return f'{batch_size} ({batch_size // shards} per device)'
+    shapes = 'one shape' if number == 1 else f'at most {number} shapes, each compiled once'
+    return f'{batch_size} (whole batches of {shapes})'
 
 
 def _length(experiment: Experiment) -> str:

@@ -130,6 +130,7 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
         mesh,
         sharding=experiment.devices.sharding,
         fused=experiment.training.steps_per_call,
+        num_shapes=experiment.data.num_shapes,
     )
     checks.check_programs(experiment, programs, mesh)
     params = functools.partial(eval_params, experiment, programs)
@@ -185,8 +186,9 @@ def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -
         data.block,
         calls,
         setup.mesh,
-        batch_size,
+        data.rows(batch_size),
         fields=setup.programs.fields,
+        num_shapes=data.num_shapes,
         start=start,
         depth=experiment.prefetch,
         # Closed with the prefetcher, so that no worker process outlives training.
