@@ -178,7 +178,7 @@ class Evaluator:
             shapes = fields.shapes
             # Fields that devices cannot store are placeholders while the task is traced. Afterwards
             # the fields that it has not read stay on the host too, which saves their transfer.
-            step, task = self.step, self.step.task
+            step, task = self._step_for_data(), self.step.task
             step = dataclasses.replace(step, task=task.with_host_fields(fields.host_fields()))
             with self._tracing(), record_reads() as reads, seen.explain_errors():
                 # The evaluated parameters, averaged or not, have the shapes of `params`.
@@ -200,6 +200,13 @@ class Evaluator:
                 name = name_of(self.step.task.task)
                 error.add_note(f'Its task {name} was called with the batch {batch}')
             raise
+
+    def _step_for_data(self) -> EvalStep:
+        """Returns the step, for batches of the structure that the data has."""
+        # Not in the constructor, because it reads the first batch.
+        task = self.step.task.with_structure(self.data.structure)
+        self.step = dataclasses.replace(self.step, task=task)
+        return self.step
 
     def _with_fresh_collections(self, step: EvalStep, variables: Any, shapes: Any) -> EvalStep:
         with record_reads():  # In a record of its own: initialization is not a step.
@@ -408,7 +415,8 @@ class Evaluator:
             try:
                 with self._tracing(), self._explain_training_errors(), seen.explain_errors():
                     variables = self.variables(state)
-                    self._predicts = Prediction.trace(self.step, self._all_fields, variables)
+                    step = self._step_for_data()
+                    self._predicts = Prediction.trace(step, self._all_fields, variables)
             except HostFieldError as error:
                 raise UserError(f'{self.path}: {error}') from error
         return self._predicts

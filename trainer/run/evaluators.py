@@ -93,7 +93,9 @@ class OtherData:
         spec = self._choose(evaluation, path)
         source = as_source(data, path)
         loaded = spec.data(batch_shards(self._mesh), source)
-        key, fields = (evaluation, has_score), dict(loaded.spec) if loaded.num_batches else None
+        key, fields = (evaluation, has_score), None
+        if loaded.num_batches:
+            fields = dict(loaded.spec), loaded.structure
         if key in self._kept and self._kept[key][0] == fields:
             evaluator = self._kept[key][1]
             evaluator.data = loaded

@@ -128,6 +128,7 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
         _train_step(run, mesh),
         experiment.data.spec,
         mesh,
+        structure=experiment.data.structure,
         sharding=experiment.devices.sharding,
         fused=experiment.training.steps_per_call,
         num_shapes=experiment.data.num_shapes,
