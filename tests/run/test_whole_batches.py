@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests import ragged
+from tests import command, ragged
+from tests.parallel.group import finish, start
 from trainer import Trainer, build
 from trainer.config.errors import UserError
 from trainer.trainer import Result
@@ -117,22 +118,14 @@ def test_predictions_are_of_the_examples_alone(kind: str) -> None:
         np.testing.assert_allclose(x, whole, rtol=1e-5)
 
 
-def score(examples: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """A score over the predictions and a field of the batch."""
-    assert examples['length'].shape == examples['odd'].shape == (21,)
-    return {'share': float((examples['odd'] / examples['length']).mean())}
-
-
 def test_a_score_sees_all_examples_and_fields_with_a_row_for_each() -> None:
-    config = ragged.make_config()
-    config.evals.dev.score = dict(ref=f'{__name__}:score', fields=('length',))
-    result = Trainer(build(config), mesh=mesh(8)).fit()
-    assert 0 <= result.metrics['eval/dev/share'] <= 1
+    result = Trainer(build(ragged.get_config('sentences')), mesh=mesh(8)).fit()
+    assert result.metrics['eval/dev/sum'] > 0
 
 
 def test_a_score_gets_no_field_without_a_row_for_each_example() -> None:
-    config = ragged.make_config('molecules')
-    config.evals.dev.score = dict(ref=f'{__name__}:score', fields=('graph/nodes',))
+    config = ragged.get_config('molecules')
+    config.evals.dev.score.fields = ('graph/nodes',)
     with pytest.raises(UserError, match=r"'graph/nodes' has the shape \[\d+, 3\] in a batch of 7"):
         Trainer(build(config), mesh=mesh(1)).set_up()
 
@@ -199,3 +192,22 @@ def test_the_guard_and_captures_see_each_shape() -> None:
     }
     run = trainer(train_for='20 steps', data=data(batch_size=2), **changes)
     assert run.fit().status == 'finished'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['sentences', 'molecules'])
+def test_two_processes_equal_one(kind: str, tmp_path: pathlib.Path) -> None:
+    """Batches, evaluations and scores; where a batch does not divide evenly, too."""
+    config = (f'--config=tests/ragged.py:{kind}', '--config.checkpoint.every=6steps')
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        codes, _, errors = finish(start(count, workdir, config=config, devices=4 // count))
+        assert codes == [0] * count, errors
+    one, two = tmp_path / '1', tmp_path / '2'
+    assert command.result(one)['data_digest'] == command.result(two)['data_digest']
+    mine, theirs = command.result(one)['metrics'], command.result(two)['metrics']
+    assert mine['eval/dev/examples'] == theirs['eval/dev/examples'] == 21
+    timed = ('_per_sec', '_secs')
+    for name, x in mine.items():
+        if not name.endswith(timed):
+            assert theirs[name] == pytest.approx(x, rel=1e-4), name

@@ -19,8 +19,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding
 
 from trainer import compat
-from trainer.config.errors import UserError
-from trainer.config.objects import error_location
+from trainer.config.errors import UserError, error_location
 from trainer.input.fields import MASK, Fields
 from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.input.structure import Structure

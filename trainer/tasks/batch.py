@@ -87,10 +87,17 @@ def _select(node: Any, path: str) -> Any:
     return _select(value, rest) if rest else value
 
 
-def _describe(value: Any) -> str:
-    if isinstance(value, dict):  # Without reading its fields.
-        return '{' + ', '.join(f'{key}: {_describe(x)}' for key, x in dict.items(value)) + '}'
-    return seen.describe(value)
+def _list_fields(batch: dict[str, Any]) -> str:
+    """Returns the fields that are on the devices, with dtype and shape, without reading them."""
+    return ', '.join(
+        f'{key}: {f"{{{_list_fields(x)}}}" if isinstance(x, dict) else seen.describe(x)}'
+        for key, x in dict.items(batch)
+        if not isinstance(x, UnsentField)
+    )
+
+
+class MissingFieldError(UserError):
+    """A task reads a field that its batch does not have."""
 
 
 class PlainBatch(dict[str, Any]):
@@ -109,14 +116,9 @@ class PlainBatch(dict[str, Any]):
         if rest and first in self:
             with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
                 return _select(self[first], rest)
-        fields = ', '.join(
-            f'{key}: {_describe(x)}'
-            for key, x in dict.items(self)
-            if not isinstance(x, UnsentField)
-        )
-        raise UserError(
+        raise MissingFieldError(
             f'{self._reader} asks for batch[{join_path(self._path, name)!r}], and '
-            f'{f"batch[{self._path!r}]" if self._path else "a batch"} holds {fields}.\n'
+            f'{f"batch[{self._path!r}]" if self._path else "a batch"} holds {_list_fields(self)}.\n'
             'Name the field in its arguments, or rename it with a transform '
             '(trainer.data.transforms:Rename).'
         )
