@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests import command, ragged
+from tests.marks import slow_after
 from tests.parallel.group import finish, start
 from trainer import Trainer, build
 from trainer.config.errors import UserError
@@ -66,8 +67,13 @@ def test_more_shapes_than_announced_are_an_error() -> None:
         run.fit()
 
 
-@pytest.mark.parametrize('kind', ['sentences', pytest.param('molecules', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('batch_size', [6, 7, 8])
+@pytest.mark.parametrize(
+    ('kind', 'batch_size'),
+    slow_after(
+        1,
+        [('molecules', 6), ('molecules', 7), ('sentences', 6), ('sentences', 8)],
+    ),
+)
 def test_the_same_numbers_on_any_number_of_devices(kind: str, batch_size: int) -> None:
     """Also where arrays do not divide evenly, and are replicated."""
     changes: dict[str, Any] = {'data': data(kind, batch_size=batch_size)}
@@ -76,7 +82,7 @@ def test_the_same_numbers_on_any_number_of_devices(kind: str, batch_size: int) -
     assert one.metrics['eval/dev/examples'] == 21
 
 
-@pytest.mark.parametrize('kind', ['sentences', 'molecules'])
+@pytest.mark.parametrize('kind', slow_after(1, ['molecules', 'sentences']))
 def test_an_evaluation_counts_each_example_once(kind: str) -> None:
     """On eight devices with padding as one example at a time."""
     many = trainer(kind, devices=8)
@@ -89,7 +95,7 @@ def test_an_evaluation_counts_each_example_once(kind: str) -> None:
     assert dict(whole) == pytest.approx(dict(alone), rel=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['sentences', 'molecules'])
+@pytest.mark.parametrize('kind', slow_after(1, ['molecules', 'sentences']))
 def test_a_resumed_run_is_exact(kind: str, tmp_path: pathlib.Path) -> None:
     whole = trainer(kind, tmp_path / 'whole').fit()
     for _ in range(2):
@@ -104,7 +110,7 @@ def digests(workdir: pathlib.Path) -> tuple[str, str]:
     return result['data_digest'], result['digest']
 
 
-@pytest.mark.parametrize('kind', ['sentences', 'molecules'])
+@pytest.mark.parametrize('kind', slow_after(1, ['sentences', 'molecules']))
 def test_predictions_are_of_the_examples_alone(kind: str) -> None:
     run = trainer(kind, devices=8)
     state = run.init_state()
@@ -118,6 +124,7 @@ def test_predictions_are_of_the_examples_alone(kind: str) -> None:
         np.testing.assert_allclose(x, whole, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_score_sees_all_examples_and_fields_with_a_row_for_each() -> None:
     result = Trainer(build(ragged.get_config('sentences')), mesh=mesh(8)).fit()
     assert result.metrics['eval/dev/sum'] > 0
@@ -133,6 +140,10 @@ def test_a_score_gets_no_field_without_a_row_for_each_example() -> None:
 def test_fused_steps_need_one_shape() -> None:
     with pytest.raises(UserError, match=r'config.steps_per_call=3: .* may have 3'):
         trainer(steps_per_call=3).fit()
+
+
+@pytest.mark.slow
+def test_fused_steps_of_one_shape() -> None:
     one = data(source=ONE_LENGTH)
     fused, single = (trainer(data=one, steps_per_call=n).fit() for n in (3, 1))
     assert numbers(fused) == pytest.approx(numbers(single), rel=1e-5)
@@ -147,6 +158,10 @@ def test_micro_batches_need_an_entry_for_each_example() -> None:
         UserError, match=r'accumulate=4: .* 4 micro-batches on 1 device: 6 examples'
     ):
         trainer(accumulate=4).fit()
+
+
+@pytest.mark.slow
+def test_micro_batches_of_sequences() -> None:
     parts, whole = (trainer(accumulate=n).fit() for n in (2, 1))
     assert numbers(parts) == pytest.approx(numbers(whole), rel=1e-4)
 
@@ -163,6 +178,7 @@ def centred(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**batch, 'tokens': batch['tokens'] * 1}
 
 
+@pytest.mark.slow
 def test_device_transforms_run_for_each_shape() -> None:
     """Fields that the task does not read have the shape of their batch there, too."""
     with_transform = data(device_transforms=(dict(ref=f'{__name__}:centred'),))
@@ -184,6 +200,7 @@ def test_a_value_out_of_range_names_the_field() -> None:
         Trainer(build(config), mesh=mesh(1)).fit()
 
 
+@pytest.mark.slow
 def test_the_guard_and_captures_see_each_shape() -> None:
     changes: dict[str, Any] = {
         'guard': dict(non_finite='warn'),
