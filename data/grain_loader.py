@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from . import nested
 from .compat import worker_death_cause
 from .loader import Block, TrainLoader
+from .nested import Tree
 from .order import PADDING, Marks
 from .record_errors import describe
-from .sources import Arrays, ArraySpec, Source
+from .sources import Source
 from .workers import WorkerError, prefetch_in_workers, to_portable
 
 
@@ -40,7 +42,7 @@ class GrainLoader:
         *,
         source: Source,
         batch_size: int,
-        transforms: Sequence[Callable[..., Arrays]] = (),
+        transforms: Sequence[Callable[..., Tree]] = (),
         seed: int = 0,
         shuffle: bool = True,
         remainder: str = 'carry',
@@ -104,7 +106,7 @@ class GrainLoader:
         return self._loader.marks
 
     @property
-    def first(self) -> Arrays:
+    def first(self) -> Tree:
         """The first example of the source, as in epoch 0, each field as (1, ...)."""
         return self._loader.first
 
@@ -116,7 +118,7 @@ class GrainLoader:
         return loader
 
     @property
-    def spec(self) -> dict[str, ArraySpec]:
+    def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
         return self._loader.spec
 
@@ -227,7 +229,7 @@ class _Tasks:
             if not self.in_worker:
                 raise
             raise to_portable(error) from None
-        return {'arrays': {k: x[0] for k, x in block.arrays.items()}, 'ids': block.ids[0]}
+        return {'arrays': nested.map_arrays(lambda x: x[0], block.arrays), 'ids': block.ids[0]}
 
 
 class _Stream:
@@ -257,10 +259,9 @@ class _Stream:
             self.num_taken += 1
         shape = (count, len(self.tasks.rows))
 
-        def join(pieces: list[np.ndarray]) -> np.ndarray:
+        def join(*pieces: np.ndarray) -> np.ndarray:
             whole = np.concatenate(pieces)
             return whole.reshape(*shape, *whole.shape[1:])
 
-        names = parts[0]['arrays']
-        arrays = {name: join([part['arrays'][name] for part in parts]) for name in names}
-        return Block(arrays, join([part['ids'] for part in parts]))
+        arrays = nested.map_arrays(join, *[part['arrays'] for part in parts])
+        return Block(arrays, join(*[part['ids'] for part in parts]))

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from . import nested
 from . import transforms as transforms_lib
 from .foreign import as_transforms
+from .nested import Tree
 from .order import PADDING, Marks, Order, replay_batch_sizes
 from .record_errors import blame
-from .sources import Arrays, ArraySpec, Source, check_rows, check_source
+from .sources import ArraySpec, Source, check_rows, check_source
 
 # Name of the mask in batches that may be padded: bool, (batch,), False for padding.
 MASK = '_mask'
@@ -26,12 +28,12 @@ class Block:
     """The batches of consecutive steps.
 
     Attributes:
-        arrays: each field as (steps, rows, ...).
+        arrays: each field as (steps, rows, ...); a dict, or another tree (`data.nested`).
         ids: int64 (steps, rows), the example in each row; -1 is padding.
         states: for a stream, its state after each batch, as JSON values; None for other loaders.
     """
 
-    arrays: Arrays
+    arrays: Tree
     ids: np.ndarray
     states: list[Any] | None = None
 
@@ -56,7 +58,7 @@ class TrainLoader:
         *,
         source: Source,
         batch_size: int,
-        transforms: Sequence[Callable[..., Arrays]] = (),
+        transforms: Sequence[Callable[..., Tree]] = (),
         seed: int = 0,
         shuffle: bool = True,
         remainder: str = 'carry',
@@ -106,7 +108,7 @@ class TrainLoader:
         return len(self._source)
 
     @property
-    def spec(self) -> dict[str, ArraySpec]:
+    def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
         # The first batch that exists: an order does not support steps before its last change of the
         # batch size.
@@ -114,11 +116,11 @@ class TrainLoader:
         return _spec(block, self.batch_size)
 
     @property
-    def first(self) -> Arrays:
+    def first(self) -> Tree:
         """The first example of the source, as in epoch 0, each field as (1, ...)."""
         first = np.zeros((1, 1), np.int64)
         arrays = _read(self._source, self._transforms, self._seed, first, first, first[0])
-        return {name: x[0] for name, x in arrays.items()}
+        return nested.map_arrays(lambda x: x[0], arrays)
 
     def after(self, batch_sizes: Sequence[tuple[int, int]]) -> TrainLoader:
         """Returns the loader of a run whose batch size has changed.
@@ -184,7 +186,7 @@ class EvalLoader:
         *,
         source: Source,
         batch_size: int,
-        transforms: Sequence[Callable[..., Arrays]] = (),
+        transforms: Sequence[Callable[..., Tree]] = (),
         padded_to: int | None = None,
     ):
         """Creates the loader.
@@ -210,7 +212,7 @@ class EvalLoader:
         self._transforms = as_transforms(transforms)
 
     @property
-    def spec(self) -> dict[str, ArraySpec]:
+    def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a batch."""
         return _spec(self.block(0, 1), self.rows)
 
@@ -241,7 +243,7 @@ def _read(
     ids: np.ndarray,
     epochs: np.ndarray,
     filler: np.ndarray,
-) -> Arrays:
+) -> Tree:
     """Reads and transforms all rows with one gather; fills the rows of padding.
 
     Args:
@@ -255,7 +257,7 @@ def _read(
     real = ids != PADDING
     if real.all():
         batch = _gather_and_transform(source, transforms, seed, ids.ravel(), epochs.ravel())
-        return {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in batch.items()}
+        return nested.map_arrays(lambda x: x.reshape(*ids.shape, *x.shape[1:]), batch)
     # One gather for everything: the real rows, and at its end one filler for each step with
     # padding.
     padded = np.flatnonzero(~real.all(axis=1))
@@ -263,19 +265,22 @@ def _read(
     wanted_epochs = np.concatenate([epochs[real], epochs[padded, 0]])
     # The filler is read once per padded step, and repeated for each of its rows of padding.
     repeats = (~real).sum(axis=1)[padded]
-    arrays = {}
-    for name, x in _gather_and_transform(source, transforms, seed, wanted, wanted_epochs).items():
+
+    def pad(x: np.ndarray) -> np.ndarray:
         rows, fill = x[: -len(padded)], x[-len(padded) :]
-        arrays[name] = np.empty((*ids.shape, *x.shape[1:]), x.dtype)
-        arrays[name][real] = rows
-        arrays[name][~real] = np.repeat(fill, repeats, axis=0)
-    return arrays
+        whole = np.empty((*ids.shape, *x.shape[1:]), x.dtype)
+        whole[real] = rows
+        whole[~real] = np.repeat(fill, repeats, axis=0)
+        return whole
+
+    batch = _gather_and_transform(source, transforms, seed, wanted, wanted_epochs)
+    return nested.map_arrays(pad, batch)
 
 
 def _gather_and_transform(
     source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
-) -> Arrays:
-    def read(rows: slice) -> Arrays:
+) -> Tree:
+    def read(rows: slice) -> Tree:
         selected = ids[rows]
         arrays = source.gather(selected)
         # Each time, not just once: a wrong number of rows would silently pair fields of different
@@ -293,7 +298,10 @@ def _gather_and_transform(
         raise
 
 
-def _with_mask(arrays: Arrays, ids: np.ndarray) -> Arrays:
+def _with_mask(arrays: Tree, ids: np.ndarray) -> Tree:
+    # A tuple has no place for it: there the mask follows from the ids.
+    if not isinstance(arrays, dict):
+        return arrays
     if MASK in arrays:
         raise ValueError(
             f'field name {MASK!r} is reserved for the mask of padded rows; rename the field '
@@ -302,5 +310,5 @@ def _with_mask(arrays: Arrays, ids: np.ndarray) -> Arrays:
     return {**arrays, MASK: ids != PADDING}
 
 
-def _spec(block: Block, rows: int) -> dict[str, ArraySpec]:
-    return {name: ArraySpec((rows, *x.shape[2:]), x.dtype) for name, x in block.arrays.items()}
+def _spec(block: Block, rows: int) -> Tree:
+    return nested.map_arrays(lambda x: ArraySpec((rows, *x.shape[2:]), x.dtype), block.arrays)

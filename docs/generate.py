@@ -8,18 +8,17 @@ import pathlib
 import re
 import sys
 import textwrap
-import typing
 from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainer import main  # noqa: E402
 from trainer.checkpoint.errors import CheckpointError, SaveError  # noqa: E402
 from trainer.config import identity, schema, sections, sentences, show  # noqa: E402
 from trainer.config.durations import Duration  # noqa: E402
 from trainer.config.errors import UserError  # noqa: E402
+from trainer.modes import flags as cli  # noqa: E402
 from trainer.parallel import handshake, signals  # noqa: E402
 
 _CONFIG = """\
@@ -27,8 +26,8 @@ _CONFIG = """\
 
 # Config keys
 
-All keys of a config, with their types and defaults. `--helpconfig` prints the same for one config,
-with the values that it sets:
+All keys of a config, with their types and defaults. `python -m trainer.main --helpconfig` prints
+the same list; with `--config`, it prints the keys of one config, with the values that it sets:
 
 ```bash
 python -m trainer.main --config=configs/mnist.py --helpconfig
@@ -132,21 +131,11 @@ def _sections() -> Iterator[tuple[str, type]]:
     def below(path: str, section: type) -> Iterator[tuple[str, type]]:
         yield path, section
         for name, hint in schema.fields(section).items():
-            inner = _section_below(f'{path}.{name}'.lstrip('.'), hint)
+            inner = schema.section_below(f'{path}.{name}'.lstrip('.'), hint)
             if inner is not None:
                 yield from below(*inner)
 
     return below('', sections.Sections)
-
-
-def _section_below(path: str, hint: Any) -> tuple[str, type] | None:
-    """Returns (key path, class) of the section that a key holds, or several of them by name."""
-    hint = schema.without_none(hint)
-    if typing.get_origin(hint) is dict and hint != sections.Node:
-        path, hint = f'{path}.<name>', typing.get_args(hint)[1]
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint is not Duration:
-        return path, hint
-    return None
 
 
 def _anchor(path: str) -> str:
@@ -168,7 +157,7 @@ def _key(path: str, section: type, field: dataclasses.Field[Any]) -> list[str]:
         facts.append('may change on resume')
     label = f'{{ #{_anchor(path)} data-toc-label="{field.name}" }}'
     sentence = sentences.key_sentences(section)[field.name]
-    if inner := _section_below(path, schema.fields(section)[field.name]):
+    if inner := schema.section_below(path, schema.fields(section)[field.name]):
         facts[0] = f'[{facts[0]}](#{_anchor(f"config.{inner[0]}")})'
     return [f'### `{path}` {label}', '', _wrapped(sentence), '', f'Type: {", ".join(facts)}.', '']
 
@@ -176,8 +165,8 @@ def _key(path: str, section: type, field: dataclasses.Field[Any]) -> list[str]:
 def cli_page() -> str:
     """Returns docs/reference/cli.md."""
     flags = []
-    for name in main.FLAGS:
-        flag = main.FLAGS[name]
+    for name in cli.FLAGS:
+        flag = cli.FLAGS[name]
         if flag.default is None or flag.default == []:
             default = 'No default.'
         else:
@@ -191,7 +180,7 @@ def cli_page() -> str:
             more = f' One of {", ".join(f"`{value}`" for value in values)}.' if values else ''
         sentence = help_text.split('\n')[0].rstrip(':.') + '.'
         flags += [f'### `--{name}`', '', _wrapped(f'{sentence}{more}'), '', default, '']
-    modes = [f'| `{name}` | {text} |' for name, text in main.MODES.items()]
+    modes = [f'| `{name}` | {text} |' for name, text in cli.MODES.items()]
     codes = [f'| {code} | {meaning} | {advice} |' for code, meaning, advice in _exit_codes()]
     variables = [f'| `{name}` | {text} |' for name, text in _VARIABLES.items()]
     return _CLI.format(

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs the tests: launch/test.sh [--all] [pytest arguments]
+# Runs the tests: launch/test.sh [--all | --learn] [pytest arguments]
 # --all adds lint, types, the documentation site, slow tests, a short run with the newest other Python of this
 # machine, and the tests against PyTorch and on real weights, if these are available. Without pytest arguments,
 # the main tests run with all compiler optimizations.
+# --learn runs only the tests that train for minutes, with all compiler optimizations.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_venv "$root/.venv"
@@ -22,8 +23,12 @@ optimized=(
 # All tests of a file run in one process, because they share fixtures that train.
 pytest=(python -m pytest -n 2 --dist loadfile --no-loadscope-reorder)
 
+if [[ "${1:-}" == --learn ]]; then
+    shift
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 exec "${pytest[@]}" -m learn "$@"
+fi
 if [[ "${1:-}" != --all ]]; then
-    exec "${pytest[@]}" -m 'not slow and not soak' "$@"
+    exec "${pytest[@]}" -m 'not slow and not learn and not soak' "$@"
 fi
 shift
 ruff check .
@@ -33,7 +38,7 @@ NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 bash tests/smoke.sh
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash tests/weights.sh || [[ $? == 3 ]]  # 3: not available here; the script has printed why.
 if [[ $# == 0 ]]; then
-    JAX_DISABLE_MOST_OPTIMIZATIONS=0 "${pytest[@]}" -m 'not soak' --budgets=check "${optimized[@]}"
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 "${pytest[@]}" -m 'not learn and not soak' --budgets=check "${optimized[@]}"
     set -- --budgets=check "${optimized[@]/#/--ignore=}"
 fi
-exec "${pytest[@]}" -m 'not soak' "$@"
+exec "${pytest[@]}" -m 'not learn and not soak' "$@"

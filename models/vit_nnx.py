@@ -167,14 +167,9 @@ class ViT(nnx.Module):
         self.positions = nnx.Param(table * width**-0.5) if positions == 'learned' else None
         self.token = nnx.Param(jnp.zeros((width,), param_dtype)) if pool == 'token' else None
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        mlp_width = mlp_width or 4 * width
+        sizes = (width, heads, mlp_width or 4 * width, dropout_rate)
         # `nnx.List`, because NNX does not look for modules in a Python list.
-        self.blocks = nnx.List(
-            [
-                Block(width, heads, mlp_width, dropout_rate, rngs=rngs, **dtypes)
-                for _ in range(layers)
-            ]
-        )
+        self.blocks = nnx.List([Block(*sizes, rngs=rngs, **dtypes) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs, **dtypes)
         # All classes are equally probable at first, so that no gradient of the head is large.
         zeros = nnx.initializers.zeros

@@ -55,12 +55,19 @@ def start(
     devices: int = 1,
     group: bool = False,
     python: str = sys.executable,
+    site: pathlib.Path | None = None,
 ) -> subprocess.Popen[str]:
-    """Starts `python -m trainer.main` on virtual devices, optionally in its own process group."""
+    """Starts `python -m trainer.main` on virtual devices, optionally in its own process group.
+
+    Python first imports the sitecustomize.py of the directory `site`, if it is given.
+    """
+    variables = environment(python, devices)
+    if site is not None:
+        variables['PYTHONPATH'] = os.pathsep.join([str(site), variables['PYTHONPATH']])
     return subprocess.Popen(
         [python, '-m', 'trainer.main', *args],
         cwd=cwd,
-        env=environment(python, devices),
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,9 +9,9 @@ import re
 import pytest
 
 from tests import pages
-from trainer import main
 from trainer.config import schema
 from trainer.config.sections import Node, Sections
+from trainer.modes import flags
 
 _HERE = [row[1] for other in ('Lightning', 'Keras') for row in pages.table(other, 'here')]
 CODE = sorted({code for cell in _HERE for code in re.findall(r'`([^`]+)`', cell)})
@@ -61,4 +61,4 @@ def test_each_name_is_there(code: str) -> None:
 def test_each_mode_is_there() -> None:
     modes = {match[1] for code in CODE if (match := re.match(r'--mode=(\w+)', code))}
     assert len(modes) > 3
-    assert modes <= set(main.MODES)
+    assert modes <= set(flags.MODES)

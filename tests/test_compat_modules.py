@@ -97,6 +97,26 @@ def test_name_stack() -> None:
     assert 'transpose(jvp(model))' in stacks
 
 
+def test_current_trace() -> None:
+    outer, inner = [], []
+
+    def note(x: Any) -> Any:
+        inner.append(compat.current_trace())
+        return x
+
+    def run(x: Any) -> Any:
+        outer.extend([compat.current_trace(), compat.current_trace()])
+        jax.vmap(note)(x)
+        jax.grad(lambda x: note(x).sum())(x)
+        jax.jit(note)(x)
+        return x
+
+    jax.eval_shape(run, X)
+    assert outer[0] == outer[1]
+    assert len(inner) == 3
+    assert outer[0] not in inner
+
+
 def test_is_axis_bound() -> None:
     """A name is bound only inside the transformation that binds it."""
     assert not compat.is_axis_bound('rows')

@@ -68,9 +68,14 @@ FORBIDDEN = {
 # What one file is for.
 EXCEPTIONS = {('data/tf_data.py', 'tensorflow')}
 
-# Below builders/, of config/ only what knows no section of a config.
+# The modules of config/ that know a section of a config; no room below builders/ reaches them, not
+# even through another module of config/.
 SECTIONS = ('sections', 'schema', 'targets', 'paths', 'overrides', 'loading')
 BELOW_BUILD = [room for layer in LAYERS[10:-2] for room in layer]
+
+# All that the computation imports from config/.
+FROM_CONFIG = {'trainer.config.durations', 'trainer.config.errors'}
+COMPUTATION = ('step', 'evaluate')
 
 
 def module_of(path: pathlib.Path, root: pathlib.Path = ROOT) -> str:
@@ -150,6 +155,17 @@ def cycles(edges: dict[str, set[str]]) -> dict[str, set[str]]:
     return left
 
 
+def reach(edges: dict[str, set[str]], name: str, *, room: str) -> set[str]:
+    """Returns the modules of a room that a module imports, directly or through others of it."""
+    found: set[str] = set()
+    left = [name]
+    while left:
+        new = {target for target in edges[left.pop()] if room_of(target) == room} - found
+        found |= new
+        left += new
+    return found
+
+
 def test_imports_go_down() -> None:
     found = upwards(graph())
     assert not found, found
@@ -221,10 +237,20 @@ def test_the_check_finds_cycles_through_a_package(tmp_path: pathlib.Path) -> Non
 
 
 def test_rooms_below_the_builders_do_not_read_the_config() -> None:
-    known = {f'trainer.config.{name}' for name in SECTIONS}
-    for name, targets in graph().items():
+    edges = graph()
+    sections = {f'trainer.config.{name}' for name in SECTIONS}
+    for name in edges:
         if room_of(name) in BELOW_BUILD:
-            assert not targets & known, (name, targets & known)
+            found = reach(edges, name, room='config') & sections
+            assert not found, (name, found)
+
+
+def test_the_computation_imports_only_durations_and_errors_from_config() -> None:
+    allowed = {'trainer.config', *FROM_CONFIG}
+    for name, targets in graph().items():
+        if room_of(name) in COMPUTATION:
+            found = {target for target in targets if room_of(target) == 'config'} - allowed
+            assert not found, (name, found)
 
 
 @pytest.mark.parametrize('place', FORBIDDEN)

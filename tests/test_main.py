@@ -37,7 +37,7 @@ CNN = f'--config={command.ROOT}/configs/mnist.py'
         ),
         (('--config=configs/mnst.py',), 'Did you mean configs/mnist.py?'),
         ((CNN, 'stray'), "'stray' is not a flag"),
-        ((CNN, '--wrkdir=x'), 'workdir'),
+        ((CNN, '--wrkdir=x'), 'Unknown flag --wrkdir. Did you mean --workdir?'),
         (
             (CNN, '--mode=eval', '--workdir=nowhere'),
             'no run in nowhere: the directory does not exist',
@@ -200,7 +200,7 @@ def test_broken_config_file(
         ((CNN, '--config.hooks.x=mine:hook'), '--config.hooks.x=\'{"target": "mine:hook"}\' to'),
         ((CNN, '--config.evals={1: 2}', '--mode=config'), 'expected names as the keys of a dict'),
         ((CNN, '--config.guard={"nosuch": 1}', '--mode=config'), 'config.guard has: non_finite'),
-        ((CNN, '--mode=trian'), 'train|eval|predict'),
+        ((CNN, '--mode=trian'), "got 'trian'. Did you mean --mode=train?"),
     ],
 )
 def test_mistakes_before_training(
@@ -262,7 +262,10 @@ def test_mistakes_before_training(
         ((CNN, '--config.optimizer.learning_rate=fast'), "expected float, got 'fast'"),
         ((CNN, '--config.precision.compute=float8'), "'float8' is none of"),
         ((CNN, '--config.data.device_transforms[5].key=x'), 'there is 1 element;'),
-        ((CNN, '--step=5'), '--step requires --mode=eval or --mode=predict or --mode=export or'),
+        (
+            (CNN, '--step=5'),
+            '--step requires --mode=eval, predict, export or grad_probe; --mode=summary',
+        ),
         ((CNN, '--match=Conv.*'), '--match requires --mode=grad_probe; --mode=summary does not'),
         ((CNN, '--devices=3'), '--devices requires --mode=plan'),
         (('--config=configs',), "'configs' is a directory"),

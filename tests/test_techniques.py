@@ -13,8 +13,8 @@ from flax import nnx
 
 from tests import pages
 from tests.command import ROOT
-from trainer import main
 from trainer.config import schema
+from trainer.modes import flags
 
 ROWS = pages.table('guide', 'here', 'tests')
 TESTS = sorted({name for *_, tests in ROWS for name in re.findall(r'`([^`]+)`', tests)})
@@ -41,7 +41,7 @@ def test_each_key_and_function_exists(name: str) -> None:
     if name.startswith('configs/'):
         assert (ROOT / name).is_file()
     elif name.startswith('--mode='):
-        assert name.removeprefix('--mode=') in main.MODES
+        assert name.removeprefix('--mode=') in flags.MODES
     elif re.fullmatch(r'[\w.]+:\w+', name):
         module, attribute = name.split(':')
         assert hasattr(importlib.import_module(module), attribute)
@@ -73,8 +73,8 @@ def test_every_row_has_its_tests() -> None:
 
 def test_every_mode_is_in_the_table_of_modes() -> None:
     listed = [mode.strip('`') for mode, *_ in pages.table('--mode=')]
-    assert set(listed) == set(main.MODES)
-    assert len(listed) % len(main.MODES) == 0
+    assert set(listed) == set(flags.MODES)
+    assert len(listed) % len(flags.MODES) == 0
 
 
 # The titles of the pages of the documents, as they stand there and in their order. Without pages

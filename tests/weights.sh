@@ -25,5 +25,5 @@ fi
 # Behind the environment's own packages, of which some are there too.
 site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 export PYTHONPATH="$site:$root/.weights"
-exec .venv/bin/python -m pytest -m 'not soak' tests/weights/test_{bert,from_torch,init_from,torch_recurrent}.py \
+exec .venv/bin/python -m pytest -m 'not learn and not soak' tests/weights/test_{bert,from_torch,init_from,torch_recurrent}.py \
     tests/models/test_resnet.py "$@"

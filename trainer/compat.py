@@ -481,6 +481,20 @@ def is_axis_bound(name: Any) -> bool:
     return True
 
 
+def current_trace() -> Any:
+    """Returns a value that is equal for two calls iff they are in the same trace of JAX.
+
+    Checked with: jax 0.10.2 and 0.12.0.
+    Why: a value of an inner trace, as of `jax.grad`, cannot be used outside of it, and there is no
+    public way to tell; JAX only raises an error when it is used. Flax uses this for the same.
+    Without it: default predictions of a task that calls its model within a transformation fail
+    with JAX's own error.
+    """
+    from flax.core import tracers
+
+    return tracers.current_trace()
+
+
 # ---- flax.linen ----------------------------------------------------------------------------------
 
 

@@ -23,121 +23,16 @@ import threading
 import time
 from collections.abc import Sequence
 
-from absl import flags
-
 from trainer.checkpoint.errors import SaveError
-from trainer.config import identity, loading, overrides, places, schema, show, synonyms, traces
-from trainer.config.errors import UserError, full_text, short_repr, shorten
-from trainer.config.sections import Sections
-from trainer.modes.plan.devices import KINDS as DEVICE_KINDS
+from trainer.config import identity, loading, overrides, places, schema, show, traces
+from trainer.config.errors import UserError, full_text
+from trainer.modes import flags
+from trainer.modes.flags import FLAGS
 from trainer.observe import logfile
 from trainer.parallel import signals
 
-MODES = {
-    'train': 'train, or resume the run in the work directory',
-    'eval': 'evaluate a checkpoint and print its metrics',
-    'predict': 'write the predictions of a checkpoint',
-    'dry_run': 'run one step, one evaluation batch and one save; keep nothing',
-    'summary': 'print the parameters and modules of the model',
-    'plan': 'estimate memory, FLOPs and traffic of a step on any number of devices',
-    'grad_probe': 'write gradients of the loss with respect to intermediate values',
-    'export': 'write a checkpoint as a function that runs without this package',
-    'config': 'print the resolved config and the origin of each value',
-}
-PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
-
-# Not absl's global flags: importing a library that defines flags of its own would add them to
-# --help, or clash.
-FLAGS = flags.FlagValues()
-flags.DEFINE_string(
-    'workdir',
-    None,
-    'Directory of the run; by default runs/NAME, named after the config and its overrides.',
-    flag_values=FLAGS,
-)
-flags.DEFINE_enum(
-    'mode',
-    'train',
-    list(MODES),
-    'What to do:\n' + '\n'.join(f'{n}: {text}' for n, text in MODES.items()),
-    flag_values=FLAGS,
-)
-flags.DEFINE_string(
-    'step',
-    'latest',
-    "--mode=eval, predict, export, grad_probe: checkpoint to read: a step, 'latest' or 'best'.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_bool(
-    'allow_config_change',
-    False,
-    'Resume even though the config has changed.',
-    flag_values=FLAGS,
-)
-flags.DEFINE_string(
-    'coordinator',
-    None,
-    "Address of process 0, 'host:port'. Detected on TPUs and under Slurm and Open MPI.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer('num_processes', None, 'Number of processes.', flag_values=FLAGS)
-flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.', flag_values=FLAGS)
-flags.DEFINE_integer(
-    'init_timeout',
-    300,
-    'Seconds to wait for the other processes at startup.',
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer(
-    'heartbeat_timeout',
-    100,
-    'Seconds without a heartbeat after which a process is considered dead.',
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer(
-    'devices',
-    None,
-    '--mode=plan: number of devices to plan for; they are virtual, and nothing runs.',
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-flags.DEFINE_enum(
-    'device_kind',
-    None,
-    DEVICE_KINDS,
-    '--mode=plan: accelerator to check memory and speed against.',
-    flag_values=FLAGS,
-)
-flags.DEFINE_list(
-    'platforms',
-    ['cpu', 'cuda', 'tpu'],
-    '--mode=export: platforms to compile the function for.',
-    flag_values=FLAGS,
-)
-flags.DEFINE_multi_string(
-    'match',
-    [],
-    '--mode=grad_probe: regular expression for whole module paths (repeatable)',
-    flag_values=FLAGS,
-)
-flags.DEFINE_bool('helpconfig', False, 'List all config keys and exit.', flag_values=FLAGS)
-flags.DEFINE_bool(
-    'help', False, 'Show this help, with --config also all config keys.', flag_values=FLAGS
-)
-
-
 # How long a process whose save has failed waits for its other threads.
 _GRACE_SECS = 5.0
-
-# Flags that apply to some modes only.
-_ONLY_WITH = {
-    'step': ('eval', 'predict', 'export', 'grad_probe'),
-    'allow_config_change': ('train',),
-    'devices': ('plan',),
-    'device_kind': ('plan',),
-    'platforms': ('export',),
-    'match': ('grad_probe',),
-}
 
 
 def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
@@ -164,12 +59,12 @@ def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
 def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     # absl would reject --config.KEY=VALUE, whose flags are not known in advance.
     spec, assignments, rest = overrides.parse_argv(list(argv[1:]))
-    _parse_flags([argv[0], *rest])
+    flags.parse([argv[0], *rest], has_config=spec is not None)
     if FLAGS.mode != 'train':
         signals.uninstall()
-    # Without a config there are no keys to list.
-    if spec is None and FLAGS.help:
-        print(_usage())
+    if spec is None and (FLAGS.help or FLAGS.helpconfig):
+        parts = [_usage()] if FLAGS.help else []
+        print('\n'.join([*parts, show.format_all_keys()] if FLAGS.helpconfig else parts))
         return 0
     if spec is None:
         raise UserError('--config is missing; add a config file, as in --config=configs/mnist.py')
@@ -256,38 +151,6 @@ def _is_reader_gone() -> bool:
         os.close(devnull)
         return True
     return False
-
-
-def _parse_flags(argv: Sequence[str]) -> None:
-    for name in FLAGS:
-        FLAGS[name].unparse()  # Forget the flags of an earlier call of `main`.
-    try:
-        positional = FLAGS(list(argv))[1:]
-    except flags.UnrecognizedFlagError as error:
-        hint = synonyms.hint(error.flagname, {}, lambda *_: True) or ''
-        # The hint is written for keys in a file; here it is about a flag.
-        hint = hint.replace('mean config.', 'mean --config.')
-        if error.flagname.partition('.')[0] in schema.fields(Sections):
-            hint = f'Config keys need the prefix: --config.{error.flagname}=VALUE.'
-        raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
-    except flags.Error as error:
-        raise UserError(f'{shorten(str(error), 400)}. See --help.') from error
-    # An empty shell variable gives '', and a forgotten value makes absl take the next flag for it.
-    if FLAGS.workdir == '' or (FLAGS.workdir or '').startswith('-'):
-        raise UserError(f'--workdir needs a value, got {FLAGS.workdir!r}')
-    for name, modes in _ONLY_WITH.items():
-        if FLAGS[name].present and FLAGS.mode not in modes:
-            which = ' or '.join(f'--mode={mode}' for mode in modes)
-            raise UserError(f'--{name} requires {which}; --mode={FLAGS.mode} does not use it')
-    unknown = [name for name in FLAGS.platforms if name not in PLATFORMS]
-    if unknown or not FLAGS.platforms:
-        given = repr(unknown[0]) if unknown else 'nothing'
-        raise UserError(f'--platforms: expected some of {", ".join(PLATFORMS)}, got {given}')
-    if positional:
-        raise UserError(
-            f'{short_repr(positional[0])} is not a flag; overrides are written --config.key=value. '
-            'See --help.'
-        )
 
 
 def _use_virtual_devices(count: int | None) -> None:

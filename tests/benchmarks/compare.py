@@ -39,10 +39,33 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('what', choices=list(WHAT))
     parser.add_argument('model', nargs='?', default='mlp', choices=list(CONFIGS))
-    parser.add_argument('--pairs', type=int, default=5)
-    parser.add_argument('--steps', type=int)
+    parser.add_argument('--pairs', type=at_least_one, default=5)
+    parser.add_argument('--steps', type=at_least_one)
     args, args.options = parser.parse_known_args()
     WHAT[args.what](args)
+
+
+def at_least_one(text: str) -> int:
+    """Returns the number that an option gives; argparse prints the error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected a number of at least 1, got {text!r}')
+    return int(text)
+
+
+def summarize(ratios: list[float]) -> str:
+    """Returns the median of some ratios, with their quartiles if there are two or more."""
+    text = f'median ratio: {statistics.median(ratios):.3f}'
+    if len(ratios) == 1:
+        return f'{text}; quartiles need at least 2 pairs: --pairs=2'
+    return f'{text}, quartiles ' + ' '.join(f'{q:.3f}' for q in statistics.quantiles(ratios))
+
+
+def median_rate(run: Callable[[int], list[float]], steps: int) -> float:
+    """Trains for some steps, and returns the median of the steps per second between log lines."""
+    rates = run(steps)
+    if not rates:
+        raise SystemExit(f'--steps={steps} is too few: no two log lines follow each other')
+    return statistics.median(rates)
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -59,13 +82,12 @@ def speed(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as workdir:
         run = trainer_loop(args, workdir)
         for pair in range(-1, args.pairs):
-            hand, ours = statistics.median(by_hand.run(steps)), statistics.median(run(steps))
+            hand, ours = median_rate(by_hand.run, steps), median_rate(run, steps)
             if pair >= 0:  # The first one also compiles.
                 ratios.append(ours / hand)
                 rates = f'by hand {hand:.4g} steps/s, trainer {ours:.4g} steps/s'
                 print(f'{args.model}: {rates}, ratio {ratios[-1]:.2f}', flush=True)
-    print(f'median ratio: {statistics.median(ratios):.3f}, quartiles ', end='')
-    print(' '.join(f'{q:.3f}' for q in statistics.quantiles(ratios)))
+    print(summarize(ratios))
 
 
 def trainer_loop(args: argparse.Namespace, workdir: str) -> Callable[[int], list[float]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import statistics
 import sys
 import tempfile
 
@@ -22,12 +21,12 @@ MODELS = {'mlp': 'trainer.models.mlp_nnx:MLP', 'cnn': 'trainer.models.cnn_nnx:CN
 
 def main() -> None:
     """Prints the ratio of the steps per second of each pair, and their median."""
-    from tests.benchmarks.compare import STEPS, trainer_loop
+    from tests.benchmarks.compare import STEPS, at_least_one, median_rate, summarize, trainer_loop
 
     parser = argparse.ArgumentParser()
     parser.add_argument('model', nargs='?', default='mlp', choices=list(MODELS))
-    parser.add_argument('--pairs', type=int, default=15)
-    parser.add_argument('--steps', type=int)
+    parser.add_argument('--pairs', type=at_least_one, default=15)
+    parser.add_argument('--steps', type=at_least_one)
     args, args.options = parser.parse_known_args()
     steps = args.steps or STEPS[args.model]
     ratios = []
@@ -38,13 +37,12 @@ def main() -> None:
         for pair in range(-1, args.pairs):
             # Whichever comes first in a pair comes second in the next one.
             order = (linen, nnx) if pair % 2 else (nnx, linen)
-            rates = {run: statistics.median(run(steps)) for run in order}
+            rates = {run: median_rate(run, steps) for run in order}
             if pair >= 0:  # The first one also compiles.
                 ratios.append(rates[nnx] / rates[linen])
                 both = f'Linen {rates[linen]:.4g} steps/s, NNX {rates[nnx]:.4g} steps/s'
                 print(f'{args.model}: {both}, ratio {ratios[-1]:.2f}', flush=True)
-    print(f'median ratio: {statistics.median(ratios):.3f}, quartiles ', end='')
-    print(' '.join(f'{q:.3f}' for q in statistics.quantiles(ratios)))
+    print(summarize(ratios))
 
 
 if __name__ == '__main__':

@@ -33,6 +33,14 @@ def test_values_whose_repr_fails_are_named_by_their_type() -> None:
     assert errors.short_repr(Endless()) == 'a very long Endless'
 
 
+def test_long_lists_count_the_remaining_items() -> None:
+    assert errors.and_more(['a', 'b'], 2) == 'a, b'
+    assert errors.and_more(['a', 'b', 'c', 'd'], 2, '; ') == 'a; b and 2 more'
+    assert errors.indented_list(iter('abc'), 3) == '  a\n  b\n  c'
+    assert errors.indented_list('abcde', 3) == '  a\n  b\n  c\n  and 2 more'
+    assert errors.indented_list([]) == ''
+
+
 def test_notes_follow_the_text_and_each_line_is_shortened() -> None:
     error = UserError('first')
     error.add_note('second')

@@ -50,6 +50,18 @@ def test_help_shows_the_sentences_within_100_columns() -> None:
     assert text == sentences.sentence_at(['data', 'remainder'])
 
 
+def test_the_list_of_all_keys_has_each_key_of_the_reference() -> None:
+    lines = show.format_all_keys().splitlines()
+    assert max(map(len, lines)) <= 100
+    listed = re.findall(r'^  --config\.(\S+)', '\n'.join(lines), re.MULTILINE)
+    assert sorted(listed) == sorted(
+        re.findall(r'^### `(\S+)`', generate.config_page(), re.MULTILINE)
+    )
+    [at] = [i for i, line in enumerate(lines) if '--config.evals.<name>.every ' in line]
+    assert lines[at].endswith("duration    '1 epoch'")
+    assert lines[at + 1].strip() == sentences.sentence_at(['evals', 'test', 'every'])
+
+
 @pytest.mark.parametrize('name', generate.PAGES)
 def test_the_committed_page_is_up_to_date(name: str) -> None:
     """If not, run `python docs/generate.py`."""

@@ -179,7 +179,7 @@ def test_omitted_fields_are_not_decoded(prepared: str) -> None:
 
 
 def test_images(prepared: str) -> None:
-    pytest.importorskip('PIL', reason='TFDS decodes images with OpenCV or Pillow')
+    pytest.importorskip('PIL', reason='needs the package pillow: TFDS decodes images')
     source = TFDS('pictures', split='train', data_dir=prepared)
     assert source.spec['image'] == ArraySpec((4, 5, 1), np.dtype('uint8'))
     images = source.gather(np.array([2, 0]))['image']

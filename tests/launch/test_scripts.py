@@ -111,7 +111,7 @@ def test_concurrent_starts_create_one_environment(
     checkout: Checkout, tmp_path: pathlib.Path
 ) -> None:
     if not shutil.which('flock'):
-        pytest.skip('needs flock')
+        pytest.skip('needs the package util-linux, for flock')
     processes = [checkout.start(tmp_path) for _ in range(3)]
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], ends

@@ -131,8 +131,8 @@ def test_dry_run_submits_nothing(tmp_path: pathlib.Path) -> None:
 
 needs_slurm = pytest.mark.skipif(
     bool(slurm_cluster.MISSING),
-    reason=f'needs {", ".join(slurm_cluster.MISSING)} '
-    '(Debian: slurmctld slurmd slurm-client munge)',
+    reason='needs the packages slurmctld, slurmd, slurm-client and munge (of Debian); missing: '
+    f'{", ".join(slurm_cluster.MISSING)}',
 )
 
 

@@ -12,10 +12,9 @@ import ml_collections
 import pytest
 
 from tests.step import tiny
-from trainer import main
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.modes import dispatch
+from trainer.modes import dispatch, flags
 from trainer.modes.command import Command
 from trainer.parallel.signals import StopRequest
 from trainer.run.failure import NonFiniteError
@@ -49,9 +48,9 @@ def command(mode: str, workdir: pathlib.Path, step: str = 'latest') -> Command:
 
 def test_every_mode_of_the_command_line_has_a_function() -> None:
     """`--mode=config` prints the config before anything is built."""
-    names = set(main.MODES) - {'config'}
+    names = set(flags.MODES) - {'config'}
     functions = {dispatch._mode_function(name) for name in names}
-    assert len(functions) == len(names) == len(main.MODES) - 1
+    assert len(functions) == len(names) == len(flags.MODES) - 1
 
 
 def test_a_mode_prints_and_returns_its_exit_code(

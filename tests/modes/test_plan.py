@@ -31,7 +31,8 @@ def trainer(name: str, mesh: dict[str, int], **options: Any) -> Trainer:
 
 
 def planned_for(made: Trainer) -> Plan:
-    return plan.make(made.experiment, made.set_up())
+    setup = made.set_up()
+    return plan.make(setup.programs, setup.mesh, made.experiment.clock.batch_size)
 
 
 LM = {'model__layers': 2, 'model__width': 64, 'model__max_length': 32, 'data__source__seq_len': 32}

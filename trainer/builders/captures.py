@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from trainer.config import patterns
 from trainer.config.checks import check_positive
 from trainer.config.durations import Clock, Periodic
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
+from trainer.modules import patterns
 from trainer.modules.recorder import ROOT
 
 

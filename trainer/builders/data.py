@@ -19,7 +19,7 @@ from trainer.config.sections import (
     ScoreSection,
     Sections,
 )
-from trainer.evaluate.score import Score
+from trainer.evaluate.score import Score, discard
 from trainer.evaluate.spec import Evaluation
 from trainer.input.data import EvalData, TrainData
 from trainer.tasks.runner import TaskRunner
@@ -163,6 +163,7 @@ def _build_score(section: ScoreSection, path: str) -> Score:
     make = functools.partial(targets.instantiate, section.node, path)
     # Created once here, so that mistakes are found before training starts.
     score = make()
+    discard(score)
     if isinstance(score, type) or not callable(score):
         what = f'the class {score.__name__}' if isinstance(score, type) else repr(score)
         raise UserError(

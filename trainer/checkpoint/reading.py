@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from trainer.checkpoint import empty
 from trainer.checkpoint.empty import Names
-from trainer.config.text import indented_list
+from trainer.config.errors import indented_list
 from trainer.modules.model_view import path_names
 
 

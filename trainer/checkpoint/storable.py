@@ -19,8 +19,7 @@ from trainer.checkpoint import empty
 from trainer.checkpoint.empty import Names
 from trainer.checkpoint.errors import SaveError, first_line
 from trainer.checkpoint.manager import Checkpoints, Retention
-from trainer.config.errors import UserError
-from trainer.config.text import indented_list
+from trainer.config.errors import UserError, indented_list
 from trainer.modules.model_view import path_names
 
 _PLAIN = ('x',)

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from trainer.config import suggest
-from trainer.config.errors import short_repr, shorten
-from trainer.config.text import and_more
+from trainer.config.errors import and_more, short_repr, shorten
 
 # Largest number of arguments that a message lists.
 _MAX_NAMES = 20

@@ -6,25 +6,17 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 import pkgutil
 import sys
-import sysconfig
 import traceback
 from types import ModuleType
 from typing import Any
 
 from trainer.config import bundled, misplaced, suggest
-from trainer.config.errors import UserError, short_repr
+from trainer.config.errors import UserError, error_location, short_repr, user_frames
 
 # Modules that are searched for a name without a module, to suggest the full name.
 _KNOWN_MODULES = ('optax', 'trainer.tasks', 'jax.nn', 'flax.linen', 'optax.contrib')
-
-# Folders of all code that is not the user's.
-_LIBRARIES = (
-    *(sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
-    os.path.dirname(os.path.dirname(__file__)),
-)
 
 
 class Named(str):
@@ -136,29 +128,11 @@ def last_line(error: BaseException) -> str:
         return f'{text} ({error.filename}, line {error.lineno})'
     text = f'{text}{error_location(error)}'
     if isinstance(error, ModuleNotFoundError) and error.name:
-        files = [frame.filename for frame in _user_frames(error)]
+        files = [frame.filename for frame in user_frames(error)]
         full_name = bundled.full_name(error.name)
         hint = f'Did you mean {full_name}?' if full_name else misplaced.hint(error.name, files)
         text = f'{text}. {hint}' if hint else text
     return text
-
-
-def error_location(error: BaseException) -> str:
-    """Returns ' (file.py, line 3)' for the last frame in the user's code, '' if there is none."""
-    frames = _user_frames(error)
-    return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
-
-
-def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    stack = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in stack if not is_library(frame.filename)]
-
-
-def is_library(filename: str) -> bool:
-    """Whether a file belongs to Python, an installed package or this package, not to the user."""
-    # With a separator at the end: '/lib/python3' is not a parent of '/lib/python3-mine'.
-    folders = tuple(os.path.join(folder, '') for folder in _LIBRARIES)
-    return filename.startswith(('<frozen', *folders))
 
 
 def _missing_attribute_text(module: ModuleType, attribute: str, name: str, path: str) -> str:

@@ -51,8 +51,11 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
         The value of --config (None if it is not given), (path, text) pairs, and the other words.
 
     Raises:
-        UserError: if a value is missing, or if --config is given twice with different values.
+        UserError: if a value is missing, if '=' is a word, or if --config is given twice with
+            different values.
     """
+    if '=' in argv:
+        raise UserError("There is a space before '='; write --flag=value, without spaces")
     spec: str | None = None
     assignments: list[tuple[str, str]] = []
     rest: list[str] = []

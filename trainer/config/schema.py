@@ -78,7 +78,7 @@ def type_at(keys: Keys) -> Any:
     for key in keys:
         # `ema: EmaSection | None` has the keys of the section.
         hint = without_none(hint)
-        if _is_section(hint):
+        if is_section(hint):
             hint = fields(hint).get(str(key))
         # A dict such as `evals` has any names as keys. The keys of an object, also a dict, are
         # arguments of its target.
@@ -94,7 +94,7 @@ def type_at(keys: Keys) -> Any:
 def section_at(keys: Keys) -> type | None:
     """Returns the class of the section at a path, None if there is no section."""
     hint = Sections if not keys else without_none(type_at(keys))
-    return hint if _is_section(hint) else None
+    return hint if is_section(hint) else None
 
 
 def default_object(keys: Keys) -> dict[str, Any]:
@@ -129,6 +129,21 @@ def defaults(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield from _defaults(Sections, config, '')
 
 
+def section_below(path: str, hint: Any) -> tuple[str, type] | None:
+    """Returns (key path, class) of the section that a key holds, None if it holds none.
+
+    Of a key with several sections by name, such as `evals`, the path is `evals.<name>`.
+
+    Args:
+        path: the key path.
+        hint: the type of the key.
+    """
+    hint = without_none(hint)
+    if typing.get_origin(hint) is dict and hint != Node:
+        path, hint = f'{path}.<name>', typing.get_args(hint)[1]
+    return (path, hint) if is_section(hint) else None
+
+
 def _defaults(
     section: type, config: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, Any, Any]]:
@@ -148,7 +163,7 @@ def _defaults(
         elif inner is not None and isinstance(config[field.name], Mapping):
             yield from _defaults(inner, config[field.name], f'{path}.')
         # A dict of sections, such as `evals`: each of them may leave keys out.
-        elif typing.get_origin(hint) is dict and _is_section(typing.get_args(hint)[1]):
+        elif typing.get_origin(hint) is dict and is_section(typing.get_args(hint)[1]):
             given = config[field.name]
             for name, value in given.items() if isinstance(given, Mapping) else ():
                 if isinstance(value, Mapping):
@@ -232,7 +247,7 @@ def check(value: Any, hint: Any, path: str, config: Mapping[str, Any]) -> Any:
     # Before `dict`, since an object is annotated as a dict too.
     if hint == Node:
         return _check_node(value, path)
-    if _is_section(hint):
+    if is_section(hint):
         return _read_section(hint, value, path, config)
     if origin is Literal:
         if value not in args:
@@ -281,7 +296,7 @@ def describe(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Duration:
         return 'duration'
-    if _is_section(hint):
+    if is_section(hint):
         return 'section'
     if hint == Node:
         return 'object'
@@ -355,7 +370,8 @@ def _check_tuple(
     return tuple(check(v, h, f'{path}[{i}]', config) for i, (v, h) in pairs)
 
 
-def _is_section(hint: Any) -> bool:
+def is_section(hint: Any) -> bool:
+    """Whether a type is that of a section, a dict with fixed keys."""
     return isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint is not Duration
 
 

@@ -93,7 +93,7 @@ class ScoreSection:
     for each evaluation, called with each batch and closed after the last one.
 
     Attributes:
-        fields: fields of the batch to pass in addition to what the task's `predict` returns.
+        fields: fields of the batch to pass in addition to the predictions.
     """
 
     fields: tuple[str, ...] = ()

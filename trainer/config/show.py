@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from trainer.config import diff, schema, sentences
 from trainer.config.durations import Duration
 from trainer.config.overrides import Override
+from trainer.config.sections import Sections
 
 # Widths of the lines and columns of `--helpconfig`. A cell that is too wide shifts the next ones.
 _WIDTH, _FLAG_WIDTH, _TYPE_WIDTH = 100, 38, 10
@@ -46,8 +48,7 @@ def format_resolved(config: Mapping[str, Any], overrides: Sequence[Override]) ->
 def format_helpconfig(config: Mapping[str, Any]) -> str:
     """Returns every key of a config with its type and value, and the fixed keys that it may set.
 
-    The description of a fixed key follows it. No line has more than 100 characters, unless it
-    consists of a single value.
+    The description of a fixed key follows it.
     """
     rows = [
         (f'--config.{path}', _type_name(path, value), repr(value))
@@ -55,9 +56,38 @@ def format_helpconfig(config: Mapping[str, Any]) -> str:
     ]
     for path, hint, default in [*schema.defaults(config), *schema.optional_fields(config)]:
         rows.append((f'--config.{path}', schema.describe(hint), repr(plain_default(default))))
-    lines = ['Keys of the config (type, value):']
+    return _format_keys('Keys of the config (type, value):', rows)
+
+
+def format_all_keys() -> str:
+    """Returns every fixed key that a config may have, with its type, default and description."""
+    return _format_keys('All keys (type, default):', list(_all_keys(Sections, '')))
+
+
+def _all_keys(section: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (flag, type, default) of each key of a section, and of the sections in it."""
+    for field in dataclasses.fields(section):
+        if field.metadata.get('rest'):
+            continue
+        path, hint = f'{prefix}{field.name}', schema.fields(section)[field.name]
+        default = schema.default_of(field)
+        # A section that exists by default is shown by its keys, which follow.
+        exists = schema.is_section(type(default))
+        text = '' if exists else repr(plain_default(default))
+        yield f'--config.{path}', schema.describe(hint), text
+        inner = schema.section_below(path, hint)
+        if inner is not None:
+            yield from _all_keys(inner[1], f'{inner[0]}.')
+
+
+def _format_keys(title: str, rows: Sequence[tuple[str, str, str]]) -> str:
+    """Returns a list of (flag, type, value), each with its description.
+
+    No line has more than 100 characters, unless it consists of a single value.
+    """
+    lines = [title]
     for flag, hint, value in rows:
-        line = f'  {flag:<{_FLAG_WIDTH}}  {hint:<{_TYPE_WIDTH}}  {value}'
+        line = f'  {flag:<{_FLAG_WIDTH}}  {hint:<{_TYPE_WIDTH}}  {value}'.rstrip()
         if len(line) > _WIDTH:
             line = f'  {flag}  {hint}\n    = {value}'
         # An index becomes a key such as '0]', which no section has, so it gets no sentence.

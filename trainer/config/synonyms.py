@@ -122,6 +122,10 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
         ('The same command resumes; --config.init_from.path=DIRECTORY loads weights only',),
     ),
     (
+        'restart overwrite force start_over from_scratch no_resume',
+        ('To start over, delete the work directory, or give another one: --workdir=DIRECTORY',),
+    ),
+    (
         'workdir work_dir output_dir out_dir logdir log_dir save_dir checkpoint_dir ckpt_dir '
         'default_root_dir exp_dir run_dir',
         ('--workdir=DIRECTORY',),

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import objects, suggest, words
-from trainer.config.errors import UserError, short_repr, shorten
+from trainer.config.errors import UserError, error_location, short_repr, shorten
 from trainer.config.signatures import arguments
 
 # Arguments that the framework or the module library supplies, so that a config may omit them.
@@ -186,11 +186,12 @@ def _error_text(error: Exception) -> str:
     if isinstance(error, ValueError):
         text = str(error)
     elif isinstance(error, TypeError):
-        text = f'{error}{objects.error_location(error)}'
+        text = f'{error}{error_location(error)}'
     else:
         text = objects.last_line(error)
-    # The text may quote an argument of any length.
-    return '\n'.join([shorten(text, 300), *getattr(error, '__notes__', ())])
+    # A line may quote an argument of any length; the last lines may say how to fix it.
+    lines = [shorten(line, 300) for line in text.split('\n')]
+    return '\n'.join([*lines, *getattr(error, '__notes__', ())])
 
 
 def accepted_keys(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:

@@ -11,8 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-from trainer.config.errors import error_notes
-from trainer.config.objects import is_library
+from trainer.config.errors import error_notes, user_frames
 
 # The environment variable that controls JAX's own filtering of tracebacks.
 _SWITCH = 'JAX_TRACEBACK_FILTERING'
@@ -116,10 +115,9 @@ def _statement_lines(frame: traceback.FrameSummary) -> list[str]:
 
 
 def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    frames = traceback.extract_tb(error.__traceback__)
     # Generated code, such as the constructor of a dataclass, has a name like '<string>' and no
     # source.
-    return [f for f in frames if not is_library(f.filename) and (f.line or f.filename[0] != '<')]
+    return [f for f in user_frames(error) if f.line or f.filename[0] != '<']
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -25,7 +25,6 @@ from trainer.evaluate.step import EMA, EvalStep
 from trainer.input.batch import LoadedBatch
 from trainer.input.data import EvalData
 from trainer.input.fields import Fields
-from trainer.input.host_field import HostFieldError
 from trainer.input.prefetch import Prefetcher
 from trainer.modules import seen
 from trainer.modules.shapes import describe
@@ -149,7 +148,6 @@ class Evaluator:
         # From shapes alone: a metric that cannot be computed is found before training starts.
         self._trial_metrics = self._check_metrics()
         if self._score is not None:
-            self.check_predicts()
             prediction = self._trace_prediction(state)
             check_names(self._score, prediction.computed, prediction.unchanged)
 
@@ -178,7 +176,7 @@ class Evaluator:
             shapes = fields.shapes
             # Fields that devices cannot store are placeholders while the task is traced. Afterwards
             # the fields that it has not read stay on the host too, which saves their transfer.
-            step, task = self.step, self.step.task
+            step, task = self._step_for_data(), self.step.task
             step = dataclasses.replace(step, task=task.with_host_fields(fields.host_fields()))
             with self._tracing(), record_reads() as reads, seen.explain_errors():
                 # The evaluated parameters, averaged or not, have the shapes of `params`.
@@ -200,6 +198,13 @@ class Evaluator:
                 name = name_of(self.step.task.task)
                 error.add_note(f'Its task {name} was called with the batch {batch}')
             raise
+
+    def _step_for_data(self) -> EvalStep:
+        """Returns the step, for batches of the structure that the data has."""
+        # Not in the constructor, because it reads the first batch.
+        task = self.step.task.with_structure(self.data.structure)
+        self.step = dataclasses.replace(self.step, task=task)
+        return self.step
 
     def _with_fresh_collections(self, step: EvalStep, variables: Any, shapes: Any) -> EvalStep:
         with record_reads():  # In a record of its own: initialization is not a step.
@@ -256,13 +261,26 @@ class Evaluator:
         Raises:
             Stopped: if `should_stop` returned True.
         """
+        # In a dry run there are only some examples, and a score may need them all.
+        host = self._host_scores() if max_batches is None else None
+        try:
+            return self._run(state, host, max_batches, should_stop)
+        finally:
+            if host is not None:
+                host.discard()
+
+    def _run(
+        self,
+        state: TrainState,
+        host: HostScores | None,
+        max_batches: int | None,
+        should_stop: Callable[[], bool],
+    ) -> MetricValues:
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
         members = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
-        # In a dry run there are only some examples, and a score may need them all.
-        host = self._host_scores() if max_batches is None else None
         prediction = None if self._score is None else self.prediction(state)
         unchanged = {} if prediction is None else prediction.unchanged
         pending: tuple[Any, LoadedBatch] | None = None
@@ -372,7 +390,7 @@ class Evaluator:
         and 64-bit integers.
 
         Raises:
-            UserError: if the task has no method `predict`.
+            UserError: if a task without a method `predict` has no output of the model to predict.
         """
         variables, prediction = self.variables(state), self.prediction(state)
         # Several outputs may be the same field.
@@ -394,21 +412,21 @@ class Evaluator:
         """Returns the traced `predict` of the task.
 
         Raises:
-            UserError: if the task has no method `predict`, or computes with a field that devices
-                cannot store.
+            UserError: if the task computes with a field that devices cannot store, or has no method
+                `predict` and no output of the model in its place.
         """
-        self.check_predicts()
         self._leave_out_diverged(state)
         return self._trace_prediction(state)
 
     def _trace_prediction(self, state: TrainState) -> Prediction:
         if self._predicts is None:
-            try:
-                with self._tracing(), self._explain_training_errors(), seen.explain_errors():
-                    variables = self.variables(state)
-                    self._predicts = Prediction.trace(self.step, self._all_fields, variables)
-            except HostFieldError as error:
-                raise UserError(f'{self.path}: {error}') from error
+            with self._tracing(), self._explain_training_errors(), seen.explain_errors():
+                variables = self.variables(state)
+                try:
+                    step = self._step_for_data()
+                    self._predicts = Prediction.trace(step, self._all_fields, variables)
+                except UserError as error:
+                    raise UserError(f'{self.path}: {error}') from error
         return self._predicts
 
     @contextlib.contextmanager
@@ -424,14 +442,6 @@ class Evaluator:
                 'constructor (the trainer sets it) and pass it on to the layers: see '
                 'docs/tutorial.md'
             ) from error
-
-    def check_predicts(self) -> None:
-        """Raises a UserError if the task has no method `predict`."""
-        if not hasattr(self.step.task.task, 'predict'):
-            raise UserError(
-                f'{self.path}: its task {self.step.task.task!r} has no method '
-                'predict(model, batch) that returns a dict of arrays'
-            )
 
     def variables(self, state: TrainState) -> dict[str, Any]:
         """Returns the variables to evaluate; under `EMA` those of a task's `model.ema`."""

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from trainer.config.errors import UserError
-from trainer.config.text import and_more
+from trainer.config.errors import UserError, and_more
 from trainer.evaluate.step import EvalStep
 from trainer.modules.model_view import param_path
 from trainer.modules.shapes import describe

@@ -19,6 +19,7 @@ from trainer.modules.shapes import describe
 from trainer.parallel import processes
 from trainer.parallel.mesh import LocalExamples
 from trainer.tasks.batch import record_reads
+from trainer.tasks.default_prediction import has_predict, shape_message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,9 @@ class Prediction:
             UserError: if it computes with a field that devices cannot store.
         """
         # Assume first that all narrowed fields stay on the host; each failed attempt shows some
-        # that the task computes with, so these are sent in the next one.
-        opaque = fields.narrowed
+        # that the task computes with, so these are sent in the next one. The default predictions
+        # are computed from what the whole task reads.
+        opaque = fields.narrowed if has_predict(step.task.task) else frozenset()
         while True:
             sent = fields.with_sent(fields.sent - opaque)
             trial = cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged={})
@@ -93,7 +95,12 @@ class Prediction:
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> dict[str, jax.Array]:
         """Returns the computed outputs for a whole batch, and its mask."""
-        outputs = self.step.predict(variables, step, index, batch)
+        return self.without_unchanged(self.step.predict(variables, step, index, batch), batch)
+
+    def without_unchanged(
+        self, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        """Returns the outputs that are not an unchanged field of the batch."""
         unchanged = self._find_unchanged(outputs, batch)
         return {name: x for name, x in outputs.items() if name not in unchanged}
 
@@ -130,6 +137,9 @@ class Prediction:
         rows = shapes.pop(MASK).shape
         for name, x in shapes.items():
             if not hasattr(x, 'shape') or x.shape[:1] != rows:
+                task = self.step.task.task
+                if not has_predict(task):
+                    raise UserError(shape_message(task, name, x, rows[0]))
                 raise UserError(
                     f"the task's predict returned {name!r} as {describe(x)}; expected an array "
                     f'with one row for each of the {rows[0]} examples of a batch'

@@ -18,8 +18,7 @@ import numpy as np
 from etils import epath
 
 from trainer.builders.captures import Capture
-from trainer.config.errors import UserError
-from trainer.config.text import and_more
+from trainer.config.errors import UserError, and_more
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import Histogram, float_leaves, histogram, make_measure
 from trainer.modules.recorder import ROOT, ModuleRecorder, order_records

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.config.text import and_more
+from trainer.config.errors import and_more
 from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, is_float, order_records
 from trainer.step.finite import all_finite

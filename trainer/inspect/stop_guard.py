@@ -21,8 +21,7 @@ import numpy as np
 
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
-from trainer.config.errors import UserError
-from trainer.config.text import and_more
+from trainer.config.errors import UserError, and_more
 from trainer.ensemble.step import Ensemble
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import explain
@@ -335,7 +334,7 @@ class StopGuard:
         self._stop_reading()
         data = self._reader.data
         blocks = self._reread_stream_block(step) if data.is_stream else [data.block(step - 1, 1)]
-        checks, when = self._inspector.checks, f'in step {step:,}'
+        checks, when = self._inspector.find_checks(), f'in step {step:,}'
         numbered = not data.is_stream
         message = describe_bad_value(
             'config.task', when, checks, number, value, blocks, numbered=numbered

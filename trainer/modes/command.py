@@ -25,7 +25,7 @@ class Command:
     """The parsed command line.
 
     Attributes:
-        mode: one of `trainer.main.MODES`, but not 'config'.
+        mode: one of `trainer.modes.flags.MODES`, but not 'config'.
         workdir: the run's directory.
         step: the checkpoint to read: 'latest', 'best' or a number.
         allow_config_change: resume even though the config identifies a different run.

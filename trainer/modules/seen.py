@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from trainer import compat
 from trainer.config.errors import UserError
 
 # The most recent calls of the model that a message describes.
@@ -28,11 +29,21 @@ class Call:
         name: 'model', or 'model.encode'.
         inputs: description of the arguments.
         output: description of the output; None if the call has not returned.
+        result: the output itself, if the record keeps it.
+        is_direct: whether it was not made within a transformation, such as `jax.grad`; the result
+            cannot be used outside of one.
     """
 
     name: str
     inputs: str
     output: str | None = None
+    result: Any = dataclasses.field(default=None, repr=False)
+    is_direct: bool = True
+
+    def end(self, result: Any, *, keep: bool) -> None:
+        """Records the output."""
+        self.output = describe(result)
+        self.result = result if keep else None
 
 
 @dataclasses.dataclass
@@ -42,10 +53,13 @@ class TaskRecord:
     Attributes:
         calls: the calls of the model, in order.
         fields: descriptions of the batch fields that the task has read, by name.
+        keeps_results: whether the calls have their results.
     """
 
     calls: list[Call] = dataclasses.field(default_factory=list)
     fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    keeps_results: bool = False
+    _trace: Any = None
     _passed: set[str] = dataclasses.field(default_factory=set)
     # By id, with the values: a value that was deleted could share its id with a new one.
     _values: dict[int, tuple[str, Any]] = dataclasses.field(default_factory=dict)
@@ -63,11 +77,12 @@ class TaskRecord:
         self._values[id(value)] = name, value
 
     def note_call(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> Call:
-        """Records the start of a call and returns it; the caller sets its `output`."""
+        """Records the start of a call and returns it; the caller calls its `end`."""
         for value in jax.tree.leaves((args, dict(kwargs))):
             self._passed.add(self._values.get(id(value), ('', None))[0])
         arguments = [*map(describe, args), *(f'{key}={describe(x)}' for key, x in kwargs.items())]
-        self.calls.append(Call(name, ', '.join(arguments)))
+        is_direct = not self.keeps_results or compat.current_trace() == self._trace
+        self.calls.append(Call(name, ', '.join(arguments), is_direct=is_direct))
         return self.calls[-1]
 
     def sentences(self) -> list[str]:
@@ -88,9 +103,14 @@ current: contextvars.ContextVar[TaskRecord | None] = contextvars.ContextVar('see
 
 
 @contextlib.contextmanager
-def record_calls() -> Iterator[TaskRecord]:
-    """Records the calls and reads of the last task that starts in the block."""
-    record = TaskRecord()
+def record_calls(*, keep_results: bool = False) -> Iterator[TaskRecord]:
+    """Records the calls and reads of the last task that starts in the block.
+
+    Args:
+        keep_results: whether the calls have their results, for use in the block.
+    """
+    trace = compat.current_trace() if keep_results else None
+    record = TaskRecord(keeps_results=keep_results, _trace=trace)
     token = current.set(record)
     try:
         yield record
@@ -99,11 +119,15 @@ def record_calls() -> Iterator[TaskRecord]:
 
 
 @contextlib.contextmanager
-def explain_errors() -> Iterator[None]:
-    """Adds the calls and reads of the last task as notes to an error, except to a `UserError`."""
-    with record_calls() as record:
+def explain_errors(*, keep_results: bool = False) -> Iterator[TaskRecord]:
+    """Adds the calls and reads of the last task as notes to an error, except to a `UserError`.
+
+    Args:
+        keep_results: as in `record_calls`, whose record the block gets.
+    """
+    with record_calls(keep_results=keep_results) as record:
         try:
-            yield
+            yield record
         except UserError:  # Its message already says what is wrong.
             raise
         except Exception as error:

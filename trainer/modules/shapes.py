@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from trainer.config.text import and_more
+from trainer.config.errors import and_more
 from trainer.modules.model_view import param_path
 
 

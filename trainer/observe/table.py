@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from trainer.config.text import align_columns
+from trainer.config.columns import align_columns
 from trainer.modules.model_view import param_path
 from trainer.observe import repeats
 

@@ -19,8 +19,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.config.patterns import check_used
 from trainer.modules.model_view import param_path
+from trainer.modules.patterns import check_used
 from trainer.parallel import sharding_checks
 from trainer.parallel.sharding_checks import Axes
 

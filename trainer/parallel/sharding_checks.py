@@ -9,8 +9,8 @@ from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.config import patterns
 from trainer.config.errors import UserError
+from trainer.modules import patterns
 
 # The mesh axes over which a dimension is sharded: none, one, or several.
 Axes = str | tuple[str, ...] | None

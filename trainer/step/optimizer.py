@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.config import patterns
-from trainer.config.errors import UserError
-from trainer.config.text import and_more
+from trainer.config.errors import UserError, and_more
+from trainer.modules import patterns
 from trainer.modules.model_view import param_path
 from trainer.step import views
 from trainer.step.objective import bind_loss

@@ -19,10 +19,10 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer import compat
-from trainer.config.errors import UserError
-from trainer.config.objects import error_location
+from trainer.config.errors import UserError, error_location
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError, HostFieldSpec
+from trainer.input.structure import Structure
 from trainer.modules import seen
 from trainer.modules.nnx_bridge import allow_names_for_rules
 from trainer.modules.rng import Keys
@@ -33,7 +33,7 @@ from trainer.step.context import Batch
 from trainer.step.health import Health
 from trainer.step.placement import state_shardings
 from trainer.step.state import TrainState
-from trainer.tasks.batch import device_fields, record_reads
+from trainer.tasks.batch import flatten_batch, record_reads
 from trainer.tasks.returned import name_of
 from trainer.tasks.runner import TaskRunner
 
@@ -243,6 +243,7 @@ class Programs:
         spec: Mapping[str, Any],
         mesh: Mesh,
         *,
+        structure: Structure | None = None,
         sharding: Sequence[Rule] = (),
         fused: int = 1,
     ):
@@ -252,6 +253,7 @@ class Programs:
             train_step: the functions of the step.
             spec: shape and dtype of each field of a global batch from the loader.
             mesh: the device mesh.
+            structure: of nested batches; None for a dict of arrays.
             sharding: rules that shard parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
         """
@@ -260,6 +262,8 @@ class Programs:
         self._tracing = functools.partial(named_axes, sharding, mesh)
         fields = Fields.from_spec(spec, 'config.data')
         self._shapes = fields.shapes
+        task = train_step.task.with_structure(structure)
+        train_step = train_step.with_context(task=task)
         self._first_step = train_step.with_fields(fields.host_fields())
         # The first trace shows which fields the task reads, and whether it returns weights. All
         # later traces are for batches with only those fields.
@@ -442,7 +446,7 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
         with contextlib.suppress(Exception):  # The error may be that of a transform.
             keys = Keys(seed=0, mode='init')  # Only shapes are needed.
             prepare = functools.partial(task.prepare_batch, keys=keys)
-            fields = jax.eval_shape(lambda batch: device_fields(prepare(batch)), spec)
+            fields = jax.eval_shape(lambda batch: flatten_batch(prepare(batch)), spec)
         batch = ', '.join(f'{name}: {describe(x)}' for name, x in fields.items())
         error.add_note(f'The task {name_of(task.task)} was called with the batch {batch}')
         raise

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.config.errors import UserError
-from trainer.config.text import and_more
+from trainer.config.errors import UserError, and_more
 from trainer.modules.model_view import param_path
 from trainer.modules.precision import accumulation_dtype
 

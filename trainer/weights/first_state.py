@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.config.errors import UserError
-from trainer.config.text import indented_list
+from trainer.config.errors import UserError, indented_list
 from trainer.ensemble import step
 from trainer.modules.model_view import path_names
 from trainer.modules.shapes import describe

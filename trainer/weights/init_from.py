@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from trainer.config import patterns
-from trainer.config.errors import UserError, short_repr
-from trainer.config.text import indented_list
+from trainer.config.errors import UserError, indented_list, short_repr
+from trainer.modules import patterns
 from trainer.weights import flax_layout, flax_optim, pre_linen, torch_layout
 from trainer.weights import leaves as lib
 from trainer.weights.leaves import Weights, key_path

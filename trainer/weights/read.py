@@ -20,8 +20,7 @@ from trainer.checkpoint.manager import CheckpointError, Checkpoints
 from trainer.checkpoint.retention import Retention, better_mode
 from trainer.checkpoint.writing import step_directories
 from trainer.config import places
-from trainer.config.errors import UserError
-from trainer.config.text import indented_list
+from trainer.config.errors import UserError, indented_list
 from trainer.modules.model_view import path_names
 from trainer.weights import safetensors, torch_file
 from trainer.weights.leaves import (

@@ -17,8 +17,7 @@ import numpy as np
 from etils import epath
 from flax.core import meta
 
-from trainer.config.errors import UserError
-from trainer.config.text import indented_list
+from trainer.config.errors import UserError, indented_list
 from trainer.modules.model_view import path_names
 from trainer.modules.shapes import describe
 from trainer.weights import flax_layout, pre_linen, torch_layout

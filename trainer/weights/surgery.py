@@ -20,8 +20,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from trainer.config.errors import UserError
-from trainer.config.text import indented_list
+from trainer.config.errors import UserError, indented_list
 from trainer.modules.shapes import describe
 from trainer.weights.leaves import (
     HostLeaf,

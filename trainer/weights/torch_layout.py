@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.errors import UserError
-from trainer.config.text import indented_list
+from trainer.config.errors import UserError, indented_list
 from trainer.weights import torch_recurrent
 from trainer.weights.leaves import HostLeaf, Weights
 

@@ -12,7 +12,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-from trainer.experiment import Experiment
+from jax.sharding import Mesh
+
 from trainer.modes.command import Command
 from trainer.modes.plan import collectives
 from trainer.modes.plan.collectives import Collective
@@ -21,7 +22,7 @@ from trainer.observe import flops, logfile
 from trainer.observe.table import bytes_per_device, human_bytes, nbytes
 from trainer.parallel.mesh import batch_shards
 from trainer.parallel.signals import StopRequest
-from trainer.run.setup import Setup
+from trainer.step.programs import Programs
 from trainer.trainer import Trainer
 
 _KINDS_OF_STATE = {
@@ -85,30 +86,36 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     """Prints the resources that a step would need."""
     logfile.route(None)
     trainer.check_batch()
-    print(describe(make(trainer.experiment, trainer.set_up()), command.device_kind))
+    setup, batch_size = trainer.set_up(), trainer.experiment.clock.batch_size
+    print(describe(make(setup.programs, setup.mesh, batch_size), command.device_kind))
     return 0
 
 
-def make(experiment: Experiment, setup: Setup) -> Plan:
+def make(programs: Programs, mesh: Mesh, batch_size: int) -> Plan:
     """Compiles the train step and returns the resources it needs; nothing runs.
+
+    Args:
+        programs: the training programs.
+        mesh: the device mesh.
+        batch_size: examples of the global batch.
 
     Raises:
         UserError: for any mistake that the start of a run would report.
     """
-    programs, shards = setup.programs, batch_shards(setup.mesh)
-    state, mesh, spec = programs.abstract, dict(setup.mesh.shape), programs.fields.shapes
+    shards, sizes = batch_shards(mesh), dict(mesh.shape)
+    state, spec = programs.abstract, programs.fields.shapes
     step = programs.step
     # From the compiled program: shardings decide where the compiler puts collectives, which the
     # jaxpr does not show.
-    operations, is_exact = collectives.find(step.executable().as_text() or '', mesh)
+    operations, is_exact = collectives.find(step.executable().as_text() or '', sizes)
     kinds = {
         name: bytes_per_device(getattr(state, field)) for name, field in _KINDS_OF_STATE.items()
     }
     return Plan(
-        mesh=mesh,
+        mesh=sizes,
         state={name: size for name, size in kinds.items() if size},
         unsharded_state=nbytes(state),
-        batch_size=experiment.clock.batch_size,
+        batch_size=batch_size,
         shards=shards,
         # Batches are sharded over the batch axes alone; along the other axes each device has a
         # copy.

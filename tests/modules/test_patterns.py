@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.config import patterns
 from trainer.config.errors import UserError
+from trainer.modules import patterns
 
 PATHS = [f'layer_{i}/kernel' for i in range(7)]
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions of a config, which must match whole key paths."""
+"""Patterns of paths: regular expressions that must match the whole path."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-from trainer.config.errors import UserError
-from trainer.config.text import and_more
+from trainer.config.errors import UserError, and_more
 
 _MAX_PATHS = 5
 

@@ -1,24 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats lists and tables for messages and reports."""
+"""Aligns the columns of tables for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-
-_MAX_LINES = 10
-
-
-def and_more(items: Sequence[str], limit: int, separator: str = ', ') -> str:
-    """Returns 'a, b, c', or 'a, b and 3 more' for more than `limit` items."""
-    more = f' and {len(items) - limit} more' if len(items) > limit else ''
-    return separator.join(items[:limit]) + more
-
-
-def indented_list(items: Iterable[str], limit: int = _MAX_LINES) -> str:
-    """Returns an indented line per item; beyond `limit`, a last line counts the others."""
-    lines = [f'  {item}' for item in items]
-    more = [f'  and {len(lines) - limit} more'] if len(lines) > limit else []
-    return '\n'.join([*lines[:limit], *more])
+from collections.abc import Collection, Sequence
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The predictions of a task that has no method `predict`: the output of its call of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from trainer.config.errors import UserError
+from trainer.modules import seen
+from trainer.modules.model_view import path_names
+from trainer.modules.shapes import describe
+from trainer.tasks.batch import MissingFieldError
+from trainer.tasks.returned import name_of
+
+# The name of an output that is an array.
+OUTPUT = 'output'
+
+_ADVICE = (
+    'Make the task a class with the methods __call__(model, batch) and predict(model, batch); '
+    'predict returns a dict of arrays with one row for each example'
+)
+
+
+def has_predict(task: Any) -> bool:
+    """Whether a task has a method `predict`."""
+    return callable(getattr(task, 'predict', None))
+
+
+def predict_by_call(task: Any, model: Any, batch: Any) -> dict[str, Any]:
+    """Runs a task and returns the output of the model, by name.
+
+    Args:
+        task: calls the model once.
+        model: the model as the task calls it.
+        batch: the batch of the task, with all fields that it reads.
+
+    Returns:
+        An array as 'output'; the entries of a dict under their own names; those of anything else as
+        'output/0' and so on.
+
+    Raises:
+        UserError: unless the task calls the model exactly once, outside of any transformation of
+            JAX.
+    """
+    with seen.explain_errors(keep_results=True) as record:
+        try:
+            task(model, batch)
+        except MissingFieldError as error:
+            raise UserError(
+                f'{error}\n{_explain(task)}, and the whole task runs for it. So the data needs '
+                f'every field that the task reads. {_ADVICE}'
+            ) from error
+        return select_output(task, record.calls)
+
+
+def shape_message(task: Any, name: str, value: Any, num_examples: int) -> str:
+    """Returns the error message for an output without one row for each example."""
+    return (
+        f'{_explain(task)}. But its {name!r} is {describe(value)}, which has not one row for each '
+        f'of the {num_examples} examples of a batch. {_ADVICE}'
+    )
+
+
+def select_output(task: Any, calls: Sequence[seen.Call]) -> dict[str, Any]:
+    """Returns the output of the only call of the model: see `predict_by_call`."""
+    if not calls:
+        raise UserError(f'{_explain(task)}. But the task does not call the model. {_ADVICE}')
+    if len(calls) > 1:
+        made = '; '.join(f'{call.name}({call.inputs}) returned {call.output}' for call in calls)
+        raise UserError(
+            f'{_explain(task)}. But the task calls the model {len(calls)} times: {made}. {_ADVICE}'
+        )
+    (call,) = calls
+    if not call.is_direct:
+        raise UserError(
+            f'{_explain(task)}. But the task calls the model within a transformation of JAX, such '
+            f'as jax.grad or jax.vmap. {_ADVICE}'
+        )
+    root = () if isinstance(call.result, Mapping) else (OUTPUT,)
+    leaves = jax.tree_util.tree_leaves_with_path(call.result)
+    return {'/'.join((*root, *path_names(path))): x for path, x in leaves}
+
+
+def _explain(task: Any) -> str:
+    return (
+        f'The task {name_of(task)} has no method `predict`, so its prediction is the output of the '
+        'model'
+    )
