@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .nested import Tree, get_field, with_field
 from .rng import ExampleRng
-from .sources import Arrays
 
 # Changes of the largest strength, as in the original work.
 _DEGREES = 30.0
@@ -196,13 +196,13 @@ class RandAugment:
         if unknown or not self.operations:
             raise ValueError(f'operations: got {unknown}; expected some of {", ".join(OPERATIONS)}')
 
-    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
+    def __call__(self, batch: Tree, rng: ExampleRng) -> Tree:
         """Returns the batch with the field augmented.
 
         Raises:
             ValueError: if the field is not uint8 (n, height, width, channels).
         """
-        images = batch[self.key]
+        images = get_field(batch, self.key)
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(
                 f'{self.key!r} is {images.dtype} {images.shape[1:]}; RandAugment needs uint8 '
@@ -219,4 +219,4 @@ class RandAugment:
                 if len(rows):
                     changed = OPERATIONS[name](images[rows], strength[rows, layer], self.fill)
                     images[rows] = changed
-        return {**batch, self.key: images}
+        return with_field(batch, self.key, images)

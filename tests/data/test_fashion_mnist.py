@@ -15,7 +15,7 @@ from trainer.data.fashion_mnist import DIRECTORY, FashionMNIST
 from trainer.data.sources import ArraySpec
 
 installed = pytest.mark.skipif(
-    not pathlib.Path(DIRECTORY).exists(), reason='needs the Debian package dataset-fashion-mnist'
+    not pathlib.Path(DIRECTORY).exists(), reason='needs the package dataset-fashion-mnist'
 )
 
 
