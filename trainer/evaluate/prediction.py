@@ -144,6 +144,12 @@ class Prediction:
                     f"the task's predict returned {name!r} as {describe(x)}; expected an array "
                     f'with one row for each of the {rows[0]} examples of a batch'
                 )
+        for name, field in unchanged.items():
+            if tuple(self.fields.spec[field].shape[:1]) != rows:
+                raise UserError(
+                    f"the task's predict returned the field {field!r} unchanged as {name!r}, which "
+                    f'has not one entry for each of the {rows[0]} examples of a batch'
+                )
         return frozenset(shapes), unchanged
 
     def _find_unchanged(
