@@ -42,7 +42,7 @@ def make_evaluator(experiment: Experiment, name: str, mesh: Mesh, params: Params
         UserError: if the split is empty.
     """
     spec = experiment.evals[name]
-    data = spec.data(_padded_size(spec, mesh), None)
+    data = spec.data(batch_shards(mesh), None)
     return _evaluator(experiment, spec, data, mesh, params, name=name, has_score=True)
 
 
@@ -94,7 +94,7 @@ class OtherData:
     ) -> Evaluator:
         spec = self._choose(evaluation, path)
         source = as_source(data, path)
-        loaded = spec.data(_padded_size(spec, self._mesh), source)
+        loaded = spec.data(batch_shards(self._mesh), source)
         key, fields = (evaluation, has_score), None
         if loaded.num_batches:
             fields = dict(loaded.spec), loaded.structure
@@ -236,10 +236,3 @@ def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep
     return EnsembleEvalStep(
         model=model, task=spec.task, seed=seed, seeds=ensemble.seeds, axis=ensemble.axis(mesh)
     )
-
-
-def _padded_size(spec: Evaluation, mesh: Mesh) -> int:
-    """Returns the smallest multiple of the devices that is at least the batch size."""
-    # An evaluation pads its batches, so its batch size need not divide evenly over the devices.
-    shards = batch_shards(mesh)
-    return -(-spec.batch_size // shards) * shards

@@ -141,6 +141,7 @@ def set_up(experiment: Experiment, log: Periodic, mesh: Mesh) -> Setup:
         structure=experiment.data.structure,
         sharding=experiment.devices.sharding,
         fused=experiment.training.steps_per_call,
+        num_shapes=experiment.data.num_shapes,
     )
     checks.check_programs(experiment, programs, mesh)
     params = functools.partial(eval_params, experiment, programs)
@@ -211,8 +212,9 @@ def training_batches(
         data.block,
         calls,
         mesh,
-        batch_size,
+        data.rows(batch_size),
         fields=fields,
+        num_shapes=data.num_shapes,
         start=start,
         depth=experiment.prefetch,
         # Closed with the prefetcher, so that no worker process outlives training.
