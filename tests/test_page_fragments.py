@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from optax import contrib
 
+from data import text as text_data
 from tests import command
 from tests.pages import FRAGMENTS, OVERRIDES, TEXTS, Block, Project, needs, parameters, run
 from tests.parallel import group
 from trainer.config import loading, overrides, schema
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build
+from trainer.models.generation import generate
 from trainer.models.transformer import Transformer
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
@@ -113,6 +115,20 @@ def stacked(text: str) -> None:
     layers = [jax.tree.leaves(params[f'block_{i}']) for i in range(2)]
     for found, *old in zip(jax.tree.leaves(new['blocks']), *layers, strict=True):
         np.testing.assert_array_equal(found, np.stack(old))
+
+
+def continued(text: str) -> None:
+    small = {'model': TINY_LM['model'], 'evals.samples.data.source.limit': 3}
+    never = {'evals.test.every': 'never', 'evals.test.final': False}
+    trainer, result = fitted(built('lm.py', text, {**small, **never}))
+    (found,) = trainer.predict('samples', result.state)
+    prompt = text_data.python_source(128, split='test', limit=3).gather(np.arange(3))['inputs'][
+        :, :32
+    ]
+    model, variables = trainer.model(result.state).unbind()
+    expected = generate(model, variables['params'], jnp.asarray(prompt), 64)
+    np.testing.assert_array_equal(found['continued'], expected)
+    assert 'eval/samples/loss' not in result.metrics
 
 
 class Edited(nn.Module):
@@ -305,6 +321,7 @@ CASES: dict[str, Callable[..., None]] = {
     "compute='float16'": scaled,
     'trainer.metrics:F1': measured,
     'mine.even:Even': measured,
+    'mine.continued': continued,
     'early_stopping': watched,
     'config.profile': profiled,
     'eval_params': averaged,

@@ -140,8 +140,8 @@ class BoundModel(abc.ABC):
             UserError: if the model is not a single Linen module.
         """
         raise UserError(
-            'model.fresh_collections: only a Linen module creates collections by a call, and not as '
-            'a member of an ensemble'
+            'model.fresh_collections: only a Linen module creates collections by a call, and only '
+            'if it is not a member of an ensemble'
         )
 
     def with_collections(self, **collections: Any) -> BoundModel:

@@ -16,6 +16,7 @@ from trainer.modules.model_view import path_names
 from trainer.modules.shapes import describe
 from trainer.tasks.batch import MissingFieldError
 from trainer.tasks.returned import name_of
+from trainer.tasks.task import TaskOutput
 
 # The name of an output that is an array.
 OUTPUT = 'output'
@@ -51,18 +52,14 @@ class ScoredTask:
         """Returns the predictions of the task."""
         return self._named_task.predict(model, batch)
 
-    def __call__(self, model: Any, batch: Any) -> jax.Array:
-        """Returns zeros, one for each example."""
-        # Predicted, so that the calls of the model are checked as those of other tasks are. The
-        # compiler removes them.
-        outputs = jax.tree.leaves(self.predict(model, batch))
-        arrays = [x for x in outputs if isinstance(x, jax.Array) and x.ndim]
-        if not arrays:
-            raise UserError(
-                f'the task {name_of(self)}: `predict` must return arrays with one row for each '
-                'example'
-            )
-        return jnp.zeros(len(arrays[0]))
+    def __call__(self, model: Any, batch: Any) -> None:
+        """Calls the model as `predict` does, to initialize its variables."""
+        self.predict(model, batch)
+
+    def empty_output(self, mask: jax.Array) -> TaskOutput:
+        """Returns what an evaluation accumulates for a batch with this mask: no metric."""
+        weights = mask.astype(jnp.float32)
+        return TaskOutput(loss=jnp.zeros_like(weights), weights=weights)
 
 
 def predict_by_call(task: Any, model: Any, batch: Any) -> dict[str, Any]:
