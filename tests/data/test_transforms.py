@@ -118,20 +118,20 @@ def test_flip_is_fair_and_keeps_the_dtype() -> None:
 
 
 def test_per_example_without_rng() -> None:
-    def summed(example: dict) -> dict:
+    def add_sum(example: dict) -> dict:
         assert example['x'].shape == (2,)
         return {'sum': example['x'].sum(), 'x': example['x'][::-1]}
 
-    batch = PerExample(fn=summed)({'x': np.array([[1, 2], [3, 4], [5, 6]])}, rng(3))
+    batch = PerExample(fn=add_sum)({'x': np.array([[1, 2], [3, 4], [5, 6]])}, rng(3))
     assert batch['sum'].tolist() == [3, 7, 11]
     assert batch['x'].tolist() == [[2, 1], [4, 3], [6, 5]]
 
 
 def test_per_example_with_rng() -> None:
-    def drawn(example: dict, rng: np.random.Generator) -> dict:
+    def add_noise(example: dict, rng: np.random.Generator) -> dict:
         return {'x': example['x'], 'noise': rng.random(2)}
 
-    run = PerExample(fn=drawn)
+    run = PerExample(fn=add_noise)
     noise = run({'x': np.arange(5)}, rng(5))['noise']
     assert len(np.unique(noise)) == 10
     np.testing.assert_array_equal(run({'x': np.arange(5)}, rng(5))['noise'], noise)

@@ -41,24 +41,24 @@ def rows(workdir: pathlib.Path, name: str) -> dict[int, float]:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[int]]]:
+def consumed_examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[int]]]:
     """Returns what the data digest covers: the examples of each step."""
     consumed: dict[int, list[int]] = {}
     add = DataDigest.add
 
-    def noted(self: DataDigest, start: int, ids: np.ndarray, rows: Any = None) -> None:
+    def add_and_note(self: DataDigest, start: int, ids: np.ndarray, rows: Any = None) -> None:
         for step, row in enumerate(ids.tolist(), start=start):
             assert step not in consumed
             consumed[step] = row
         add(self, start, ids, rows)
 
-    monkeypatch.setattr(DataDigest, 'add', noted)
+    monkeypatch.setattr(DataDigest, 'add', add_and_note)
     yield consumed
 
 
-def usage_counts(seen: dict[int, list[int]]) -> dict[int, int]:
+def usage_counts(consumed_examples: dict[int, list[int]]) -> dict[int, int]:
     """Returns how many examples were used how many times."""
-    real = [i for row in seen.values() for i in row if i != PADDING]
+    real = [i for row in consumed_examples.values() for i in row if i != PADDING]
     _, counts = np.unique(real, return_counts=True)
     return {int(n): int((counts == n).sum()) for n in np.unique(counts)}
 
@@ -74,17 +74,17 @@ def usage_counts(seen: dict[int, list[int]]) -> dict[int, int]:
 )
 def test_resume_after_two_epochs_uses_each_example_equally_often(
     sizes: tuple[int, int], ends: tuple[int, int], tmp_path: pathlib.Path,
-    seen: dict[int, list[int]], capsys: pytest.CaptureFixture[str],
+    consumed_examples: dict[int, list[int]], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     trainer_in(tmp_path, data__batch_size=sizes[0]).fit()
-    assert usage_counts(seen) == {2: EXAMPLES}
+    assert usage_counts(consumed_examples) == {2: EXAMPLES}
     capsys.readouterr()
     result = trainer_in(tmp_path, data__batch_size=sizes[1], train_for='4 epochs').fit()
     out = capsys.readouterr().out
     assert (result.status, result.step) == ('finished', ends[1])
-    flat = [i for row in seen.values() for i in row][: 4 * EXAMPLES]
+    flat = [i for row in consumed_examples.values() for i in row][: 4 * EXAMPLES]
     assert usage_counts({0: flat}) == {4: EXAMPLES}
-    assert len([i for row in seen.values() for i in row]) - 4 * EXAMPLES < sizes[1]
+    assert len([i for row in consumed_examples.values() for i in row]) - 4 * EXAMPLES < sizes[1]
     assert (
         f'config.data.batch_size {sizes[0]} -> {sizes[1]}: resuming at step {ends[0]}, '
         f'after 512 examples (2 epochs); the run ends at step {ends[1]}'
@@ -118,7 +118,7 @@ def test_resume_after_two_epochs_uses_each_example_equally_often(
     ids=['plain', 'steps_per_call', 'grain', 'mixture'],
 )
 def test_three_batch_sizes_changed_within_epochs(
-    data: dict[str, Any], tmp_path: pathlib.Path, seen: dict[int, list[int]]
+    data: dict[str, Any], tmp_path: pathlib.Path, consumed_examples: dict[int, list[int]]
 ) -> None:
     if 'data__source' in data:
         data = {'data__source__limit': None, **data}
@@ -134,8 +134,8 @@ def test_three_batch_sizes_changed_within_epochs(
         result = trainer.fit(max_steps=updates)
     # 11 x 32 + 3 x 64 + 30 x 16 = 4 x 256
     assert (result.status, result.step) == ('finished', 44)
-    assert sorted(seen) == list(range(44))
-    assert usage_counts(seen) == {4: EXAMPLES}
+    assert sorted(consumed_examples) == list(range(44))
+    assert usage_counts(consumed_examples) == {4: EXAMPLES}
     # 204.8 examples each: step 7 of 32, then 409.6 and so on.
     assert list(rows(tmp_path, 'train/loss')) == [7, 12, 19, 32, 44]
 
@@ -143,12 +143,12 @@ def test_three_batch_sizes_changed_within_epochs(
 @pytest.mark.slow
 @pytest.mark.parametrize('limit', [250, 256])
 def test_a_padded_epoch_ends_with_its_own_examples(
-    limit: int, tmp_path: pathlib.Path, seen: dict[int, list[int]]
+    limit: int, tmp_path: pathlib.Path, consumed_examples: dict[int, list[int]]
 ) -> None:
     more = {'data__remainder': 'pad', 'data__source__limit': limit, 'train_for': '3 epochs'}
     trainer_in(tmp_path, data__batch_size=32, **more).fit(max_steps=12)
     result = trainer_in(tmp_path, data__batch_size=64, **more).fit()
-    assert usage_counts(seen) == {3: limit}
+    assert usage_counts(consumed_examples) == {3: limit}
     # 8 of 32; 4 of 32, and of the 122 or 128 that are left 2 of 64; 4 of 64.
     assert (result.status, result.step) == ('finished', 18)
     assert list(rows(tmp_path, 'eval/test/loss')) == [8, 14, 18]
@@ -156,15 +156,15 @@ def test_a_padded_epoch_ends_with_its_own_examples(
 
 @pytest.mark.slow
 def test_the_rest_of_an_epoch_shorter_than_a_batch_is_dropped(
-    tmp_path: pathlib.Path, seen: dict[int, list[int]]
+    tmp_path: pathlib.Path, consumed_examples: dict[int, list[int]]
 ) -> None:
     more = {'data__remainder': 'drop', 'data__source__limit': 250, 'train_for': '3 epochs'}
     trainer_in(tmp_path, data__batch_size=32, **more).fit(max_steps=12)
     result = trainer_in(tmp_path, data__batch_size=64, **more).fit()
     # 7 of 32; 5 of 32, and of the 90 that are left 1 of 64; 3 of 64.
     assert (result.status, result.step) == ('finished', 16)
-    assert max(usage_counts(seen)) == 3
-    assert sum(map(len, seen.values())) == 7 * 32 + 5 * 32 + 64 + 3 * 64
+    assert max(usage_counts(consumed_examples)) == 3
+    assert sum(map(len, consumed_examples.values())) == 7 * 32 + 5 * 32 + 64 + 3 * 64
     assert list(rows(tmp_path, 'eval/test/loss')) == [7, 13, 16]
 
 

@@ -47,7 +47,7 @@ def text(event: Event) -> Any:
     return 'no dict'
 
 
-def at_the_start(event: Event) -> Any:
+def return_at_start(event: Event) -> Any:
     return {'x': 1.0}
 
 
@@ -105,7 +105,7 @@ def test_a_metric_that_no_hook_returns_is_an_error_after_a_save(tmp_path: pathli
     assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
 
 
-def once(event: Event) -> dict[str, Any] | None:
+def return_once(event: Event) -> dict[str, Any] | None:
     if event.kind != 'eval':
         return None
     if event.step == 4:
@@ -114,7 +114,7 @@ def once(event: Event) -> dict[str, Any] | None:
 
 
 def test_a_value_of_an_earlier_evaluation_ranks_no_later_checkpoint(tmp_path: pathlib.Path) -> None:
-    made = config('once')
+    made = config('return_once')
     made.checkpoint = dict(every='2 steps', best=dict(metric='eval/dev/bleu', mode='max'))
     with pytest.raises(RuntimeError, match='too late'):
         trainer(made, tmp_path / 'run').fit()
@@ -143,7 +143,7 @@ def test_the_time_of_hooks_is_theirs() -> None:
     ('hook', 'message'),
     [
         ('text', r'config\.hooks\.mine returned str; expected None, or a dict of values by name'),
-        ('at_the_start', r"returned x at a 'start' event, which has no row of metrics"),
+        ('return_at_start', r"returned x at a 'start' event, which has no row of metrics"),
         ('twice', r"two values of a row of metrics are named 'loss'"),
     ],
 )
