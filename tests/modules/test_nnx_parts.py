@@ -157,16 +157,16 @@ def test_random_numbers_of_the_call() -> None:
     system = as_functional(Noise)
     x = jnp.ones((32, 4))
 
-    def bind(step: int, mode: Any = 'train') -> Any:
+    def bind_at(step: int, mode: Any = 'train') -> Any:
         return system.bind({'params': {}}, Keys(seed=0, mode=mode, step=step))
 
-    model = bind(1)
+    model = bind_at(1)
     first, second = model(x)
     assert not same(first, second)
     assert not same(model(x)[0], first)
-    assert same(bind(1)(x)[0], first)
-    assert not same(bind(2)(x)[0], first)
-    assert same(bind(1, 'eval')(x)[0], x + 1)
+    assert same(bind_at(1)(x)[0], first)
+    assert not same(bind_at(2)(x)[0], first)
+    assert same(bind_at(1, 'eval')(x)[0], x + 1)
     mine = bind(1)(x, rngs=nnx.Rngs(0))
     assert same(mine, bind(2)(x, rngs=nnx.Rngs(0)))
     assert (bind(MayDraw)(X) == 0).any()
