@@ -12,10 +12,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .nested import Tree
 from .order import combine
 from .per_example import map_rows, stack_examples
 from .rng import ExampleRng
-from .sources import Arrays
 
 # Methods of Grain's classes. The first three keep the number of examples.
 _METHODS = ('map', 'random_map', 'map_with_index', 'filter', 'flat_map')
@@ -34,7 +34,7 @@ class GrainMap:
     transform: Any
     method: str
 
-    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
+    def __call__(self, batch: Tree, rng: ExampleRng) -> Tree:
         """Returns the stacked results.
 
         A `RandomMap` gets the example's numpy generator, a `MapWithIndex` the example's index in
@@ -49,10 +49,10 @@ class GrainMap:
                 return run(int(rng.ids[row]), example)
             return run(example)
 
-        return stack_examples(map_rows(call, batch))
+        return stack_examples(map_rows(call, batch), batch)
 
 
-def as_transforms(transforms: Sequence[Any]) -> tuple[Callable[..., Arrays], ...]:
+def as_transforms(transforms: Sequence[Any]) -> tuple[Callable[..., Tree], ...]:
     """Returns transforms as functions of batches.
 
     Args:
@@ -64,7 +64,7 @@ def as_transforms(transforms: Sequence[Any]) -> tuple[Callable[..., Arrays], ...
     return tuple(_as_transform(transform, i) for i, transform in enumerate(transforms))
 
 
-def _as_transform(transform: Any, position: int) -> Callable[..., Arrays]:
+def _as_transform(transform: Any, position: int) -> Callable[..., Tree]:
     name, method = type(transform).__name__, grain_method(transform)
     if method in _CLASSES:
         raise ValueError(

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from . import nested
+from .collate import stack_batches
 from .compat import worker_death_cause
 from .loader import Block, TrainLoader
+from .nested import Tree
 from .order import PADDING, Marks
 from .record_errors import describe
-from .sources import Arrays, ArraySpec, Source
+from .sources import Source
 from .workers import WorkerError, prefetch_in_workers, to_portable
 
 
@@ -40,7 +43,7 @@ class GrainLoader:
         *,
         source: Source,
         batch_size: int,
-        transforms: Sequence[Callable[..., Arrays]] = (),
+        transforms: Sequence[Callable[..., Tree]] = (),
         seed: int = 0,
         shuffle: bool = True,
         remainder: str = 'carry',
@@ -64,7 +67,8 @@ class GrainLoader:
                 most of the work releases the interpreter lock (reading files, decoding images).
             threads: threads per process; by default 8 without workers, and 0 in a worker (its main
                 thread does the work).
-            task_rows: rows that are read and transformed at once.
+            task_rows: rows that are read and transformed at once; all rows of a batch if the
+                source collates.
             ahead: number of batches to prefetch.
 
         Raises:
@@ -99,12 +103,22 @@ class GrainLoader:
         return self._loader.examples
 
     @property
+    def rows(self) -> int:
+        """Number of rows of a batch: see `TrainLoader.rows`."""
+        return self._loader.rows
+
+    @property
+    def num_shapes(self) -> int | None:
+        """See `trainer.input.loader.Collated`."""
+        return self._loader.num_shapes
+
+    @property
     def marks(self) -> Marks:
         """See `trainer.input.loader.Resizable.marks`."""
         return self._loader.marks
 
     @property
-    def first(self) -> Arrays:
+    def first(self) -> Tree:
         """The first example of the source, as in epoch 0, each field as (1, ...)."""
         return self._loader.first
 
@@ -116,7 +130,7 @@ class GrainLoader:
         return loader
 
     @property
-    def spec(self) -> dict[str, ArraySpec]:
+    def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
         return self._loader.spec
 
@@ -133,8 +147,11 @@ class GrainLoader:
         Raises:
             WorkerError: if a worker failed or died; the message names the example.
         """
-        # As indices, so that two requests for the same rows compare equal.
-        wanted = np.arange(self.batch_size)[rows]
+        # As indices, so that two requests for the same rows compare equal. Batches of a source that
+        # collates are always whole.
+        wanted = np.arange(self.batch_size)
+        if self.num_shapes is None:
+            wanted = wanted[rows]
         stream = self._stream
         # A jump happens once, when a run starts or resumes; afterwards blocks follow each other.
         if stream is None or not stream.is_at(start, wanted):
@@ -158,7 +175,8 @@ class GrainLoader:
     def _open(self, step: int, rows: np.ndarray) -> _Stream:
         import grain.python as grain
 
-        tasks = _Tasks(self._loader, rows, self._task_rows, step, in_worker=self._workers > 0)
+        task_rows = self._task_rows if self.num_shapes is None else len(rows)
+        tasks = _Tasks(self._loader, rows, task_rows, step, in_worker=self._workers > 0)
         num_tasks = self._ahead * tasks.per_step
         # At least one task per thread, or some threads would idle; otherwise what covers `ahead`
         # batches, divided among the workers.
@@ -227,7 +245,7 @@ class _Tasks:
             if not self.in_worker:
                 raise
             raise to_portable(error) from None
-        return {'arrays': {k: x[0] for k, x in block.arrays.items()}, 'ids': block.ids[0]}
+        return {'arrays': nested.map_arrays(lambda x: x[0], block.arrays), 'ids': block.ids[0]}
 
 
 class _Stream:
@@ -255,12 +273,15 @@ class _Stream:
         for _ in range(count * self.tasks.per_step):
             parts.append(next(self.elements))
             self.num_taken += 1
+        if self.tasks.loader.num_shapes is not None:
+            # Whole batches, whose arrays need not have a row for each example.
+            arrays = stack_batches([part['arrays'] for part in parts])
+            return Block(arrays, np.stack([part['ids'] for part in parts]))
         shape = (count, len(self.tasks.rows))
 
-        def join(pieces: list[np.ndarray]) -> np.ndarray:
+        def join(*pieces: np.ndarray) -> np.ndarray:
             whole = np.concatenate(pieces)
             return whole.reshape(*shape, *whole.shape[1:])
 
-        names = parts[0]['arrays']
-        arrays = {name: join([part['arrays'][name] for part in parts]) for name in names}
-        return Block(arrays, join([part['ids'] for part in parts]))
+        arrays = nested.map_arrays(join, *[part['arrays'] for part in parts])
+        return Block(arrays, join(*[part['ids'] for part in parts]))

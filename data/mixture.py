@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from . import nested
+from .nested import Tree
 from .record_errors import describe as describe_example
-from .sources import Arrays, ArraySpec, Source, check_source
+from .sources import Source, check_source
 
 
 class Mixture:
@@ -52,26 +54,33 @@ class Mixture:
         self._ends = np.cumsum(np.maximum(counts, lengths))
 
     @property
-    def spec(self) -> dict[str, ArraySpec]:
+    def spec(self) -> Tree:
         """Shape and dtype of each field of one example."""
-        return dict(self._sources[0].spec)
+        return _spec(self._sources[0])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def gather(self, indices: np.ndarray) -> Arrays:
+    def gather(self, indices: np.ndarray) -> Tree:
         """Returns the examples at `indices` (n,), each field as (n, ...)."""
         which, inner = self._locate(indices)
-        arrays: Arrays = {}
-        for number in np.unique(which):
+        whole: Tree = None
+        # One source at least, also for no indices: its arrays have the dtypes.
+        for number in np.unique(which) if len(which) else [0]:
             # One gather per source, and not one per example.
             rows = np.flatnonzero(which == number)
-            for name, x in self._sources[number].gather(inner[rows]).items():
-                if name not in arrays:
-                    # The sources have equal fields, so the first one determines shapes and dtypes.
-                    arrays[name] = np.empty((len(indices), *x.shape[1:]), x.dtype)
-                arrays[name][rows] = x
-        return arrays
+            part = self._sources[number].gather(inner[rows])
+            if whole is None:
+                # The sources have equal fields, so the first one determines shapes and dtypes.
+                whole = nested.map_arrays(
+                    lambda x: np.empty((len(indices), *x.shape[1:]), x.dtype), part
+                )
+
+            def fill(to: np.ndarray, x: np.ndarray, rows: np.ndarray = rows) -> None:
+                to[rows] = x
+
+            nested.map_arrays(fill, whole, part)
+        return whole
 
     def describe(self, index: int) -> str:
         """Returns the name of an example for messages, as its own source describes it."""
@@ -87,14 +96,20 @@ class Mixture:
 
 
 def _check_fields(sources: Sequence[Source]) -> None:
-    first = dict(sources[0].spec)
+    first = _spec(sources[0])
     for number, source in enumerate(sources):
-        if dict(source.spec) != first:
+        if _spec(source) != first:
             raise ValueError(
                 f'sources: all need the same fields. Source 0 has {_describe_spec(first)}; '
-                f'source {number} has {_describe_spec(dict(source.spec))}'
+                f'source {number} has {_describe_spec(_spec(source))}'
             )
 
 
-def _describe_spec(spec: dict[str, ArraySpec]) -> str:
-    return ', '.join(f'{name}: {s.dtype}{list(s.shape)}' for name, s in spec.items())
+def _spec(source: Source) -> Tree:
+    # In dicts of the type `dict`, so that specs can be compared.
+    return nested.map_arrays(lambda spec: spec, source.spec)
+
+
+def _describe_spec(spec: Tree) -> str:
+    leaves = nested.leaves_with_names(spec)
+    return ', '.join(f'{name}: {s.dtype}{list(s.shape)}' for name, s in leaves.items())

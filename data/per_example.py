@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from . import global_random
+from . import global_random, nested
+from .nested import Tree
 from .rng import ExampleRng, wants_rng
-from .sources import Arrays
 
 # Packages whose transforms draw from global generators (Albumentations did before 1.4.19).
 _GLOBAL = frozenset({'torchvision', 'torch', 'albumentations'})
@@ -46,12 +46,14 @@ class PerExample:
     shape; they may be numpy arrays, numbers, or anything with `__array__` (JAX and PyTorch arrays).
 
     Attributes:
-        fn: without `field`, a function of an example (a dict) that returns the new example. With
-            `field`, a function of the value of that field that returns the new value. If it has a
-            parameter `rng`, it gets the example's numpy generator. A transform of Albumentations is
-            called with its named arguments: the value as `image`, or without `field` all fields of
-            the example; its seed is set for each example.
-        field: the field to replace; the others stay. None for functions of whole examples.
+        fn: without `field`, a function of an example (a dict, or another tree, as the source
+            returns it) that returns the new example. With `field`, a function of the value of that
+            field that returns the new value. If it has a parameter `rng`, it gets the example's
+            numpy generator. A transform of Albumentations is called with its named arguments: the
+            value as `image`, or without `field` all fields of the example; its seed is set for each
+            example.
+        field: the field to replace, by its path if it is nested ('inputs/x'); the others stay. None
+            for functions of whole examples.
         seed_global: whether to seed the global generators (`random`, `numpy.random`, PyTorch) for
             each example. Threads then wait for each other; use the worker processes of
             `GrainLoader` instead. By default this is done for transforms of torchvision, and
@@ -70,10 +72,11 @@ class PerExample:
         if isinstance(self.fn, type) or not callable(self.fn):
             raise ValueError(f'fn: expected a function of an example, got {self.fn!r:.100}')
 
-    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
+    def __call__(self, batch: Tree, rng: ExampleRng) -> Tree:
         """Returns the batch with the results."""
-        if self.field is not None and self.field not in batch:
-            raise ValueError(f'field: the batch has no {self.field!r}; it has {", ".join(batch)}')
+        if self.field is not None and not nested.has_field(batch, self.field):
+            names = ', '.join(nested.leaves_with_names(batch))
+            raise ValueError(f'field: the batch has no {self.field!r}; it has {names}')
         call = self._bind_function(rng)
         if self._seeds_global:
             with global_random.restore_after():
@@ -81,8 +84,8 @@ class PerExample:
         else:
             results = map_rows(self._checking(call), batch, self.field)
         if self.field is None:
-            return stack_examples(results)
-        return {**batch, self.field: _stack(self.field, results)}
+            return stack_examples(results, batch)
+        return nested.with_field(batch, self.field, _stack_values(self.field, results))
 
     def _bind_function(self, rng: ExampleRng) -> _Call:
         """Returns `fn` as a function of a value, or an example, and its row."""
@@ -148,46 +151,64 @@ class PerExample:
         return run
 
 
-def map_rows(call: _Call, batch: Arrays, field: str | None = None) -> list[Any]:
+def map_rows(call: _Call, batch: Tree, field: str | None = None) -> list[Any]:
     """Returns the results of a function for the rows of a batch, in order.
 
     Args:
         call: called with an example, or with the value of its `field`, and the row.
         batch: arrays (n, ...).
-        field: the field whose values are passed; None for whole examples.
+        field: path of the field whose values are passed; None for whole examples.
     """
-    if field is not None:
-        return [call(value, row) for row, value in enumerate(batch[field])]
-    rows = len(next(iter(batch.values())))
-    return [call({name: x[row] for name, x in batch.items()}, row) for row in range(rows)]
+    values = batch if field is None else nested.get_field(batch, field)
+    if isinstance(values, np.ndarray):
+        return [call(value, row) for row, value in enumerate(values)]
+    rows = range(len(nested.first_array(values)))
+    return [call(nested.map_arrays(lambda x, row=row: x[row], values), row) for row in rows]
 
 
-def stack_examples(examples: list[Any]) -> Arrays:
-    """Returns examples, dicts of values, as a batch.
+def stack_examples(examples: list[Any], before: Tree) -> Tree:
+    """Returns examples, dicts or other trees of values, as a batch.
+
+    Args:
+        examples: what a function has returned for the examples of a batch.
+        before: that batch.
 
     Raises:
-        TypeError: if one of them is not a dict.
-        ValueError: if they differ in fields or shapes.
+        TypeError: if one of them is not a tree of values.
+        ValueError: if they differ in structure or shapes.
     """
     for example in examples:
-        if not isinstance(example, Mapping):
+        if not isinstance(example, Mapping | list | tuple):
             raise TypeError(
                 f'a function of an example must return a dict, got {type(example).__name__}. If it '
                 "is a function of one field, name that field: PerExample(fn=..., field='image')"
             )
-        if example.keys() != examples[0].keys():
-            raise ValueError(
-                'all examples need the same fields; a function of an example returned '
-                f'{sorted(examples[0])}, then {sorted(example)}'
-            )
-    return {name: _stack(name, [example[name] for example in examples]) for name in examples[0]}
+    if lost := nested.paths_of_none(examples[0]) - nested.paths_of_none(before):
+        raise TypeError(f'{min(lost)!r}: the function returned None; expected an array')
+    return _stack_trees('', examples)
 
 
-def _stack(name: str, values: list[Any]) -> np.ndarray:
+def _stack_values(field: str, values: list[Any]) -> Any:
+    if values[0] is None:
+        raise TypeError(f'{field!r}: the function returned None; expected an array')
+    if nested.is_node(values[0]):
+        return _stack_trees(f'{field}/', values)
+    return _stack(field, *values)
+
+
+def _stack_trees(prefix: str, examples: list[Any]) -> Tree:
+    try:
+        return nested.map_named(lambda name, *values: _stack(prefix + name, *values), *examples)
+    except nested.StructureError as error:
+        raise ValueError(
+            'all examples need the same fields; a function of an example has returned a result '
+            f'that differs from the first one: {error.difference}'
+        ) from None
+
+
+def _stack(name: str, *values: Any) -> np.ndarray:
     arrays = [np.asarray(value) for value in values]
-    for value, array in zip(values, arrays, strict=True):
-        if value is None:
-            raise TypeError(f'{name!r}: the function returned None; expected an array')
+    for array in arrays:
         if array.shape != arrays[0].shape:
             raise ValueError(
                 f'{name!r} has shape {arrays[0].shape} in one example and {array.shape} in '

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from . import nested
+from .nested import Tree
 
 Arrays = dict[str, np.ndarray]
 
@@ -29,13 +32,13 @@ class Source(Protocol):
     """A random-access dataset, as a loader reads it."""
 
     @property
-    def spec(self) -> Mapping[str, ArraySpec]:
-        """Shape and dtype of each field of one example."""
+    def spec(self) -> Tree:
+        """`ArraySpec` of each array of one example: a dict, or another tree (`data.nested`)."""
 
     def __len__(self) -> int: ...
 
-    def gather(self, indices: np.ndarray) -> Arrays:
-        """Returns the examples at int64 `indices` (n,), each field as (n, ...).
+    def gather(self, indices: np.ndarray) -> Tree:
+        """Returns the examples at int64 `indices` (n,): the same tree, each array (n, ...).
 
         Each call returns new arrays: devices may still read those of earlier calls.
         """
@@ -47,7 +50,7 @@ def check_source(source: Source) -> None:
     An exception in `gather` is ignored here: the first batch raises it with its traceback.
 
     Raises:
-        TypeError: if the source has no length or `gather`, or `gather` does not return a dict of
+        TypeError: if the source has no length or `gather`, or `gather` does not return a tree of
             arrays.
         ValueError: if `gather` returns a wrong number of rows, or reading `spec` raises it because
             examples differ in shape.
@@ -76,15 +79,18 @@ def check_rows(source: Source, arrays: Any, rows: int) -> None:
     """Checks the result of `source.gather` for `rows` indices.
 
     Raises:
-        TypeError: if it is not a dict of arrays.
-        ValueError: if a field has a different number of rows.
+        TypeError: if it is not a tree of arrays, such as a dict.
+        ValueError: if an array has a different number of rows.
     """
-    if not isinstance(arrays, dict):
+    # A list of dicts is a list of examples that nobody has stacked.
+    is_of_examples = isinstance(arrays, list) and isinstance(next(iter(arrays), None), Mapping)
+    if not isinstance(arrays, dict | list | tuple) or is_of_examples:
         raise TypeError(
             f'gather of the source {_name(source)} returned {_name(arrays)}; expected a dict of '
-            'numpy arrays (rows, ...)'
+            'numpy arrays (rows, ...), or a tuple or another tree of them'
         )
-    for name, x in arrays.items():
+
+    def check(name: str, x: Any) -> None:
         if not isinstance(x, np.ndarray):
             raise TypeError(
                 f'gather of the source {_name(source)} returned {_name(x)} as {name!r}; expected a '
@@ -95,6 +101,8 @@ def check_rows(source: Source, arrays: Any, rows: int) -> None:
                 f'gather of the source {_name(source)} returned {name!r} of shape {x.shape} '
                 f'for {rows} indices; expected one row per index, in the same order'
             )
+
+    nested.map_named(check, arrays)
 
 
 def _name(value: Any) -> str:
@@ -107,13 +115,13 @@ def _to_native_order(x: np.ndarray) -> np.ndarray:
 
 
 class ArraySource:
-    """Examples in memory, one array per field."""
+    """Examples in memory: a dict of arrays, or another tree of them."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], *, limit: int | None = None):
+    def __init__(self, arrays: Tree, *, limit: int | None = None):
         """Keeps the arrays (examples, ...).
 
         Args:
-            arrays: fields of equal length.
+            arrays: arrays of equal length, in a dict or another tree (`data.nested`).
             limit: use only this many examples from the start.
 
         Raises:
@@ -123,74 +131,97 @@ class ArraySource:
             raise ValueError(
                 f'limit: {limit} examples; expected a positive number, or None for all'
             )
-        fields = {name: _to_native_order(np.asarray(x)) for name, x in arrays.items()}
-        lengths = {name: len(x) if x.ndim else None for name, x in fields.items()}
+        fields = nested.map_arrays(lambda x: _to_native_order(np.asarray(x)), arrays)
+        leaves = nested.leaves_with_names(fields)
+        lengths = {name: len(x) if x.ndim else None for name, x in leaves.items()}
         if len(set(lengths.values())) != 1 or {0, None} & set(lengths.values()):
             raise ValueError(
                 'all fields of a source must have the same positive length (number of examples); '
                 f'got {lengths}'
             )
         # A view: no memory is copied for a limit.
-        self._arrays = {name: x[:limit] for name, x in fields.items()}
+        self._arrays = nested.map_arrays(lambda x: x[:limit], fields)
 
     @property
-    def spec(self) -> dict[str, ArraySpec]:
-        """Shape and dtype of each field of one example."""
-        return {name: ArraySpec(x.shape[1:], x.dtype) for name, x in self._arrays.items()}
+    def spec(self) -> Tree:
+        """Shape and dtype of each array of one example."""
+        return nested.map_arrays(lambda x: ArraySpec(x.shape[1:], x.dtype), self._arrays)
 
     def __len__(self) -> int:
-        return len(next(iter(self._arrays.values())))
+        return len(nested.first_array(self._arrays))
 
-    def gather(self, indices: np.ndarray) -> Arrays:
-        """Returns the examples at `indices` (n,), each field as (n, ...)."""
+    def gather(self, indices: np.ndarray) -> Tree:
+        """Returns the examples at `indices` (n,), each array as (n, ...)."""
         # Copies, as the protocol asks.
-        return {name: np.take(x, indices, axis=0) for name, x in self._arrays.items()}
+        return nested.map_arrays(lambda x: np.take(x, indices, axis=0), self._arrays)
 
 
 class RandomAccessSource:
-    """Wraps an object with a length and items that are dicts of arrays of equal shapes.
+    """Wraps an object with a length and items that are dicts, or other trees, of arrays.
 
-    If the object has `__getitems__` (like the data sources of TFDS and PyTorch datasets), many
-    items are read with one call, which is much faster.
+    The arrays of all items have the same shapes. If the object has `__getitems__` (like the data
+    sources of TFDS and PyTorch datasets), many items are read with one call, which is much faster.
     """
 
     def __init__(self, items: Any):
         """Keeps the object; reads its first item for the spec.
 
         Raises:
+            TypeError: if its items are not trees of arrays, such as dicts.
             ValueError: if it is empty.
         """
         if not len(items):
             raise ValueError('the source is empty')
         self._items = items
+        first = items[0]
+        if not isinstance(first, Mapping | list | tuple):
+            raise TypeError(
+                f'the items of {_name(items)} are of type {_name(first)}; expected dicts of arrays '
+                '(or tuples or other trees of them): a source of single arrays can return '
+                "{'image': array}"
+            )
         # Items may have Python numbers, which get numpy's default dtype.
-        first = {name: np.asarray(x) for name, x in items[0].items()}
-        self.spec = {name: ArraySpec(x.shape, x.dtype) for name, x in first.items()}
+        arrays = nested.map_arrays(np.asarray, first)
+        self.spec = nested.map_arrays(lambda x: ArraySpec(x.shape, x.dtype), arrays)
+        self._is_flat = nested.is_flat(self.spec)
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def gather(self, indices: np.ndarray) -> Arrays:
+    def gather(self, indices: np.ndarray) -> Tree:
         """Returns the examples at `indices` (n,), stacked.
 
         Raises:
-            ValueError: if an example differs from the first one in shape or dtype.
+            ValueError: if an example differs from the first one in structure, shape or dtype.
         """
         wanted = indices.tolist()
         read_many = getattr(self._items, '__getitems__', None)
         items = read_many(wanted) if read_many else [self._items[i] for i in wanted]
-        return {name: self._stack(name, items, wanted) for name in self.spec}
+        if self._is_flat:  # Items may have more fields than the first one.
+            items = [{name: item[name] for name in self.spec} for item in items]
+        try:
+            return nested.map_named(
+                lambda name, first, *values: _stack(name, first, values, wanted), self.spec, *items
+            )
+        except nested.StructureError as error:
+            raise ValueError(
+                f'example {wanted[error.position]} has another structure than example 0: '
+                f'{error.difference}'
+            ) from None
 
-    def _stack(self, name: str, items: list[Mapping[str, Any]], indices: list[int]) -> np.ndarray:
-        first = self.spec[name]
-        arrays = [np.asarray(item[name]) for item in items]
-        for index, x in zip(indices, arrays, strict=True):
-            # The dtype of text includes its length, which may differ.
-            is_text = first.dtype.kind in 'SU' and x.dtype.kind == first.dtype.kind
-            if x.shape != first.shape or not (is_text or x.dtype == first.dtype):
-                raise ValueError(
-                    f'{name!r} of example {index} is {x.dtype} {x.shape}, but in example 0 it is '
-                    f'{first.dtype} {first.shape}; a batch needs one shape and dtype: resize, crop '
-                    'or pad in the items themselves, or leave the field out'
-                )
-        return np.stack(arrays)
+
+def _stack(
+    name: str, first: ArraySpec, values: Sequence[Any], indices: Sequence[int]
+) -> np.ndarray:
+    """Returns the values of an array of several examples, stacked."""
+    arrays = [np.asarray(value) for value in values]
+    for index, x in zip(indices, arrays, strict=True):
+        # The dtype of text includes its length, which may differ.
+        is_text = first.dtype.kind in 'SU' and x.dtype.kind == first.dtype.kind
+        if x.shape != first.shape or not (is_text or x.dtype == first.dtype):
+            raise ValueError(
+                f'{name!r} of example {index} is {x.dtype} {x.shape}, but in example 0 it is '
+                f'{first.dtype} {first.shape}; a batch needs one shape and dtype: resize, crop '
+                'or pad in the items themselves, or leave the field out'
+            )
+    return np.stack(arrays)

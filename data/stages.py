@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from .sources import Arrays
+from .nested import Tree, get_field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Filter:
     """Keeps only the examples for which `keep(example)` is true."""
 
-    keep: Callable[[Arrays], bool]
+    keep: Callable[[Tree], bool]
 
     def __call__(self, dataset: Any) -> Any:
         """Returns the `grain.IterDataset` of the remaining examples."""
@@ -33,18 +33,18 @@ class LongerThan:
     length: int
     field: str = 'tokens'
 
-    def __call__(self, example: Arrays) -> bool:
+    def __call__(self, example: Tree) -> bool:
         """Returns whether the field is longer than `length`."""
         # A class and not a lambda, which a config cannot contain and worker processes cannot
         # unpickle.
-        return len(example[self.field]) > self.length
+        return len(get_field(example, self.field)) > self.length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Map:
-    """Replaces each example by `fn(example)`, a dict of arrays."""
+    """Replaces each example by `fn(example)`, a dict, or another tree, of arrays."""
 
-    fn: Callable[[Arrays], Arrays]
+    fn: Callable[[Tree], Tree]
 
     def __call__(self, dataset: Any) -> Any:
         """Returns the `grain.IterDataset` of the results."""
@@ -77,8 +77,8 @@ class Split:
 
         # Defined here, because its base class needs the import, which takes seconds.
         class Pieces(grain.experimental.FlatMapTransform):
-            def flat_map(self, element: Arrays) -> list[Arrays]:
-                whole = element[field]
+            def flat_map(self, element: Tree) -> list[Tree]:
+                whole = get_field(element, field)
                 return [{field: whole[i : i + length]} for i in range(0, len(whole), length)]
 
         return grain.experimental.FlatMapIterDataset(dataset, Pieces())
@@ -124,5 +124,5 @@ class Pack:
         return packed.map(_to_plain_dict)
 
 
-def _to_plain_dict(row: Any) -> Arrays:
+def _to_plain_dict(row: Any) -> Tree:
     return {name: np.asarray(x) for name, x in row.items()}

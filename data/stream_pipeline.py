@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from . import nested
 from .foreign import as_stage
+from .nested import Tree
 from .order import epoch_order
 from .record_errors import describe
 from .workers import prefetch_in_workers, to_portable
@@ -18,9 +20,9 @@ from .workers import prefetch_in_workers, to_portable
 class Stream(Protocol):
     """Data that can only be read from the front, by several readers that each take a part.
 
-    Besides `__next__`, which returns a dict of arrays, the iterator of a part has `get_state()`,
-    which returns the position after the last example as a JSON value, and `set_state(state)`, which
-    moves there.
+    Besides `__next__`, which returns an example (a dict, or another tree, of arrays), the iterator
+    of a part has `get_state()`, which returns the position after the last example as a JSON value,
+    and `set_state(state)`, which moves there.
     """
 
     def shard(self, index: int, count: int) -> Any:
@@ -33,7 +35,7 @@ class Pipeline:
 
     Attributes:
         source: a source as in `trainer.data.sources`; any object with a length and items that are
-            dicts of arrays, of any shapes; a Grain dataset; or a `Stream`.
+            dicts, or other trees, of arrays, of any shapes; a Grain dataset; or a `Stream`.
         stages: callables from one `grain.IterDataset` to another, see `trainer.data.stages`, and
             transform objects of Grain.
         seed: seed of the order and of random stages.
@@ -139,13 +141,13 @@ class _Ordered:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, position: int) -> Tree:
         index = int(self.order[position])
         try:
             # Preferred to `gather`, which requires that all examples have one shape.
             if hasattr(self.source, '__getitem__'):
-                return {name: np.asarray(x) for name, x in self.source[index].items()}
-            return {name: x[0] for name, x in self.source.gather(np.array([index])).items()}
+                return nested.map_arrays(np.asarray, self.source[index])
+            return nested.map_arrays(lambda x: x[0], self.source.gather(np.array([index])))
         except Exception as error:
             error.add_note(f'while reading {describe(self.source, index)}')
             raise
@@ -154,8 +156,8 @@ class _Ordered:
 def _as_grain_dataset(part: Any) -> Any:
     """Returns a Grain dataset over an iterable whose iterator saves and restores its position."""
 
-    def read(examples: Any) -> dict[str, np.ndarray]:
-        return {name: np.asarray(x) for name, x in next(examples).items()}
+    def read(examples: Any) -> Tree:
+        return nested.map_arrays(np.asarray, next(examples))
 
     return _wrap(part, read, is_grain=False)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .sources import Arrays
+from . import nested
+from .nested import Tree
 from .stream_pipeline import Pipeline
 
 # Bytes of each field that are hashed for an example's id: enough to distinguish examples, and
@@ -50,7 +51,7 @@ class Reader:
         reader.restore(state)
         return reader
 
-    def next(self) -> Arrays | None:
+    def next(self) -> Tree | None:
         """Returns the next example of this pass, or None at its end."""
         if self._ended:
             return None
@@ -62,7 +63,7 @@ class Reader:
         self._ended = example is None
         return example
 
-    def next_repeating(self) -> Arrays:
+    def next_repeating(self) -> Tree:
         """Returns the next example, of the next pass after the end of one.
 
         Raises:
@@ -162,24 +163,29 @@ def reader_part(rows: np.ndarray, total: int) -> tuple[int, int]:
     return int(rows[0]) // size, total // size
 
 
-def stack(examples: Sequence[Arrays]) -> Arrays:
+def stack(examples: Sequence[Tree]) -> Tree:
     """Returns the examples as (n, ...) arrays.
 
     Raises:
-        ValueError: if they differ in fields or shapes.
+        ValueError: if they differ in structure or shapes.
     """
-    first = examples[0]
+    first = _describe(examples[0])
     for example in examples:
-        if _describe(example) != _describe(first):
+        if (found := _describe(example)) != first:
             raise ValueError(
-                f'all examples of a batch need the same shapes; the stream has {_describe(first)}, '
-                f'then {_describe(example)}. Pack, pad or split them in a stage '
-                '(trainer.data.stages)'
+                f'all examples of a batch need the same shapes; the stream has {first}, then '
+                f'{found}. Pack, pad or split them in a stage (trainer.data.stages)'
             )
-    return {name: _stack_values([example[name] for example in examples]) for name in first}
+    try:
+        return nested.map_arrays(lambda *values: _stack_values(values), *examples)
+    except nested.StructureError as error:
+        raise ValueError(
+            'all examples of a batch need the same structure; the stream has an example that '
+            f'differs from the one before: {error.difference}'
+        ) from None
 
 
-def _stack_values(values: list[Any]) -> np.ndarray:
+def _stack_values(values: Sequence[Any]) -> np.ndarray:
     if isinstance(values[0], np.ndarray | np.generic):
         return np.stack(values)
     objects = np.empty(len(values), object)
@@ -188,15 +194,16 @@ def _stack_values(values: list[Any]) -> np.ndarray:
     return objects
 
 
-def hash_rows(arrays: Arrays) -> np.ndarray:
+def hash_rows(arrays: Tree) -> np.ndarray:
     """Returns a hash of each row, int64 (n,): the example ids of a stream, which has no indices."""
-    rows = len(next(iter(arrays.values())))
-    hashes = np.zeros(rows, np.int64)
-    for row in range(rows):
+    leaves = nested.leaves_with_names(arrays)
+    # Sorted, so that the hash does not depend on the order in which a stage adds fields.
+    columns = [leaves[name] for name in sorted(leaves)]
+    hashes = np.zeros(len(columns[0]), np.int64)
+    for row in range(len(hashes)):
         value = 0
-        # Sorted, so that the hash does not depend on the order in which a stage adds fields.
-        for name in sorted(arrays):
-            value = zlib.crc32(_content(np.asarray(arrays[name][row])), value)
+        for column in columns:
+            value = zlib.crc32(_content(np.asarray(column[row])), value)
         hashes[row] = value
     return hashes
 
@@ -209,8 +216,9 @@ def _content(x: np.ndarray) -> bytes:
     return flat[: -(-_MAX_HASHED_BYTES // flat.itemsize)].tobytes()
 
 
-def _describe(example: Arrays) -> str:
-    return ', '.join(f'{name}: {_kind(x)}' for name, x in sorted(example.items()))
+def _describe(example: Tree) -> str:
+    leaves = nested.leaves_with_names(example)
+    return ', '.join(f'{name}: {_kind(x)}' for name, x in sorted(leaves.items()))
 
 
 def _kind(x: Any) -> str:

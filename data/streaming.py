@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from . import nested
 from . import transforms as transforms_lib
 from .foreign import as_transforms
 from .loader import MASK, Block
+from .nested import Tree
 from .order import PADDING, Marks
-from .sources import Arrays, ArraySpec
+from .sources import ArraySpec
 from .stream_pipeline import Pipeline
 from .stream_reader import Reader, hash_rows, reader_part, stack
 
@@ -33,12 +35,12 @@ class _Loader:
         self._transforms = as_transforms(transforms)
         self._rows = rows
         self._seed = seed
-        self._first: Arrays | None = None
+        self._first: Tree | None = None
         self._reader: Reader | None = None
         self._position = 0
 
     @property
-    def first(self) -> Arrays:
+    def first(self) -> Tree:
         """The first example of the whole stream, each field as (1, ...)."""
         if self._first is None:
             # A reader of its own, over the whole stream: the position does not move, and all
@@ -51,10 +53,11 @@ class _Loader:
         return self._first
 
     @property
-    def spec(self) -> dict[str, ArraySpec]:
+    def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
-        shapes = {name: (self._rows, *x.shape[1:]) for name, x in self.first.items()}
-        return {name: ArraySpec(shape, self.first[name].dtype) for name, shape in shapes.items()}
+        return nested.map_arrays(
+            lambda x: ArraySpec((self._rows, *x.shape[1:]), x.dtype), self.first
+        )
 
     def close(self) -> None:
         """Ends threads and processes, and moves the stream back to its beginning."""
@@ -78,7 +81,7 @@ class _Loader:
         self._reader = self._reader or Reader(self._pipeline, part)
         return self._reader
 
-    def _batch(self, examples: list[Arrays], positions: np.ndarray) -> Arrays:
+    def _batch(self, examples: list[Tree], positions: np.ndarray) -> Tree:
         """Returns the stacked and transformed examples; their positions seed random transforms."""
         return transforms_lib.apply(
             self._transforms,
@@ -112,7 +115,7 @@ class StreamLoader(_Loader):
         *,
         source: Any,
         batch_size: int,
-        transforms: Sequence[Callable[..., Arrays]] = (),
+        transforms: Sequence[Callable[..., Tree]] = (),
         stages: Sequence[Callable[[Any], Any]] = (),
         seed: int = 0,
         shuffle: bool = True,
@@ -198,9 +201,8 @@ class StreamLoader(_Loader):
             self.close()
         # No states: repeated batches do not depend on the position of the stream.
         again = np.arange(start, start + count) % self._repeat
-        return Block(
-            {k: x[again] for k, x in self._repeated.arrays.items()}, self._repeated.ids[again]
-        )
+        arrays = nested.map_arrays(lambda x: x[again], self._repeated.arrays)
+        return Block(arrays, self._repeated.ids[again])
 
     def restore(self, position: int, state: Any) -> None:
         """Moves to a position.
@@ -229,7 +231,7 @@ class StreamLoader(_Loader):
             # steps.
             states.append(reader.state())
             self._position += 1
-        arrays = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        arrays = nested.map_arrays(lambda *xs: np.stack(xs), *batches)
         return Block(arrays, np.stack([hash_rows(batch) for batch in batches]), states)
 
 
@@ -254,7 +256,7 @@ class StreamEvalLoader(_Loader):
         *,
         source: Any,
         batch_size: int,
-        transforms: Sequence[Callable[..., Arrays]] = (),
+        transforms: Sequence[Callable[..., Tree]] = (),
         stages: Sequence[Callable[[Any], Any]] = (),
         padded_to: int | None = None,
         threads: int = 8,
@@ -279,9 +281,13 @@ class StreamEvalLoader(_Loader):
         self.rows = self._rows
 
     @property
-    def spec(self) -> dict[str, ArraySpec]:
+    def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
-        return {**super().spec, MASK: ArraySpec((self._rows,), np.dtype(bool))}
+        spec = super().spec
+        # A tuple has no place for a mask: there it follows from the ids.
+        if not isinstance(spec, dict):
+            return spec
+        return {**spec, MASK: ArraySpec((self._rows,), np.dtype(bool))}
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> Block:
         """Returns the batches [start, start + count), `_mask` among the arrays.
@@ -301,21 +307,21 @@ class StreamEvalLoader(_Loader):
         for _ in range(count):
             batches.append(self._next(reader, local_rows))
             self._position += 1
-        arrays = {name: np.stack([batch[name] for batch, _ in batches]) for name in batches[0][0]}
+        arrays = nested.map_arrays(lambda *xs: np.stack(xs), *[batch for batch, _ in batches])
         return Block(arrays, np.stack([ids for _, ids in batches]))
 
-    def _next(self, reader: Reader, local_rows: np.ndarray) -> tuple[Arrays, np.ndarray]:
+    def _next(self, reader: Reader, local_rows: np.ndarray) -> tuple[Tree, np.ndarray]:
         # Not `next_repeating`: an evaluation ends after one pass.
         examples = [x for x in (reader.next() for _ in local_rows) if x is not None]
         num_real = len(examples)
         ids = np.full(len(local_rows), PADDING)
-        batch = {
-            name: np.repeat(x, len(local_rows) - num_real, axis=0) for name, x in self.first.items()
-        }
+        batch = nested.map_arrays(
+            lambda x: np.repeat(x, len(local_rows) - num_real, axis=0), self.first
+        )
         if examples:
             read = self._batch(examples, self._position * self._rows + local_rows[:num_real])
             ids[:num_real] = hash_rows(read)
             # Concatenated, not assigned into the padding: the text of the first example may be
             # shorter, and numpy would truncate.
-            batch = {name: np.concatenate([x, batch[name]]) for name, x in read.items()}
-        return {**batch, MASK: ids != PADDING}, ids
+            batch = nested.map_arrays(lambda *xs: np.concatenate(xs), read, batch)
+        return ({**batch, MASK: ids != PADDING} if isinstance(batch, dict) else batch), ids

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transforms: callables on batches, `transform(batch)` or `transform(batch, rng)`.
 
-A batch is a dict of arrays (n, ...) with any number of rows: the loader calls a transform once for
-many steps. All randomness comes from `rng`, so the result for an example does not depend on the
-batch or process in which it is read.
+A batch is a dict of arrays (n, ...), or another tree of them, as the source returns it, with any
+number of rows: the loader calls a transform once for many steps. All randomness comes from `rng`,
+so the result for an example does not depend on the batch or process in which it is read.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from typing import Any
 
 import numpy as np
 
+from . import nested
+from .nested import Tree, get_field, is_flat, keep_fields, with_field, without_field
 from .per_example import PerExample as PerExample
 from .rng import ExampleRng, wants_rng
-from .sources import Arrays
 
 
 def apply(
-    transforms: Sequence[Callable[..., Arrays]],
-    batch: Arrays,
+    transforms: Sequence[Callable[..., Tree]],
+    batch: Tree,
     *,
     seed: int,
     epochs: np.ndarray,
     ids: np.ndarray,
-) -> Arrays:
+) -> Tree:
     """Returns the batch after all transforms, in order.
 
     A transform may return anything with `__array__`, such as JAX arrays; it becomes a numpy array.
     An exception in a transform keeps its type and traceback, and gets a note with its name.
 
     Raises:
-        TypeError: if a transform does not return a dict of arrays.
+        TypeError: if a transform does not return a dict, or another tree, of arrays.
         ValueError: if a transform changes the number of rows.
     """
     for position, transform in enumerate(transforms):
@@ -53,12 +54,15 @@ def apply(
     return batch
 
 
-def _to_numpy(batch: Any, rows: int) -> Arrays:
+def _to_numpy(batch: Any, rows: int) -> Tree:
     """Returns the result of a transform with numpy arrays only, after checking it."""
-    if not isinstance(batch, dict):
-        raise TypeError(f'a transform must return a dict of arrays, got {type(batch)}')
-    arrays = {}
-    for name, x in batch.items():
+    if not isinstance(batch, dict | list | tuple):
+        raise TypeError(
+            f'a transform must return a dict of arrays, got {type(batch)}; a batch may also be a '
+            'tuple, a list or a NamedTuple'
+        )
+
+    def convert(name: str, x: Any) -> np.ndarray:
         if not isinstance(x, np.ndarray):
             if not hasattr(x, '__array__') or isinstance(x, np.generic):
                 raise TypeError(f'{name!r} must be an array (rows, ...), got {type(x)}')
@@ -69,8 +73,9 @@ def _to_numpy(batch: Any, rows: int) -> Arrays:
                 f'{name!r} has shape {x.shape} after a transform of {rows} rows; a transform '
                 'must keep the number of rows. Filter examples in the source instead'
             )
-        arrays[name] = x
-    return arrays
+        return x
+
+    return nested.map_named(convert, batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,12 +92,12 @@ class ToFloat:
     scale: float = 1 / 255
     dtype: str = 'float32'
 
-    def __call__(self, batch: Arrays) -> Arrays:
+    def __call__(self, batch: Tree) -> Tree:
         """Returns the batch with the field scaled."""
-        scaled = batch[self.key].astype(self.dtype)
+        scaled = get_field(batch, self.key).astype(self.dtype)
         # In place, without a second array of this size.
         scaled *= np.dtype(self.dtype).type(self.scale)
-        return {**batch, self.key: scaled}
+        return with_field(batch, self.key, scaled)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,12 +108,12 @@ class Normalize:
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
 
-    def __call__(self, batch: Arrays) -> Arrays:
+    def __call__(self, batch: Tree) -> Tree:
         """Returns the batch with the field normalised, float32."""
-        normalised = batch[self.key].astype(np.float32)
+        normalised = get_field(batch, self.key).astype(np.float32)
         normalised -= np.asarray(self.mean, np.float32)
         normalised /= np.asarray(self.std, np.float32)
-        return {**batch, self.key: normalised}
+        return with_field(batch, self.key, normalised)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,10 +123,10 @@ class OneHot:
     num_classes: int
     key: str = 'label'
 
-    def __call__(self, batch: Arrays) -> Arrays:
+    def __call__(self, batch: Tree) -> Tree:
         """Returns the batch with the field encoded."""
         eye = np.eye(self.num_classes, dtype=np.float32)
-        return {**batch, self.key: eye[batch[self.key]]}
+        return with_field(batch, self.key, eye[get_field(batch, self.key)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,9 +135,9 @@ class Keep:
 
     keys: tuple[str, ...]
 
-    def __call__(self, batch: Arrays) -> Arrays:
+    def __call__(self, batch: Tree) -> Tree:
         """Returns the named fields."""
-        return {key: batch[key] for key in self.keys}
+        return keep_fields(batch, self.keys)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,9 +146,13 @@ class Rename:
 
     names: Mapping[str, str]
 
-    def __call__(self, batch: Arrays) -> Arrays:
+    def __call__(self, batch: Tree) -> Tree:
         """Returns the batch with fields renamed."""
-        return {self.names.get(key, key): value for key, value in batch.items()}
+        if is_flat(batch):
+            return {self.names.get(key, key): value for key, value in batch.items()}
+        for old, new in self.names.items():
+            batch = with_field(without_field(batch, old), new, get_field(batch, old))
+        return batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,9 +162,9 @@ class RandomCrop:
     padding: int
     key: str = 'image'
 
-    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
+    def __call__(self, batch: Tree, rng: ExampleRng) -> Tree:
         """Returns the batch with the field shifted."""
-        images, pad = batch[self.key], self.padding
+        images, pad = get_field(batch, self.key), self.padding
         n, height, width = images.shape[:3]
         # One gather with an index per example, instead of a loop over them.
         padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -163,7 +172,7 @@ class RandomCrop:
         rows = top[:, None] + np.arange(height)
         columns = left[:, None] + np.arange(width)
         cropped = padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return {**batch, self.key: cropped}
+        return with_field(batch, self.key, cropped)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,9 +181,38 @@ class RandomFlip:
 
     key: str = 'image'
 
-    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
+    def __call__(self, batch: Tree, rng: ExampleRng) -> Tree:
         """Returns the batch with the field mirrored."""
-        images = batch[self.key]
+        images = get_field(batch, self.key)
         # One draw per image, broadcast over its pixels.
         flip = (rng.uniform() < 0.5)[:, None, None, None]
-        return {**batch, self.key: np.where(flip, images[:, :, ::-1], images)}
+        return with_field(batch, self.key, np.where(flip, images[:, :, ::-1], images))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Binarize:
+    """Draws each pixel of a grey image as 1 or 0, with its value / 255 as the probability of 1.
+
+    An evaluation draws each example once for all runs, whatever their seed.
+
+    Attributes:
+        key: the field, uint8; the result has the same dtype.
+        once: whether an example keeps its draw in all epochs of a training; otherwise each epoch
+            draws again.
+    """
+
+    key: str = 'image'
+    once: bool = False
+
+    def __call__(self, batch: Tree, rng: ExampleRng) -> Tree:
+        """Returns the batch with the field drawn."""
+        if self.once:
+            rng = dataclasses.replace(rng, epochs=np.zeros_like(rng.epochs))
+        values = get_field(batch, self.key)
+        if values.dtype != np.uint8:
+            raise ValueError(
+                f'{self.key!r} is {values.dtype}; expected uint8, values from 0 to 255. Binarize '
+                'before other transforms'
+            )
+        drawn = rng.uniform(values.shape[1:]) * 255 < values
+        return with_field(batch, self.key, drawn.astype(np.uint8))

@@ -32,14 +32,18 @@ SHORT: dict[str, dict[str, Any]] = {
         'data__batch_size': 16,
         'evals__test_ema__data__source__limit': 20,
     },
+    'vae': MNIST,
 }
 
 
 # Not among the quick tests.
 LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet'}
 
-# Whose weights come from elsewhere: tests/weights/test_finetune.py runs it.
-WEIGHTS = {'docstrings'}
+# Those that need weights or data from elsewhere, and the test that runs each of them.
+ELSEWHERE = {
+    'docstrings': 'weights/test_finetune.py',
+    'tfds_mnist': 'examples/test_tfds_mnist.py',
+}
 
 
 def description(name: str) -> str:
@@ -89,8 +93,9 @@ def test_every_key_is_read(name: str) -> None:
 
 
 def test_each_config_is_run() -> None:
-    assert set(SHORT) | WEIGHTS == set(NAMES)
-    assert "'docstrings.py'" in (ROOT / 'tests' / 'weights' / 'test_finetune.py').read_text()
+    assert set(SHORT) | set(ELSEWHERE) == set(NAMES)
+    for name, test in ELSEWHERE.items():
+        assert re.search(rf"'{name}(\.py)?'", (ROOT / 'tests' / test).read_text())
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,8 @@ SCRIPTS = {
     'features.py': r'0\.\d+',
     'call_exported.py': r'\(3,\)',
     'report.py': r'\d+ summaries',
+    'vae_samples.py': r'\(100, 28, 28, 1\)',
+    'prepare_digits.py': r"\{'train': 1000, 'test': 1000\}",
 }
 
 

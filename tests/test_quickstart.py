@@ -56,7 +56,9 @@ def test_the_summary_sums_up() -> None:
     """All parameters in order, their total, and the FLOPs of a step."""
     experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
     trainer = Trainer(experiment)
-    table = banner.summary(trainer.run, trainer.set_up(), 0).split('\n\n')[0].splitlines()
+    setup = trainer.set_up()
+    text = banner.summary(trainer.experiment, setup.programs.abstract, setup.mesh, None, 0)
+    table = text.split('\n\n')[0].splitlines()
     rows = [line.split() for line in table[1:-1]]
     names = [row[0] for row in rows]
     assert names == sorted(names)

@@ -17,7 +17,8 @@ class Event:
     At 'log' and 'eval', a hook may return a dict of values by name, which are added to the row of
     that event: numbers, arrays, texts, and the summaries of `trainer.summaries`. At an evaluation
     'dev', 'bleu' is short for 'eval/dev/bleu'; at 'log', 'x' is short for 'train/x'. At 'step',
-    the values are a row of their own: 'x' of the hook 'mine' is 'hook/mine/x'.
+    the values are a row of their own: 'x' of the hook 'mine' is 'hook/mine/x'. At other events
+    values are an error.
 
     Attributes:
         kind: 'start', 'log', 'eval', 'save' or 'end'; a hook with `every` gets 'step' in place of

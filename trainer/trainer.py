@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import signal
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, overload
 
@@ -14,43 +12,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
-from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
 from trainer.input.batch import LoadedBatch
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect import products
 from trainer.inspect.monitors import Monitors
 from trainer.observe.profile import Profile
-from trainer.observe.progress import NullScreen
-from trainer.parallel import last_words, processes, signals
+from trainer.parallel import signals
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.signals import StopRequest
-from trainer.run import agreement, banner, checks
-from trainer.run.evaluators import bind_model
+from trainer.run import agreement, banner, checks, evaluators, rescue, restore, setup
 from trainer.run.hook_calls import Hooks
 from trainer.run.reporter import Reporter, check_row
-from trainer.run.restore import init_state, restore
 from trainer.run.result import Result
 from trainer.run.resume import Recovery
-from trainer.run.setup import (
-    Setup,
-    eval_params,
-    open_run,
-    prepare_evaluators,
-    set_up,
-    start_compiling,
-    training_batches,
-)
-from trainer.run.workdir import Workdir
 from trainer.step import donated
 from trainer.step.programs import Program
 from trainer.step.state import TrainState
 from trainer.tasks.measured import MetricValues
-
-# How long a process that fails waits for the others to fail at the same step.
-_FAILURE_WAIT_SECS = 10
 
 
 class Trainer:
@@ -68,7 +48,10 @@ class Trainer:
     others.
 
     Attributes:
-        run: its experiment, directory and checkpoints.
+        run: its experiment, directory and checkpoints, which are attributes of their own too.
+        experiment: what it trains; not the one passed in if a checkpoint has another batch size.
+        workdir: the run's directory, or None if nothing is written.
+        checkpoints: those of the work directory, or None without one.
         report: the run's rows and messages so far.
     """
 
@@ -95,89 +78,24 @@ class Trainer:
             overrides: those of the command line, recorded in `run.json`.
             verbose: whether to print the banner and the rows; the files are the same.
         """
-        self.run = open_run(experiment, workdir)
-        # Not the argument: if the batch size has changed since the checkpoint, lengths differ.
-        experiment = self.run.experiment
-        screen = None if verbose and processes.is_main_process() else NullScreen()
-        ensemble = experiment.ensemble
-        members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
-        total, batch_size = experiment.training.total_steps, experiment.clock.batch_size
-        self.report = Reporter(total, batch_size, screen, members)
-        self._events = self.run.events
+        self.run = run = setup.open_run(experiment, workdir)
+        self.experiment, self.workdir = run.experiment, run.workdir
+        self.checkpoints = run.checkpoints
+        self.report = Reporter.from_experiment(run.experiment, verbose=verbose)
+        self._events = run.events
         self._mesh = mesh
-        self._setup: Setup | None = None
-        self._compiled = False
+        self._setup: setup.Setup | None = None
         self._monitors: Monitors | None = None
-        self._hooks = self._make_hooks()
+        self._compiled = False
+        self._profile = Profile(run.experiment.logging.profile, run.output_directory())
+        self._hooks = Hooks(run.experiment, run.workdir, self.report)
         self._stop, self._given_stop = StopRequest(), stop
         self._fits = 0
-        # The last completed step and its state: what `_rescue` saves.
+        # The last completed step and its state: what is saved if an error ends the run.
         self._reached: tuple[int, TrainState] | None = None
         self._recovery = Recovery(
-            self.run, self.report, allow_config_change=allow_config_change, overrides=overrides
+            run, self.report, allow_config_change=allow_config_change, overrides=overrides
         )
-
-    @property
-    def experiment(self) -> Experiment:
-        """The experiment; not the one passed in if a checkpoint has another batch size."""
-        return self.run.experiment
-
-    @property
-    def workdir(self) -> Workdir | None:
-        """The run's directory, or None if nothing is written."""
-        return self.run.workdir
-
-    @property
-    def checkpoints(self) -> Checkpoints | None:
-        """The checkpoints of the work directory, or None without one."""
-        return self.run.checkpoints
-
-    def set_up(self) -> Setup:
-        """Returns mesh, programs and evaluators; the first call creates and checks them.
-
-        Raises:
-            UserError: if model, task, data and optimizer are not compatible.
-        """
-        if self._setup is None:
-            self._setup = set_up(self.run, self._make_mesh())
-        return self._setup
-
-    def check_batch(self) -> None:
-        """Checks that a training batch divides over the devices, before anything is traced.
-
-        Raises:
-            UserError: if it does not; the message suggests batch sizes.
-        """
-        checks.check_batch(self.experiment, batch_shards(self._make_mesh()))
-
-    def monitors(self) -> Monitors:
-        """Returns the monitors of the run (captures and guard), created by the first call."""
-        if self._monitors is None:
-            self._monitors = Monitors(self.run, self.set_up(), self.report)
-        return self._monitors
-
-    def check_agreement(self) -> None:
-        """Checks that all processes run the same thing; each of them must call this.
-
-        Raises:
-            UserError: in every process, naming what differs: config, versions, data or checkpoints.
-        """
-        if jax.process_count() > 1:
-            # First, since `set_up` traces: a difference could make tracing fail in one process.
-            agreement.check_run(self.run)
-            agreement.check_evaluations(self.set_up().evaluators)
-
-    def check_workdir(self) -> None:
-        """Checks that the checkpoints in the work directory belong to this run.
-
-        Raises:
-            UserError: if the config differs, unless `allow_config_change`; or if the checkpoint is
-                past the end of this run.
-        """
-        self.check_agreement()
-        # After the processes agree on the newest checkpoint: this may raise, and must do so in all
-        # of them.
-        self._recovery.check()
 
     def fit(self, *, state: TrainState | None = None, max_steps: int | None = None) -> Result:
         """Trains until `train_for`, resuming from the newest checkpoint of the work directory.
@@ -197,32 +115,15 @@ class Trainer:
             UserError: if the work directory belongs to another or a longer run, and for mistakes
                 found only now, such as a batch that does not divide over the mesh.
         """
-        self._stop = self._given_stop or StopRequest()
-        # New hooks, because those that failed in an earlier call were removed. The number of the
-        # call makes the keys of barriers unique.
-        self._hooks, self._fits = self._make_hooks(), self._fits + 1
+        self._stop, self._fits = self._given_stop or StopRequest(), self._fits + 1
+        # New hooks, because those that failed in an earlier call were removed.
+        self._hooks = Hooks(self.experiment, self.workdir, self.report)
         try:
-            # A process that fails because another one did exits a moment later by `os._exit`, and
-            # its end should still be recorded.
-            several = jax.process_count() > 1
             with (
-                last_words.register(self._recovery.record_exit, stay=several),
+                rescue.handle_errors(self._recovery, self._hooks, self._rescue),
                 contextlib.ExitStack() as until_end,
             ):
                 return self._fit(state, max_steps, until_end)
-        except BaseException as error:
-            self._hooks.add_note_to(error)
-            donated.explain(error)
-            # Save first, then record the failure, then call the hooks: each must run although the
-            # one before it fails, and the error record names the step that was saved.
-            try:
-                self._rescue(error)
-            finally:
-                try:
-                    self._recovery.abandon(error)
-                finally:
-                    self._hooks.end_failed(error)
-            raise
         finally:
             self._reached = None
 
@@ -234,7 +135,7 @@ class Trainer:
             # Not while the state is restored and compiled: there is nothing to save yet, so Ctrl-C
             # may interrupt it as usual.
             until_end.enter_context(signals.handle_interrupts(self._stop))
-        if self._evaluate_due(step, state):
+        if self._evaluate_all(self._events.evals_due(step), step, state):
             # The last run saved this step but ended before these evaluations: add their results.
             self._recovery.amend(step)
         due = self._events.next_due(step)
@@ -259,10 +160,12 @@ class Trainer:
                 if step == due:
                     state = self._run_events(step, state, batch)
                     due = self._events.next_due(step)
-                if self._should_stop() or self._stopped_early:
+                # All processes must poll equally often: this decides at which poll they stop
+                # together.
+                if self._stop.poll() or self._recovery.stopped_early:
                     break
         self._print(self._profile.close(state))
-        if self._stopped_early:
+        if self._recovery.stopped_early:
             # The evaluations of the end; those that are due at this step have run, and are not
             # repeated.
             self._evaluate_all(self._events.final, step, state)
@@ -277,15 +180,16 @@ class Trainer:
         with report.time.measure('compile'):
             # The compiler works in the background while the state is restored. What waits for it
             # comes after the banner, which is then on the screen meanwhile.
-            programs = self.compile()
-            state, step = self._recovery.start(self.set_up().programs, given)
+            compiling = self.compile()
+            programs, mesh = self.set_up().programs, self.set_up().mesh
+            state, step = self._recovery.start(programs, given)
         self._reached = step, state
         # Only now: a start that fails before this point leaves the directory unchanged.
         self._recovery.open(step)
-        report.progress.message(banner.summary(self.run, self.set_up(), step))
+        self._print(banner.summary(self.experiment, programs.abstract, mesh, self.workdir, step))
         self._notify('start', step, state)
         with report.time.measure('compile'):
-            for program in programs:
+            for program in compiling:
                 program.executable()
         self.monitors().begin(step, state)
         report.begin(step)
@@ -296,12 +200,12 @@ class Trainer:
         """Runs the events due after this step, in the order log, monitors, eval, hooks, save."""
         # First: a trace covers whole steps, and none of the events after them.
         self._print(self._profile.update(step, state))
+        self.report.count_compilations(self.set_up().programs.step.late_secs)
         log_due = self._events.log.is_due(step)
-        if log_due or step == self.experiment.training.total_steps:
+        if log_due or step == self._events.total_steps:
             # Does not wait for the step: Reporter fetches the values once they are computed.
             health = None if self.experiment.ensemble is None else state.health
-            stopped = None if health is None else health.is_bad
-            self.report.log(step, state.metrics, stopped=stopped)
+            self.report.log(step, state.metrics, stopped=None if health is None else health.is_bad)
             self._recovery.check_saves()
             # At the end of the run alone the metrics are not reset: a longer run that resumes from
             # here continues the same logging period.
@@ -311,16 +215,57 @@ class Trainer:
             self._notify('log', step, state)
         # Before the evaluations and the save: a state that is not finite gets neither.
         self.monitors().run(batch, step, state)
-        self._evaluate_due(step, state)
+        self._evaluate_all(self._events.evals_due(step), step, state)
         if due := self._events.hooks_due(step):
             # Their time is theirs alone, and they see all metrics up to this step.
             self.report.flush()
             jax.block_until_ready(state.step)
-            self._hooks.call('step', step, state, self._stop, only=due)
+            self._notify('step', step, state, only=due)
         # After the evaluations, whose results go into the checkpoint: retention ranks it by them.
         if self._events.save.is_due(step):
             self._save(step, state)
         return state
+
+    def _evaluate_all(self, names: Iterable[str], step: int, state: TrainState) -> bool:
+        """Runs evaluations that have not run at this step; returns whether there were any."""
+        due = [name for name in names if not self.report.has_eval(name, step)]
+        for name in due:
+            # Asked before each: once a stop is requested, the remaining evaluations are left to the
+            # next start.
+            if not self._stop.poll():
+                self._evaluate(name, step, state)
+        return bool(due)
+
+    def _evaluate(self, name: str, step: int, state: TrainState) -> None:
+        # Wait for the queued steps, so that their time is not counted as the evaluation's.
+        self.report.flush()
+        jax.block_until_ready(state.step)
+        self.monitors().check(step, state)
+        evaluator = self.set_up().evaluators[name]
+        if not evaluators.run_for_row(
+            evaluator, step, state, self.report, self._profile, should_stop=self._stop.poll
+        ):
+            # The next start runs it: the checkpoint of this step records which are missing.
+            return
+        try:
+            self._notify('eval', step, state, evaluation=name)
+        finally:
+            # Also if a hook fails: the evaluation has its part in early stopping in any case.
+            self._print(self._recovery.follow(name, self.report.eval_values(name)))
+        try:
+            checks.check_watched(self.experiment, name, self.report.eval_values(name))
+        except UserError:
+            self.report.forget_eval(name, step)
+            raise
+
+    def _save(self, step: int, state: TrainState) -> None:
+        if self.checkpoints is None:
+            return
+        # Write the rows first: they show why the check may end the run.
+        self.report.flush()
+        self.monitors().check(step, state)
+        if self._recovery.save(step, state):
+            self._notify('save', step, state)
 
     def _end(self, step: int, state: TrainState) -> Result:
         """Saves the last step, writes the result and returns it."""
@@ -340,124 +285,100 @@ class Trainer:
 
     def _rescue(self, error: BaseException) -> None:
         """Saves the state of the last completed step before an error ends the run."""
-        if self._reached is None or not self._wait_until_all_failed(self._reached[0]):
-            return
-        if isinstance(error, KeyboardInterrupt) and self._stop.signal == signal.SIGINT:
-            self._recovery.remember(*self._reached)  # A second Ctrl-C means: do not save.
-        else:
-            self._recovery.rescue(*self._reached, error, is_finite=self.monitors().is_finite)
-
-    def _wait_until_all_failed(self, step: int) -> bool:
-        """Waits for the other processes, and returns whether all have failed at this step.
-
-        A save needs all of them.
-        """
-        if jax.process_count() > 1:
-            # Both numbers: a process that waits at another step, or in another call, has not failed
-            # at the same place.
-            barrier = f'failed at step {step} in call {self._fits}'
-            self._stop.all_failed = processes.wait_for_all(barrier, _FAILURE_WAIT_SECS)
-            return self._stop.all_failed
-        return True
+        if self._reached is not None:
+            rescue.save_completed(
+                self._recovery,
+                *self._reached,
+                error,
+                self._stop,
+                call=self._fits,
+                is_finite=self.monitors().is_finite,
+            )
 
     def _calls(self, step: int, max_steps: int | None) -> Iterator[int]:
         """Yields the number of steps of each call of a program; none if already asked to stop."""
-        total, most = self.experiment.training.total_steps, self.experiment.training.steps_per_call
+        total, most = self._events.total_steps, self.experiment.training.steps_per_call
         last = total if max_steps is None else min(total, step + max_steps)
-        stopped = self._should_stop() or self._stopped_early
+        stopped = self._stop.poll() or self._recovery.stopped_early
         # With no step left the loop is skipped, but the run still ends properly, with its
         # evaluations and its save.
         return self._events.calls(step, step if stopped else last, most)
 
     def _status(self, step: int) -> str:
-        at_end = step == self.experiment.training.total_steps
+        at_end, early = step == self._events.total_steps, self._recovery.stopped_early
         # A run whose last evaluations were cut short by a signal has not finished.
-        evals = self._events.final if self._stopped_early else self._events.evals_due(step)
-        if (at_end or self._stopped_early) and all(self.report.has_eval(n, step) for n in evals):
+        evals = self._events.final if early else self._events.evals_due(step)
+        if (at_end or early) and all(self.report.has_eval(n, step) for n in evals):
             return 'finished' if at_end else 'stopped_early'
-        if self._stop.signal is None:
-            return 'paused'
-        return 'interrupted' if self._stop.signal == signal.SIGINT else 'preempted'
+        return self._stop.status or 'paused'
 
-    @property
-    def _stopped_early(self) -> bool:
-        early = self._recovery.early_stopping
-        return early is not None and early.stopped
-
-    def _should_stop(self) -> bool:
-        # All processes must poll equally often: this decides at which poll they stop together.
-        return self._stop.poll()
-
-    def _evaluate_due(self, step: int, state: TrainState) -> bool:
-        """Runs the evaluations that are due and have not run; returns whether there were any."""
-        return self._evaluate_all(self._events.evals_due(step), step, state)
-
-    def _evaluate_all(self, names: Iterable[str], step: int, state: TrainState) -> bool:
-        due = [name for name in names if not self.report.has_eval(name, step)]
-        for name in due:
-            # Asked before each: once a stop is requested, the remaining evaluations are left to the
-            # next start.
-            if not self._should_stop():
-                self._evaluate(name, step, state)
-        return bool(due)
-
-    def _evaluate(self, name: str, step: int, state: TrainState) -> None:
-        # Wait for the queued steps, so that their time is not counted as the evaluation's.
-        self.report.flush()
-        jax.block_until_ready(state.step)
-        self.monitors().check(step, state)
-        evaluator = self.set_up().evaluators[name]
-        compiled_before = evaluator.compile_secs
-        with self.report.time.measure('eval'):
-            try:
-                with self._profile.annotate_eval(name):
-                    metrics = evaluator.run(state, should_stop=self._should_stop)
-            except Stopped:
-                # The next start runs it: the checkpoint of this step records which are missing.
-                return
-            self.report.open_eval(name, step, metrics)
-        # An evaluation compiles at its first batch, inside of the time measured above.
-        self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled_before)
-        try:
-            self._notify('eval', step, state, evaluation=name)
-        finally:
-            # Also if a hook fails: the evaluation has its part in early stopping in any case.
-            self._print(self._recovery.follow(name, self.report.eval_values(name)))
-        try:
-            checks.check_watched(self.experiment, name, self.report.eval_values(name))
-        except UserError:
-            self.report.forget_eval(name, step)
-            raise
-
-    @functools.cached_property
-    def _profile(self) -> Profile:
-        writes = self.workdir is not None and processes.is_main_process()
-        directory = self.workdir.path / 'profile' if self.workdir and writes else None
-        return Profile(self.experiment.logging.profile, directory)
+    def _notify(self, kind: str, step: int, state: TrainState, **more: Any) -> None:
+        self._hooks.call(kind, step, state, self._stop, **more)
 
     def _print(self, message: str | None) -> None:
         if message is not None:
             self.report.progress.message(message)
+
+    # What follows prepares the loop.
+
+    def set_up(self) -> setup.Setup:
+        """Returns mesh, programs and evaluators; the first call creates and checks them.
+
+        Raises:
+            UserError: if model, task, data and optimizer are not compatible.
+        """
+        if self._setup is None:
+            self._setup = setup.set_up(self.experiment, self._events.log, self._make_mesh())
+        return self._setup
 
     def _make_mesh(self) -> Mesh:
         if self._mesh is None:
             self._mesh = make_mesh(self.experiment.devices.mesh)
         return self._mesh
 
-    def _make_hooks(self) -> Hooks:
-        return Hooks(self.experiment, self.workdir, self.report)
+    def monitors(self) -> Monitors:
+        """Returns the monitors of the run (captures and guard), created by the first call."""
+        if self._monitors is None:
+            self._monitors = Monitors(
+                self.experiment,
+                self.set_up().mesh,
+                self.set_up().programs,
+                self.report,
+                checkpoints=self.checkpoints,
+                directory=self.run.output_directory(),
+            )
+        return self._monitors
 
-    def _save(self, step: int, state: TrainState) -> None:
-        if self.checkpoints is None:
-            return
-        # Write the rows first: they show why the check may end the run.
-        self.report.flush()
-        self.monitors().check(step, state)
-        if self._recovery.save(step, state):
-            self._notify('save', step, state)
+    def check_batch(self) -> None:
+        """Checks that a training batch divides over the devices, before anything is traced.
 
-    def _notify(self, kind: str, step: int, state: TrainState, **more: Any) -> None:
-        self._hooks.call(kind, step, state, self._stop, **more)
+        Raises:
+            UserError: if it does not; the message suggests batch sizes.
+        """
+        checks.check_batch(self.experiment, batch_shards(self._make_mesh()))
+
+    def check_agreement(self) -> None:
+        """Checks that all processes run the same thing; each of them must call this.
+
+        Raises:
+            UserError: in every process, naming what differs: config, versions, data or checkpoints.
+        """
+        if jax.process_count() > 1:
+            # First, since `set_up` traces: a difference could make tracing fail in one process.
+            agreement.check_run(self.experiment, self.workdir, self.checkpoints)
+            agreement.check_evaluations(self.set_up().evaluators)
+
+    def check_workdir(self) -> None:
+        """Checks that the checkpoints in the work directory belong to this run.
+
+        Raises:
+            UserError: if the config differs, unless `allow_config_change`; or if the checkpoint is
+                past the end of this run.
+        """
+        self.check_agreement()
+        # After the processes agree on the newest checkpoint: this may raise, and must do so in all
+        # of them.
+        self._recovery.check()
 
     def compile(self) -> list[Program]:
         """Starts compiling the training programs, and checks the evaluations meanwhile.
@@ -469,25 +390,33 @@ class Trainer:
             UserError: for mistakes found only now, such as a batch that does not divide over the
                 mesh or an evaluation of an empty split.
         """
-        experiment = self.experiment
+        experiment, first = self.experiment, not self._compiled
         self.check_batch()
-        setup = self.set_up()
-        programs = setup.programs
-        first, self._compiled = not self._compiled, True
+        programs, mesh = self.set_up().programs, self.set_up().mesh
+        self._compiled = True
         if first:
-            checks.warn_at_start(experiment, self._events, programs.abstract, setup.mesh)
+            checks.warn_at_start(experiment, self._events, programs.abstract, mesh)
         # What follows runs while the compiler works in other threads.
-        started = start_compiling(experiment, programs)
+        started = setup.start_compiling(experiment, programs)
         check_row(programs.abstract.metrics)
         if first:
             products.warn_of_other_dtypes(programs, experiment.model)
-        prepare_evaluators(experiment, setup)
+        setup.prepare_evaluators(experiment, self.set_up().evaluators, programs.abstract)
         self.monitors().prepare()
         return started
 
     def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
         """Returns the training batches after `start` steps, in blocks of the sizes in `calls`."""
-        return training_batches(self.run, self.set_up(), start, calls)
+        return setup.training_batches(
+            self.experiment,
+            self.run.batch_sizes,
+            self.set_up().mesh,
+            self.set_up().programs.fields,
+            start,
+            calls,
+        )
+
+    # What follows makes or uses a state, with or without training.
 
     def init_state(self) -> TrainState:
         """Returns the initial state of a run; each leaf is created directly on its devices.
@@ -495,7 +424,7 @@ class Trainer:
         Raises:
             UserError: if the weights of `config.init_from` do not fit the model.
         """
-        return init_state(self.experiment, self.set_up().programs)
+        return restore.init_state(self.experiment, self.set_up().programs)
 
     def restore(self, step: int | str = 'latest') -> TrainState:
         """Returns the state of a checkpoint of the work directory.
@@ -507,7 +436,9 @@ class Trainer:
             UserError: if there is no such checkpoint.
             CheckpointError: if its arrays are damaged.
         """
-        return restore(self.run, self.set_up().programs, step)
+        return restore.restore_chosen(
+            self.experiment, self.workdir, self.checkpoints, self.set_up().programs, step
+        )
 
     def eval_params(self, state: TrainState) -> Any:
         """Returns the parameters to evaluate, as given by `config.optimizer.eval_params`.
@@ -515,7 +446,7 @@ class Trainer:
         Args:
             state: for an ensemble, the state of all members.
         """
-        return eval_params(self.experiment, self.set_up().programs, state)
+        return setup.eval_params(self.experiment, self.set_up().programs, state)
 
     def model(self, state: TrainState | None = None, *, member: int | None = None) -> Any:
         """Returns the model with trained variables, to call in a notebook.
@@ -531,7 +462,7 @@ class Trainer:
             UserError: if the run is an ensemble and no member is given.
         """
         state = self._resolve_state(state, 'model(state)')
-        return bind_model(self.experiment, state, self.eval_params, member)
+        return evaluators.bind_model(self.experiment, state, self.eval_params, member)
 
     @overload
     def evaluate(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -16,6 +17,7 @@ from tests.evaluate import scored
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
+from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import build
 from trainer.trainer import Trainer
 
@@ -176,6 +178,66 @@ def kinds(examples: Any) -> Any:
     return {'none': [], 'nested': {'text': 'a \ud800 b', 'number': 1.0}}
 
 
+ENDED: list[str] = []
+
+
+class Recording(scored.Streaming):
+    """Records how each of its objects ends."""
+
+    def __init__(self, fails: str = ''):
+        super().__init__()
+        self.fails = fails
+
+    def __call__(self, examples: Any) -> None:
+        if self.fails == 'call':
+            raise RuntimeError('call failed')
+        super().__call__(examples)
+
+    def close(self) -> dict[str, Any]:
+        ENDED.append('close')
+        if self.fails == 'close':
+            raise RuntimeError('close failed')
+        return {'batches': len(self.batches)}
+
+    def discard(self) -> None:
+        ENDED.append('discard')
+        if self.fails:
+            raise RuntimeError('nor can it be discarded')
+
+
+@pytest.mark.parametrize(
+    ('fails', 'is_stopped', 'ends'),
+    [
+        ('', False, ['close']),
+        ('', True, ['discard']),
+        ('call', False, ['discard']),
+        ('close', False, ['close']),
+    ],
+)
+def test_a_streaming_score_is_closed_or_discarded(
+    fails: str, is_stopped: bool, ends: list[str]
+) -> None:
+    score = {'target': f'{__name__}:Recording', 'fails': fails}
+    trained = trainer(scored.config(score=score))
+    evaluator, state = trained.set_up().evaluators['dev'], trained.init_state()
+    ENDED.clear()
+    error: Any = contextlib.nullcontext()
+    if is_stopped:
+        error = pytest.raises(Stopped)
+    elif fails:
+        error = pytest.raises(RuntimeError, match=f'{fails} failed')
+    batches = iter(range(10))
+    with error:
+        evaluator.run(state, should_stop=lambda: is_stopped and next(batches) == 2)
+    assert ends == ENDED
+
+
+def test_the_score_that_is_built_to_find_mistakes_is_discarded() -> None:
+    ENDED.clear()
+    trainer(scored.config(score={'target': f'{__name__}:Recording'}))
+    assert ENDED == ['discard']
+
+
 def test_texts_may_be_nested_and_lists_empty(tmp_path: pathlib.Path) -> None:
     run = tmp_path / 'run'
     result = trainer(scored.config(score={'ref': f'{__name__}:kinds'}), run).fit()
@@ -189,6 +251,51 @@ def test_a_dry_run_computes_no_score(tmp_path: pathlib.Path) -> None:
     trained.compile()
     evaluator = trained.set_up().evaluators['dev']
     assert 'loss' in evaluator.run(trained.init_state(), max_batches=1)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns the inputs of each call of the model that is traced."""
+    found: list[Any] = []
+    call = scored.Net.__call__
+
+    def count_call(self: Any, x: Any) -> Any:
+        found.append(x)
+        return call(self, x)
+
+    monkeypatch.setattr(scored.Net, '__call__', count_call)
+    return found
+
+
+@pytest.mark.parametrize(
+    ('task', 'has_score'),
+    [
+        ('scored:Task', False),  # With a collecting metric.
+        ('scored:Task', True),
+        ('test_host_scores:no_predict', True),
+    ],
+)
+def test_the_program_of_an_evaluation_calls_the_model_once(
+    task: str, has_score: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = scored.config(**({'score': {'ref': f'{__name__}:count'}} if has_score else {}))
+    kind = 'target' if task.endswith('Task') else 'ref'
+    config.task = {kind: f'tests.evaluate.{task}'}
+    trained = trainer(config)
+    state, evaluator = trained.init_state(), trained.set_up().evaluators['dev']
+    evaluator.prepare(state)
+    calls = count_calls(monkeypatch)
+    found = evaluator.run(state)
+    assert len(calls) == 1
+    assert found.get('count', 21) == 21
+
+
+def no_predict(model: Any, batch: Any) -> Any:
+    # Not the batch itself, as after any preparation in the task.
+    return (model(2 * batch['x']) ** 2).sum(-1)
+
+
+def count(examples: dict[str, np.ndarray]) -> dict[str, int]:
+    return {'count': len(next(iter(examples.values())))}
 
 
 def test_an_ensemble_is_scored_as_one_model() -> None:

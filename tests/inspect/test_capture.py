@@ -23,7 +23,7 @@ from trainer.experiment import Experiment
 from trainer.inspect import statistics
 from trainer.inspect.capture import Captures
 from trainer.inspect.forward import Forward
-from trainer.inspect.gradient_probe import next_step_gradients
+from trainer.modes.grad_probe import next_step_gradients
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
@@ -333,7 +333,5 @@ def test_lifted_modules_and_bridges(name: str, names: list[str], tmp_path: pathl
     trainer = Trainer(made, str(tmp_path))
     state = trainer.fit().state
     assert list(np.load(tmp_path / 'capture' / 'a' / '10.npz')) == names
-    found = [
-        each.path for each in next_step_gradients(trainer.run, trainer.set_up(), state, ('.*',))
-    ]
+    found = [each.path for each in next_step_gradients(trainer, state, ('.*',))]
     assert found == list(dict.fromkeys(name.partition('[')[0] for name in names))

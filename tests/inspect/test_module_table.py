@@ -74,7 +74,10 @@ def test_the_mode_shows_it() -> None:
 
 def test_an_ensemble_shows_one_member() -> None:
     alone, several = (Trainer(build(linen(), **more)) for more in ({}, {'ensemble': {'size': 3}}))
-    text, of_one = (module_table.describe(t.experiment, t.set_up()) for t in (several, alone))
+    text, of_one = (
+        module_table.describe(t.experiment, t.set_up().mesh, t.set_up().programs)
+        for t in (several, alone)
+    )
     title, _, shown = text.partition('\n')
     assert title == 'each member' and shown == of_one
 

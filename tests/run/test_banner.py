@@ -13,10 +13,17 @@ from trainer.run import banner
 from trainer.trainer import Trainer
 
 
+def summary(trainer: Trainer, step: int = 0) -> str:
+    setup = trainer.set_up()
+    state = setup.programs.abstract
+    return banner.summary(trainer.experiment, state, setup.mesh, trainer.workdir, step)
+
+
 def lines_of(trainer: Trainer, step: int = 0) -> dict[str, str]:
     """Returns the lines below the table, by their first word."""
-    text = banner.summary(trainer.run, trainer.set_up(), step)
-    pairs = (line.split(maxsplit=1) for line in text.split('\n\n')[-1].splitlines())
+    pairs = (
+        line.split(maxsplit=1) for line in summary(trainer, step).split('\n\n')[-1].splitlines()
+    )
     return {words[0]: words[1] for words in pairs}
 
 
@@ -63,6 +70,6 @@ def test_a_stream_has_no_epochs() -> None:
 def test_members_of_an_ensemble_are_listed() -> None:
     vary: dict[str, Any] = {'optimizer': {'learning_rate': (0.1, 0.2)}}
     trainer = tiny.trainer(evals={}, ensemble={'size': 2, 'vary': vary})
-    text = banner.summary(trainer.run, trainer.set_up(), 0)
+    text = summary(trainer)
     assert 'ensemble     2 members\n  member 0  ' in text
     assert '0.2' in text.splitlines()[-1]

@@ -19,7 +19,7 @@ from trainer.config.errors import UserError
 from trainer.data.order import PADDING, combine
 from trainer.experiment import load_and_build
 from trainer.input.digest import DataDigest
-from trainer.inspect.gradient_probe import next_step_gradients
+from trainer.modes.grad_probe import next_step_gradients
 from trainer.trainer import Trainer
 
 EXAMPLES = 256
@@ -449,7 +449,7 @@ def test_a_run_resumes_from_an_older_checkpoint(tmp_path: pathlib.Path) -> None:
     data = trainer_in(None, data__batch_size=64).experiment.data
     np.testing.assert_array_equal(batch['label'], data.block(4, 1).arrays['label'][0])
     np.testing.assert_array_equal(other['label'], data.block(12, 1).arrays['label'][0])
-    assert next_step_gradients(trainer.run, trainer.set_up(), trainer.restore(8), ['Dense_0'])
+    assert next_step_gradients(trainer, trainer.restore(8), ['Dense_0'])
 
 
 @pytest.mark.slow

@@ -51,6 +51,10 @@ def return_at_start(event: Event) -> Any:
     return {'x': 1.0}
 
 
+def return_at_end(event: Event) -> Any:
+    return {'x': 1.0} if event.kind == 'end' else None
+
+
 def twice(event: Event) -> Any:
     return {'loss': 1.0} if event.kind == 'eval' else None
 
@@ -143,7 +147,8 @@ def test_the_time_of_hooks_is_theirs() -> None:
     ('hook', 'message'),
     [
         ('text', r'config\.hooks\.mine returned str; expected None, or a dict of values by name'),
-        ('return_at_start', r"returned x at a 'start' event, which has no row of metrics"),
+        ('return_at_start', r"returned x at event 'start', which has no row of metrics"),
+        ('return_at_end', r"returned x at event 'end', .*\(the last 'eval' comes before 'end'\)"),
         ('twice', r"two values of a row of metrics are named 'loss'"),
     ],
 )
@@ -153,6 +158,13 @@ def test_what_a_hook_cannot_return(hook: str, message: str) -> None:
 
 
 SEEN: list[tuple[str, int]] = []
+
+
+def test_values_at_the_end_cost_no_step(tmp_path: pathlib.Path) -> None:
+    run = tmp_path / 'run'
+    with pytest.raises(UserError, match="event 'end'"):
+        trainer(config('return_at_end'), run).fit()
+    assert (run / 'checkpoints' / '4').is_dir()
 
 
 def periodic(event: Event) -> dict[str, Any] | None:

@@ -48,9 +48,8 @@ def test_sharding_rules_that_do_not_fit_the_mesh_are_refused_before_tracing() ->
 
 def test_batches_start_at_the_given_step() -> None:
     trainer = tiny.trainer()
-    run, parts = trainer.run, trainer.set_up()
-    expected = run.experiment.data.block(5, 1).arrays['x'][0]
-    with setup.training_batches(run, parts, 5, [1]) as batches:
+    expected = trainer.experiment.data.block(5, 1).arrays['x'][0]
+    with trainer.batches(5, [1]) as batches:
         batch = next(iter(batches))
     assert (batch.start, batch.count) == (5, 1)
     np.testing.assert_array_equal(batch.arrays['x'], expected)

@@ -185,10 +185,10 @@ def test_second_moments_stay_positive() -> None:
 
 def test_mistakes() -> None:
     for operation, message in (
-        (Rename(pattern='Dens_', replacement=''), r'matches nothing. Available:\n  Conv_0/bias'),
+        (Rename(pattern='Dens_', replacement=''), 'matches no array. The paths are Conv_0/bias, '),
         (Rename(pattern='(', replacement=''), 'config.surgery: Rename'),
         (Rename(pattern='.*/', replacement=''), 'several arrays get the path'),
-        (Resize(pattern='kernel', size=2), 'matches nothing'),
+        (Resize(pattern='kernel', size=2), 'matches no array. A pattern must match a whole path'),
         (Edit(pattern='[', function=unit), 'config.surgery: Edit'),
         (Edit(pattern='.*/bias', function=lambda x: {}['a']), r"Conv_0/bias \[4\]: KeyError: 'a'"),
         (Edit(pattern='.*/bias', function=lambda x: 1 / 0), 'Conv_0/bias .*ZeroDivisionError'),

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.builders import learning_rate
+from trainer.builders import nodes
 from trainer.config import durations, paths
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
@@ -60,7 +60,7 @@ def _find_schedules(value: Any, keys: paths.Keys, path: str, clock: Clock) -> It
             'write it in steps'
         )
     if isinstance(value, Mapping) and 'target' in value:
-        _, names = learning_rate.parameters(value, f'{path}.{paths.join(keys)}'.rstrip('.'))
+        _, names = nodes.parameters(value, f'{path}.{paths.join(keys)}'.rstrip('.'))
     else:
         names = {}
     # A learning rate is wrapped as a whole, so the search does not go into it. Anything else that
@@ -117,9 +117,9 @@ def _updates(name: str, value: Any) -> int:
 
 def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Keys, str, Any]]:
     """Yields (key path, argument name, value) of each leaf of a schedule, and of numeric keys."""
-    names: dict[learning_rate.KeyPath, str] = {}
+    names: dict[nodes.KeyPath, str] = {}
     if isinstance(value, Mapping) and 'target' in value:
-        _, names = learning_rate.parameters(value, paths.join(keys))
+        _, names = nodes.parameters(value, paths.join(keys))
     for at, item in _children(value):
         key, where = at[-1], [*keys, *at]
         is_argument = at in names or isinstance(value, tuple | list)
@@ -135,9 +135,9 @@ def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Key
             yield where, inner, item
 
 
-def _children(value: Any) -> Iterator[tuple[learning_rate.KeyPath, Any]]:
+def _children(value: Any) -> Iterator[tuple[nodes.KeyPath, Any]]:
     """Yields the direct children of a node, with each positional argument as a child."""
-    for key, item in learning_rate.items(value):
+    for key, item in nodes.items(value):
         if key == 'args' and 'target' in value:
             yield from (((key, index), each) for index, each in enumerate(item))
         else:

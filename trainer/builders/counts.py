@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.builders import learning_rate
+from trainer.builders import nodes
 from trainer.config import paths
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
@@ -39,7 +39,7 @@ def with_integer_keys(node: Node, path: str) -> Node:
     Raises:
         UserError: if a dict has both '30' and 30.
     """
-    for keys, name, value in _arguments(node, [], path):
+    for keys, name, value in _arguments(node, path):
         # By the annotation of the argument: keys of other dicts, such as labels, stay strings.
         if not isinstance(value, Mapping) or not _has_integer_keys(node, keys, name, path):
             continue
@@ -67,9 +67,9 @@ def check(node: Node, steps: Mapping[str, int], path: str) -> None:
             something other than steps is counted.
     """
     _check_inner_counts(node, steps, path)
-    for keys, name, value in _arguments(node, [], path):
+    for keys, name, value in _arguments(node, path):
         where = f'{path}.{paths.join(keys)}'
-        owner = paths.get(node, _owner(keys))
+        owner = paths.get(node, nodes.owner(keys))
         target = str(owner['target'])
         is_needed = any(target.endswith(kind) and name == of for kind, of in _AT_LEAST_ONE)
         # Only for durations, such as '1%' of a short run: a literal 0 is what the user wrote.
@@ -107,29 +107,23 @@ def _check_inner_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
         _check_inner_counts(value, steps, f'{path}.{key}')
 
 
-def _arguments(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys, str, Any]]:
+def _arguments(node: Any, path: str) -> Iterator[tuple[paths.Keys, str, Any]]:
     """Yields (key path, name, value) of each argument of all targets below a node."""
-    if isinstance(node, Mapping) and 'target' in node:
-        _, names = learning_rate.parameters(node, path)
-        for at, name in names.items():
-            yield [*keys, *at], name, paths.get(node, list(at))
-    for key, value in learning_rate.items(node):
-        yield from _arguments(value, [*keys, key], path)
-
-
-def _owner(keys: paths.Keys) -> paths.Keys:
-    """Returns the key path of the target that an argument belongs to."""
-    return keys[:-2] if len(keys) > 1 and keys[-2] == 'args' else keys[:-1]
+    for keys, inner in nodes.walk(node):
+        if isinstance(inner, Mapping) and 'target' in inner:
+            _, names = nodes.parameters(inner, path)
+            for at, name in names.items():
+                yield [*keys, *at], name, paths.get(inner, list(at))
 
 
 def _has_integer_keys(node: Node, keys: paths.Keys, name: str, path: str) -> bool:
-    known, _ = learning_rate.parameters(paths.get(node, _owner(keys)), path)
+    known, _ = nodes.parameters(paths.get(node, nodes.owner(keys)), path)
     return name in known and _INTEGER_KEYS.search(str(known[name].annotation)) is not None
 
 
 def _is_joined(node: Node, keys: paths.Keys) -> bool:
     """Whether a schedule is inside `optax:join_schedules`."""
-    above = [paths.get(node, keys[:depth]) for depth in range(len(_owner(keys)))]
+    above = [paths.get(node, keys[:depth]) for depth in range(len(nodes.owner(keys)))]
     return any(
         isinstance(each, Mapping) and str(each.get('target')).endswith(_JOINED) for each in above
     )

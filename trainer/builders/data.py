@@ -19,7 +19,7 @@ from trainer.config.sections import (
     ScoreSection,
     Sections,
 )
-from trainer.evaluate.score import Score
+from trainer.evaluate.score import Score, discard
 from trainer.evaluate.spec import Evaluation
 from trainer.input.data import EvalData, TrainData
 from trainer.tasks.runner import TaskRunner
@@ -79,13 +79,14 @@ def _evaluation(
     batch_size = section.data.batch_size or sections.data.batch_size
 
     # Later, because the number of examples to pad to depends on the number of devices.
-    def build_data(padded_to: int, other: Any = None) -> EvalData:
+    def build_data(shards: int, other: Any = None) -> EvalData:
+        read = source if other is None else other
         node = {
             **section.data.loader,
-            'source': source if other is None else other,
+            'source': read,
             'transforms': transforms,
             'batch_size': batch_size,
-            'padded_to': padded_to,
+            'padded_to': _padded_size(batch_size, read, shards),
         }
         loader = targets.instantiate(node, f'{path}.data')
         return EvalData.from_loader(loader, f'{path}.data.loader')
@@ -112,14 +113,14 @@ def build_default_evaluation(sections: Sections, task: TaskRunner) -> Evaluation
     data, path = sections.data, 'config.data'
     batch_size = check_positive(data.batch_size, f'{path}.batch_size')
 
-    def build_data(padded_to: int, other: Any = None) -> EvalData:
+    def build_data(shards: int, other: Any = None) -> EvalData:
         transforms = targets.instantiate(data.transforms, f'{path}.transforms')
         node = {
             'target': 'trainer.data.loader:EvalLoader',
             'source': other,
             'transforms': transforms,
             'batch_size': batch_size,
-            'padded_to': padded_to,
+            'padded_to': _padded_size(batch_size, other, shards),
         }
         return EvalData.from_loader(targets.instantiate(node, path), path)
 
@@ -146,12 +147,19 @@ def as_source(data: Any, path: str) -> Any:
     if isinstance(data, Mapping):
         node = {'target': 'trainer.data.sources:ArraySource', 'args': (data,)}
         return targets.instantiate(node, path)
-    if not hasattr(data, 'gather'):
+    if not hasattr(data, 'gather') and not hasattr(data, 'collate'):
         raise UserError(
             f'{path}: expected a dict of arrays, each with one entry per example, or a source (an '
-            f'object with __len__, spec and gather), got a {type(data).__name__}'
+            f'object with __len__, spec and gather, or with collate), got a {type(data).__name__}'
         )
     return data
+
+
+def _padded_size(batch_size: int, source: Any, shards: int) -> int:
+    """Returns the number of examples of a batch with padding: a multiple of the shards."""
+    # A source that collates may need places for padding in every batch.
+    places = batch_size + getattr(source, 'padding_rows', 0)
+    return -(-places // shards) * shards
 
 
 def _build_score(section: ScoreSection, path: str) -> Score:
@@ -163,6 +171,7 @@ def _build_score(section: ScoreSection, path: str) -> Score:
     make = functools.partial(targets.instantiate, section.node, path)
     # Created once here, so that mistakes are found before training starts.
     score = make()
+    discard(score)
     if isinstance(score, type) or not callable(score):
         what = f'the class {score.__name__}' if isinstance(score, type) else repr(score)
         raise UserError(

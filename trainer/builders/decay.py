@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from trainer.builders import learning_rate
+from trainer.builders import nodes
 from trainer.config import paths
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
@@ -38,13 +37,13 @@ def mask_decay(node: Node, path: str, mask: RegexMask) -> Node:
         UserError: if no target takes such a mask, or one has a mask already.
     """
     # All of them: an optax:chain may contain several targets with weight decay.
-    maskable = list(_find_maskable(node, [], path))
+    maskable = list(_find_maskable(node, path))
     if not maskable:
         raise UserError(_no_mask_message(node, path))
     for keys, name in maskable:
         where = f'{path}.{paths.join(keys)}'.rstrip('.')
         owner = paths.get(node, keys)
-        known, names = learning_rate.parameters(owner, path)
+        known, names = nodes.parameters(owner, path)
         given = {each: paths.get(owner, list(key_path)) for key_path, each in names.items()}
         if name in given:
             raise UserError(
@@ -65,20 +64,19 @@ def mask_decay(node: Node, path: str, mask: RegexMask) -> Node:
     return node
 
 
-def _find_maskable(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys, str]]:
+def _find_maskable(node: Node, path: str) -> Iterator[tuple[paths.Keys, str]]:
     """Yields the key path of each target with a weight decay mask, and the argument's name."""
-    if isinstance(node, Mapping) and 'target' in node:
-        known, _ = learning_rate.parameters(node, path)
-        name = next((each for each in _MASKS if each in known), None)
-        if name is not None and not str(node['target']).endswith(_OTHERS):
-            yield keys, name
-    for key, value in learning_rate.items(node):
-        yield from _find_maskable(value, [*keys, key], path)
+    for keys, inner in nodes.walk(node):
+        if isinstance(inner, Mapping) and 'target' in inner:
+            known, _ = nodes.parameters(inner, path)
+            name = next((each for each in _MASKS if each in known), None)
+            if name is not None and not str(inner['target']).endswith(_OTHERS):
+                yield keys, name
 
 
 def _no_mask_message(node: Node, path: str) -> str:
     target = node['target']
-    known, _ = learning_rate.parameters(node, path)
+    known, _ = nodes.parameters(node, path)
     # Some optimizers decay, but take no mask.
     decay = next((each for each in known if 'weight_decay' in each), None)
     if decay is not None:

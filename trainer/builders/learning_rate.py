@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the learning rate schedules of an optimizer, and finds those to log."""
+"""Builds the learning rates of an optimizer that are logged: its own, and those named by key.
+
+Learning rates of nested optimizers, as in `optax:chain`, are not searched for: the user names them
+in `config.log.learning_rates`.
+"""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optax
 
-from trainer.config import objects, paths, targets
+from trainer.builders import nodes
+from trainer.config import paths, targets
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
 
 Schedule = Callable[[Any], Any]
-
-# A key path below a node.
-KeyPath = tuple[str | int, ...]
 
 # Optimizers whose learning rate is an upper bound: each step computes the actual one from the loss.
 _BOUNDED = (':momo', ':momo_adam')
@@ -56,9 +58,7 @@ def build_rates(
             raise UserError(f'{_KEY}: {path} has no {name!r}') from error
         node, schedule = _build_schedule(node, keys, value, path)
         every = _calls_per_update(node, keys, path)
-        # The optimizer that has it as an argument, by name or by position.
-        owner = keys[:-2] if keys[-2:-1] == ['args'] else keys[:-1]
-        rates.append((owner, _to_call_counts(schedule, every)))
+        rates.append((nodes.owner(keys), _to_call_counts(schedule, every)))
     # A single rate has no name in a row: 'learning_rate'.
     if len(rates) < 2:
         return node, next((rate for _, rate in rates), None)
@@ -71,32 +71,11 @@ def build_rates(
     return node, dict(zip(names, (rate for _, rate in rates), strict=True))
 
 
-def find_first_nested(node: Any, before: paths.Keys | None = None) -> str | None:
-    """Returns the key path of the first learning rate of a nested optimizer, or None.
-
-    Args:
-        node: the node of the outer optimizer.
-        before: the key path of `node`, in recursive calls.
-    """
-    before = before or []
-    items: Any = ()
-    if isinstance(node, Mapping):
-        items = node.items()
-    elif isinstance(node, (tuple, list)):
-        items = enumerate(node)
-    for key, value in items:
-        if before and key == 'learning_rate' and value is not None:
-            return paths.join([*before, key])
-        if nested := find_first_nested(value, [*before, key]):
-            return nested
-    return None
-
-
 def _build_outer(node: Node, path: str) -> tuple[Node, Schedule | None]:
     """Builds the argument `learning_rate` of the outermost target; returns the new node and it."""
     if str(node['target']).endswith(_BOUNDED):
         return node, None
-    known, names = parameters(node, path)
+    known, names = nodes.parameters(node, path)
     at = next((list(k) for k, name in names.items() if name == 'learning_rate'), None)
     if at is not None and (value := paths.get(node, at)) is not None:
         return _build_schedule(node, at, value, path)
@@ -134,7 +113,7 @@ def _calls_per_update(node: Node, keys: paths.Keys, path: str) -> int:
         outer = paths.get(node, keys[:depth])
         if not isinstance(outer, Mapping) or not str(outer.get('target')).endswith(':MultiSteps'):
             continue
-        _, names = parameters(outer, path)
+        _, names = nodes.parameters(outer, path)
         at = next((list(k) for k, name in names.items() if name == 'every_k_schedule'), None)
         steps = None if at is None else paths.get(outer, at)
         if not isinstance(steps, int):
@@ -144,29 +123,6 @@ def _calls_per_update(node: Node, keys: paths.Keys, path: str) -> int:
             )
         every *= steps
     return every
-
-
-def items(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields the direct children of a node, with their keys."""
-    if isinstance(node, Mapping):
-        yield from node.items()
-    # Not subclasses, such as a NamedTuple: these are values, not nodes of the config.
-    elif type(node) in (tuple, list):
-        yield from enumerate(node)
-
-
-def parameters(
-    node: Mapping[str, Any], path: str
-) -> tuple[Mapping[str, inspect.Parameter], dict[KeyPath, str]]:
-    """Returns the parameters of a node's target, and the argument name of each key path."""
-    known, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
-    by_position = [p.name for p in known.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    names: dict[KeyPath, str] = {
-        ('args', index): name
-        for index, (name, _) in enumerate(zip(by_position, node.get('args', ()), strict=False))
-    }
-    names.update({(key,): key for key in node if key not in targets.RESERVED})
-    return known, names
 
 
 def _names(key_paths: list[paths.Keys]) -> list[str]:

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.builders import by_examples, counts, decay, hyperparams
+from trainer.builders import by_examples, counts, decay, hyperparams, nodes
 from trainer.builders import learning_rate as rates
-from trainer.config import durations, objects, signatures, targets
+from trainer.config import durations, objects, paths, signatures, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
@@ -137,9 +137,11 @@ def _build_one(
         base = targets.instantiate(node, path)
         _check_is_optimizer(base, node, path)
         if learning_rate is None and not str(node['target']).endswith(':set_to_zero'):
-            nested = rates.find_first_nested(node)
-            hint = f": name it in config.log.learning_rates=('{prefix}{nested}',)" if nested else ''
-            _log.warning('The learning rate of %s is unknown and will not be logged%s', path, hint)
+            _log.warning(
+                'The learning rate of %s is unknown and will not be logged%s',
+                path,
+                _learning_rate_hint(node, prefix),
+            )
     return Optimizer(
         base=base,
         learning_rate=learning_rate,
@@ -149,6 +151,14 @@ def _build_one(
         eval_params=_eval_params(section.eval_params, path, injected=bool(mine)),
         path=path,
     ), steps
+
+
+def _learning_rate_hint(node: Node, prefix: str) -> str:
+    """Returns the key to set for logging the first learning rate of a nested optimizer, or ''."""
+    for keys, value in nodes.walk(node):
+        if len(keys) > 1 and keys[-1] == 'learning_rate' and value is not None:
+            return f": name it in config.log.learning_rates=('{prefix}{paths.join(keys)}',)"
+    return ''
 
 
 def _check_logged(section: OptimizerSection, logged: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from trainer.modules.rng import Keys
 from trainer.parallel.host import fetch
 from trainer.step.health import Health
 from trainer.tasks.metrics import merge_metrics
+from trainer.tasks.task import TaskOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,20 +86,21 @@ class EnsembleEvalStep(EvalStep):
         step: jax.Array,
         index: jax.Array,
         batch: Mapping[str, jax.Array],
+        output: TaskOutput | None = None,
     ) -> dict[str, Any]:
         """Returns the totals including this batch's examples without padding: see `EvalStep`."""
 
         def measure_member(seed: jax.Array, variables: Any, totals: Any) -> Any:
             member_step = dataclasses.replace(self._member_step, seed=seed)
-            output = member_step._output(variables, batch, step, index)
-            return merge_metrics(totals, self.task.measure(output))
+            member_output = member_step.run(variables, step, index, batch)
+            return merge_metrics(totals, self.task.measure(member_output))
 
         ensemble_totals = dict(totals)
         member_totals = ensemble_totals.pop('members').stacked
         seeds = jnp.asarray(self.seeds, jnp.int32)
         map_members = jax.vmap(measure_member, spmd_axis_name=self.axis)
         stacked = map_members(seeds, variables, member_totals)
-        ensemble_totals = super().__call__(ensemble_totals, variables, step, index, batch)
+        ensemble_totals = super().__call__(ensemble_totals, variables, step, index, batch, output)
         return {**ensemble_totals, 'members': PerMember(stacked)}
 
     @property

@@ -34,7 +34,7 @@ from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_sharding, replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import FINDINGS
-from trainer.step.programs import Program
+from trainer.step.programs import Program, make_program
 from trainer.step.state import TrainState
 from trainer.tasks.bad_values import describe_bad_value
 from trainer.tasks.batch import record_reads
@@ -121,7 +121,7 @@ class Evaluator:
         self._score = score
         self._own_model = own_model
         if score is not None:
-            check_fields(score, data.spec)
+            check_fields(score, data.spec, data.rows)
 
     def prepare(self, state: TrainState) -> None:
         """Prepares `run`, so that mistakes are found before training starts.
@@ -176,7 +176,7 @@ class Evaluator:
             shapes = fields.shapes
             # Fields that devices cannot store are placeholders while the task is traced. Afterwards
             # the fields that it has not read stay on the host too, which saves their transfer.
-            step, task = self.step, self.step.task
+            step, task = self._step_for_data(), self.step.task
             step = dataclasses.replace(step, task=task.with_host_fields(fields.host_fields()))
             with self._tracing(), record_reads() as reads, seen.explain_errors():
                 # The evaluated parameters, averaged or not, have the shapes of `params`.
@@ -184,7 +184,7 @@ class Evaluator:
                 if self._own_model:
                     step = self._with_fresh_collections(step, variables, shapes)
                 output = step.output_shapes(variables, shapes)
-            self._fields = fields.with_sent(reads.names)
+            self._fields = fields.with_read(reads.names, self.data.num_shapes, task.transforms)
             task = task.with_host_fields(self._fields.host_fields(), reads.weighted)
             self._run_step = dataclasses.replace(step, task=task)
             return output
@@ -198,6 +198,13 @@ class Evaluator:
                 name = name_of(self.step.task.task)
                 error.add_note(f'Its task {name} was called with the batch {batch}')
             raise
+
+    def _step_for_data(self) -> EvalStep:
+        """Returns the step, for batches of the structure that the data has."""
+        # Not in the constructor, because it reads the first batch.
+        task = self.step.task.with_structure(self.data.structure)
+        self.step = dataclasses.replace(self.step, task=task)
+        return self.step
 
     def _with_fresh_collections(self, step: EvalStep, variables: Any, shapes: Any) -> EvalStep:
         with record_reads():  # In a record of its own: initialization is not a step.
@@ -254,13 +261,26 @@ class Evaluator:
         Raises:
             Stopped: if `should_stop` returned True.
         """
+        # In a dry run there are only some examples, and a score may need them all.
+        host = self._host_scores() if max_batches is None else None
+        try:
+            return self._run(state, host, max_batches, should_stop)
+        finally:
+            if host is not None:
+                host.discard()
+
+    def _run(
+        self,
+        state: TrainState,
+        host: HostScores | None,
+        max_batches: int | None,
+        should_stop: Callable[[], bool],
+    ) -> MetricValues:
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
         members = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
-        # In a dry run there are only some examples, and a score may need them all.
-        host = self._host_scores() if max_batches is None else None
         prediction = None if self._score is None else self.prediction(state)
         unchanged = {} if prediction is None else prediction.unchanged
         pending: tuple[Any, LoadedBatch] | None = None
@@ -296,10 +316,12 @@ class Evaluator:
         """Returns the summaries of the task for a batch, without padding; all processes call it."""
         if members not in self._summarizers:
             # A program of its own: in that of the metrics, every batch would compute them.
-            self._summarizers[members] = Program(
+            self._summarizers[members] = make_program(
                 f'the summaries of evaluation {self.name!r}',
                 self._run_step.summarize,
                 args,
+                num_shapes=self.data.num_shapes,
+                where=self._data_path,
                 tracing=self._tracing,
                 # All processes have all rows: those of one batch are few.
                 out_shardings=replicated_sharding(self._mesh),
@@ -403,7 +425,8 @@ class Evaluator:
             with self._tracing(), self._explain_training_errors(), seen.explain_errors():
                 variables = self.variables(state)
                 try:
-                    self._predicts = Prediction.trace(self.step, self._all_fields, variables)
+                    step = self._step_for_data()
+                    self._predicts = Prediction.trace(step, self._all_fields, variables)
                 except UserError as error:
                     raise UserError(f'{self.path}: {error}') from error
         return self._predicts
@@ -442,10 +465,12 @@ class Evaluator:
 
     def _compile(self, args: tuple[Any, ...], prediction: Prediction | None) -> Program:
         name = f'the step of evaluation {self.name!r}'
-        return Program(
+        return make_program(
             name,
             StepWithRows(self._run_step, prediction),
             args,
+            num_shapes=self.data.num_shapes,
+            where=self._data_path,
             tracing=self._tracing,
             donate_argnums=0,
             # Rows stay where they are: no device needs those of the others.
@@ -464,7 +489,15 @@ class Evaluator:
         limits = [n for n in (self.data.num_batches, max_batches) if n is not None]
         calls = itertools.repeat(1, min(limits)) if limits else itertools.repeat(1)
         data = self.data
-        return Prefetcher(data.block, calls, self._mesh, data.rows, release=data.close, **options)
+        return Prefetcher(
+            data.block,
+            calls,
+            self._mesh,
+            data.rows,
+            num_shapes=data.num_shapes,
+            release=data.close,
+            **options,
+        )
 
     def _read_to_end(self, batches: Prefetcher) -> Iterator[LoadedBatch]:
         """Yields the batches; for data without a length, until no process has any example left.

@@ -13,9 +13,10 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.evaluate.host_rows import AllRows, Arrays, gather_rows
 from trainer.evaluate.prediction import Prediction
-from trainer.evaluate.score import Score, is_streaming
+from trainer.evaluate.score import Score, discard, is_streaming
 from trainer.evaluate.step import EvalStep
 from trainer.input.batch import LoadedBatch
+from trainer.modules.reuse import reuse_calls
 from trainer.observe.summaries import with_summaries
 from trainer.parallel import processes
 from trainer.parallel.handshake import EXIT_PEER_FAILED
@@ -53,16 +54,23 @@ class StepWithRows:
         self, totals: Any, variables: Any, step: jax.Array, index: jax.Array, batch: Any
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Returns the accumulators with this batch added, and its rows, padding included."""
+        args = (variables, step, index, batch)
+        predicted: dict[str, jax.Array] = {}
+        # The model is called once where that is possible: tracing a large one takes long.
+        with reuse_calls():
+            if self.prediction is not None and self.step.predicts_in_run:
+                output, outputs = self.step.run_and_predict(*args)
+                predicted = self.prediction.without_unchanged(outputs, batch)
+            else:
+                output = self.step.run(*args)
+                if self.prediction is not None:
+                    predicted = self.prediction(*args)
         rows = {}
-        if self.step.task.collecting:
-            collected = self.step.collect(variables, step, index, batch)
-            for metric, arrays in collected.items():
-                rows.update({f'{_COLLECTED}{metric}/{name}': x for name, x in arrays.items()})
+        for metric, arrays in self.step.task.collect(output).items():
+            rows.update({f'{_COLLECTED}{metric}/{name}': x for name, x in arrays.items()})
         # The mask is known on the host already: ids of padding are negative.
-        if self.prediction is not None:
-            outputs = self.prediction(variables, step, index, batch)
-            rows.update({f'{_PREDICTED}{n}': x for n, x in outputs.items() if n != MASK})
-        return self.step(totals, variables, step, index, batch), rows
+        rows.update({f'{_PREDICTED}{name}': x for name, x in predicted.items() if name != MASK})
+        return self.step(totals, *args, output), rows
 
 
 class HostScores:
@@ -154,6 +162,11 @@ class HostScores:
         measured.update(numbers)
         return measured
 
+    def discard(self) -> None:
+        """Ends a streaming score that has not been closed, without its values."""
+        function, self._function = self._function, None
+        discard(function)
+
     def _compute(self, measured: MetricValues) -> None:
         arrays = self._rows.join()
         for name, kind in self._collecting:
@@ -161,10 +174,9 @@ class HostScores:
             measured.add(name, compute_collected(kind, collected))
         if self._score is None:
             return
-        if is_streaming(self._function):
-            values = self._function.close()
-        else:
-            values = self._function(self._examples(arrays))
+        # From here on it has been closed, even if that fails.
+        function, self._function = self._function, None
+        values = function.close() if is_streaming(function) else function(self._examples(arrays))
         if not isinstance(values, Mapping):
             raise UserError(
                 f'the score returned {type(values).__name__}; expected a dict '

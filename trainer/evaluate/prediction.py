@@ -95,7 +95,12 @@ class Prediction:
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> dict[str, jax.Array]:
         """Returns the computed outputs for a whole batch, and its mask."""
-        outputs = self.step.predict(variables, step, index, batch)
+        return self.without_unchanged(self.step.predict(variables, step, index, batch), batch)
+
+    def without_unchanged(
+        self, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        """Returns the outputs that are not an unchanged field of the batch."""
         unchanged = self._find_unchanged(outputs, batch)
         return {name: x for name, x in outputs.items() if name not in unchanged}
 
@@ -138,6 +143,12 @@ class Prediction:
                 raise UserError(
                     f"the task's predict returned {name!r} as {describe(x)}; expected an array "
                     f'with one row for each of the {rows[0]} examples of a batch'
+                )
+        for name, field in unchanged.items():
+            if tuple(self.fields.spec[field].shape[:1]) != rows:
+                raise UserError(
+                    f"the task's predict returned the field {field!r} unchanged as {name!r}, which "
+                    f'has not one entry for each of the {rows[0]} examples of a batch'
                 )
         return frozenset(shapes), unchanged
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -12,11 +13,17 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.input.fields import MASK
 
+_log = logging.getLogger('trainer')
+
 Examples = Mapping[str, np.ndarray]
 
 
 class StreamingScore(Protocol):
-    """A score that sees one batch at a time, for a split that does not fit in memory."""
+    """A score that sees one batch at a time, for a split that does not fit in memory.
+
+    It may have a method `discard()`, which is called in place of `close` if there are no values: if
+    the evaluation is stopped or fails.
+    """
 
     def __call__(self, examples: Examples) -> None:
         """Takes the predictions and fields of a batch, (rows, ...) each, without padding."""
@@ -46,6 +53,18 @@ def is_streaming(score: Any) -> bool:
     return callable(getattr(score, 'close', None))
 
 
+def discard(score: Any) -> None:
+    """Ends a score that will not be closed, if it has a method for that."""
+    # Not `close`: that computes values, and may write files, from a part of the examples.
+    method = getattr(score, 'discard', None)
+    if is_streaming(score) and callable(method):
+        try:
+            method()
+        except Exception as error:
+            # Not raised: it would hide the error because of which the evaluation has ended.
+            _log.warning('A score could not be discarded', exc_info=error)
+
+
 def check_names(score: Score, computed: Iterable[str], unchanged: Mapping[str, str]) -> None:
     """Checks that no field of a score has the name of another prediction.
 
@@ -65,15 +84,25 @@ def check_names(score: Score, computed: Iterable[str], unchanged: Mapping[str, s
             )
 
 
-def check_fields(score: Score, spec: Mapping[str, Any]) -> None:
+def check_fields(score: Score, spec: Mapping[str, Any], rows: int) -> None:
     """Checks that the batches have the fields that a score asks for.
 
+    Args:
+        score: the score.
+        spec: shapes of the fields.
+        rows: number of examples of a batch.
+
     Raises:
-        UserError: naming the first that they lack, and a similar one.
+        UserError: naming the first that they lack, or that has not one entry for each example.
     """
     for name in score.fields:
         if name not in spec:
             raise UserError(
                 f'{score.path}.fields: the batches have no field {name!r}; they have '
                 f'{", ".join(sorted(spec.keys() - {MASK}))}'
+            )
+        if tuple(spec[name].shape[:1]) != (rows,):
+            raise UserError(
+                f'{score.path}.fields: {name!r} has the shape {list(spec[name].shape)} in a batch '
+                f'of {rows} examples; a score only gets fields with one entry for each example'
             )

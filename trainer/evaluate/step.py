@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from trainer.input.host_field import explain_host_fields
+from trainer.modules import seen
 from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.health import FINDINGS, Findings, Health
-from trainer.tasks.default_prediction import has_predict, predict_by_call
+from trainer.tasks.default_prediction import has_predict, predict_by_call, select_output
 from trainer.tasks.metrics import Count, merge_metrics
 from trainer.tasks.runner import MASK, TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
@@ -51,7 +52,7 @@ class EvalStep:
     def output_shapes(self, variables: Any, batch: Any) -> TaskOutput:
         """Returns the shapes of the task's output, from arrays or their shapes."""
         # A new function object: a cached trace would not record which fields the task reads.
-        return jax.eval_shape(lambda *args: self._output(*args), variables, batch, 0, 0)
+        return jax.eval_shape(lambda *args: self.run(*args), variables, 0, 0, batch)
 
     def with_fresh(self, fresh: frozenset[str]) -> EvalStep:
         """Returns the step with these collections created for each batch."""
@@ -81,6 +82,7 @@ class EvalStep:
         step: jax.Array,
         index: jax.Array,
         batch: Mapping[str, jax.Array],
+        output: TaskOutput | None = None,
     ) -> dict[str, Any]:
         """Returns the accumulators with this batch added, without its padding.
 
@@ -90,8 +92,10 @@ class EvalStep:
             step: int32 scalar, the state's step.
             index: int32 scalar, the batch's number.
             batch: arrays (examples, ...), including `_mask`.
+            output: the result of `run` for this batch, if it is known.
         """
-        output = self._output(variables, batch, step, index)
+        if output is None:
+            output = self.run(variables, step, index, batch)
         # Accumulated like a metric, so that a label out of range costs no synchronization per
         # batch.
         label, value = run_checks(output.checks, output.weights)
@@ -102,11 +106,27 @@ class EvalStep:
         }
         return merge_metrics(totals, new)
 
-    def collect(
+    def run(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
-    ) -> dict[str, dict[str, jax.Array]]:
-        """Returns what the task's collecting metrics collect, (rows, ...) each, by metric."""
-        return self.task.collect(self._output(variables, batch, step, index))
+    ) -> TaskOutput:
+        """Returns the task's output for a batch."""
+        keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
+        return self.task(self._bind(variables, keys, batch), batch)
+
+    @property
+    def predicts_in_run(self) -> bool:
+        """Whether `run_and_predict` may be called."""
+        # With weights, the task runs again on a batch whose examples without weight are replaced.
+        return not has_predict(self.task.task) and self.task.is_weighted is False
+
+    def run_and_predict(
+        self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
+    ) -> tuple[TaskOutput, dict[str, Any]]:
+        """Returns the results of `run` and of `predict`, from one run of the task."""
+        with seen.record_calls(keep_results=True) as record:
+            output = self.run(variables, step, index, batch)
+            outputs = select_output(self.task.task, record.calls)
+        return output, {**outputs, MASK: batch[MASK]}
 
     def summarize(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
@@ -123,7 +143,7 @@ class EvalStep:
         Fields that stay on the host are `HostField`s among them. A task without a method `predict`
         predicts the output of the model.
         """
-        # The keys of `_output`: a task that samples predicts what its metrics were computed from.
+        # The keys of `run`: a task that samples predicts what its metrics were computed from.
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
         is_default = not has_predict(task)
@@ -137,10 +157,6 @@ class EvalStep:
                 outputs = task.predict(model, fields)
         # The caller removes the padding on the host: the number of real examples is not static.
         return {**outputs, MASK: batch[MASK]}
-
-    def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
-        keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
-        return self.task(self._bind(variables, keys, batch), batch)
 
     def _bind(self, variables: Mapping[str, Any], keys: Keys, batch: Any) -> BoundModel:
         own = self.variables_of_one(variables)

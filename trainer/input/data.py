@@ -7,17 +7,22 @@ No other code asks which optional methods a loader has. See `trainer.input.loade
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.input.digest import PADDING
+from trainer.input.fields import MASK
 from trainer.input.loader import (
     ALL,
     ArraySpec,
+    Block,
     Closable,
     EvalLoader,
     HasFirst,
@@ -26,6 +31,8 @@ from trainer.input.loader import (
     StreamLoader,
     TrainLoader,
 )
+from trainer.input.structure import Structure, check_arrays, is_flat
+from trainer.modules.seen import describe
 
 # How the trainer calls each method: number of positional arguments, names of keyword arguments,
 # and the signature for messages. See `trainer.input.loader`.
@@ -42,7 +49,8 @@ class LoadedBlock:
     """The batches of consecutive steps, of any loader.
 
     Attributes:
-        arrays: each field, (steps, rows, ...).
+        arrays: each field, (steps, rows, ...); nested ones by path (`trainer.input.structure`).
+            Whole batches are (steps, ...).
         ids: int64 (steps, rows), the example in each row; -1 is padding.
         states: state of a stream after each step; None for other data.
     """
@@ -71,11 +79,13 @@ class _Common:
 
     Attributes:
         loader: the loader that the config defines.
+        path: its config path, for messages.
         with_first: the loader if it has `first`, None otherwise.
         closing: the loader if it has `close`, None otherwise.
     """
 
     loader: Any
+    path: str
     with_first: HasFirst | None
     closing: Closable | None
 
@@ -87,12 +97,57 @@ class _Common:
     @property
     def spec(self) -> Mapping[str, ArraySpec]:
         """Shape (batch dimension first) and dtype of each field of a global batch."""
-        return self.loader.spec
+        return self._spec_and_structure[0]
+
+    @property
+    def structure(self) -> Structure | None:
+        """The structure of a nested batch; None for a dict of arrays."""
+        return self._spec_and_structure[1]
+
+    @functools.cached_property
+    def _spec_and_structure(self) -> tuple[Mapping[str, ArraySpec], Structure | None]:
+        tree: Any = self.loader.spec
+        structure = Structure.from_tree(tree, self.path)
+        if structure is None:
+            return tree, None
+        spec = structure.flatten(tree, self.path)
+        check_arrays(spec, f'{self.path}.spec')
+        if not structure.has_place_for_mask:
+            rows = getattr(self.loader, 'rows', next(iter(spec.values())).shape[0])
+            spec[MASK] = jax.ShapeDtypeStruct((rows,), np.dtype(bool))
+        return spec, structure
+
+    @property
+    def num_shapes(self) -> int | None:
+        """How many shapes batches may have, if the loader returns whole ones; None for rows.
+
+        See `trainer.input.loader.Collated`.
+        """
+        return getattr(self.loader, 'num_shapes', None)
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> LoadedBlock:
         """Returns the batches [start, start + count), of the given rows of each global batch."""
         block = self.loader.block(start, count, rows=rows)
-        return LoadedBlock(block.arrays, block.ids)
+        return LoadedBlock(self._flatten(block), block.ids)
+
+    def _flatten(self, block: Block) -> Mapping[str, np.ndarray]:
+        """Returns the arrays of a block by name.
+
+        Raises:
+            UserError: if they have another structure than `spec`.
+        """
+        arrays, structure = block.arrays, self.structure
+        if structure is None:
+            if not is_flat(arrays):
+                raise UserError(
+                    f'{self.path}: a batch is {describe(arrays)}, but the `spec` of the loader is '
+                    'a dict of arrays; both need one structure'
+                )
+            return arrays
+        fields = structure.flatten(arrays, self.path)
+        if not structure.has_place_for_mask:
+            fields[MASK] = block.ids != PADDING
+        return fields
 
     def first_example(self) -> Mapping[str, np.ndarray]:
         """Returns the first example, each field (1, ...); by default the first row of batch 0.
@@ -100,7 +155,9 @@ class _Common:
         Reading batch 0 moves a stream, so the caller may have to restore its position.
         """
         if self.with_first is not None:
-            return self.with_first.first
+            first = self.with_first.first
+            structure = Structure.from_tree(first, self.path)
+            return first if structure is None else structure.flatten(first, self.path)
         # One row alone, so that a source of images decodes only one.
         arrays = self.block(0, 1, rows=slice(0, 1)).arrays
         return {name: x[0] for name, x in arrays.items()}
@@ -145,6 +202,7 @@ class TrainData(_Common):
             )
         return cls(
             loader=loader,
+            path=path,
             with_first=loader if _has(loader, 'first') else None,
             closing=loader if _has(loader, 'close') else None,
             stream=loader if _has(loader, 'restore') else None,
@@ -173,7 +231,12 @@ class TrainData(_Common):
         if self.stream is None:
             return super().block(start, count, rows)
         block = self.stream.block(start, count, rows=rows)
-        return LoadedBlock(block.arrays, block.ids, block.states)
+        return LoadedBlock(self._flatten(block), block.ids, block.states)
+
+    def rows(self, batch_size: int) -> int:
+        """Returns the number of examples of a global batch, padding included."""
+        loader: Any = self.loader
+        return batch_size if self.num_shapes is None else loader.rows
 
     def restore(self, position: int, state: Any) -> None:
         """Moves a stream to a position; does nothing for other data.
@@ -233,6 +296,7 @@ class EvalData(_Common):
         _check(loader, path, 'EvalLoader', ('examples', 'num_batches', 'rows', 'spec', 'block'))
         return cls(
             loader=loader,
+            path=path,
             with_first=loader if _has(loader, 'first') else None,
             closing=loader if _has(loader, 'close') else None,
         )

@@ -111,14 +111,22 @@ class HostField:
 
 
 @contextlib.contextmanager
-def explain_host_fields(fields: dict[str, Any]) -> Iterator[None]:
-    """Raises an error that names the field when JAX rejects a `HostField` in `fields`."""
+def explain_host_fields(batch: Any) -> Iterator[None]:
+    """Raises an error that names the field when JAX rejects a `HostField` in a batch."""
     try:
         yield
     except TypeError as error:
-        # By `dict.values`, which the batch does not override: its own methods record reads.
-        hidden = [x for x in dict.values(fields) if isinstance(x, HostField)]
+        hidden = [*_find_host_fields(batch)]
         # Only for a rejected `HostField`: any other TypeError is a mistake of its own.
         if hidden and compat.refuses_type(error, HostField):
             raise hidden[0].error() from error
         raise
+
+
+def _find_host_fields(batch: Any) -> Iterator[HostField]:
+    if isinstance(batch, HostField):
+        yield batch
+    elif isinstance(batch, dict | list | tuple):
+        # By `dict.values`, which a `Batch` does not override: its own methods record reads.
+        for value in dict.values(batch) if isinstance(batch, dict) else batch:
+            yield from _find_host_fields(value)

@@ -70,7 +70,7 @@ loader, and requests the rows for its own devices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
@@ -100,12 +100,15 @@ class Block(Protocol):
     """The batches of consecutive steps: one call returns many, because each call has a cost."""
 
     @property
-    def arrays(self) -> Mapping[str, np.ndarray]:
-        """Each field of the batch, (steps, rows, ...).
+    def arrays(self) -> Any:
+        """Each field of the batch, (steps, rows, ...): a dict of arrays, or another pytree of them.
 
         `_mask`, bool (steps, rows), is false in rows of padding. An evaluation loader always has
         it; a training loader only if it pads. A row of padding should repeat a real one: zeros may
         turn into NaN, which the mask cannot remove (0 x NaN is NaN).
+
+        A pytree whose top is no dict, such as a tuple, has no place for `_mask`: the trainer
+        computes it from `ids`.
         """
         ...
 
@@ -154,8 +157,11 @@ class TrainLoader(Protocol):
         ...
 
     @property
-    def spec(self) -> Mapping[str, ArraySpec]:
-        """Shape (`batch_size`, ...) and dtype of each field of a global batch. May read data."""
+    def spec(self) -> Any:
+        """Shape (`batch_size`, ...) and dtype of each field of a global batch. May read data.
+
+        An `ArraySpec` by name, or the pytree of them that the batches are.
+        """
         ...
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> Block:
@@ -222,7 +228,7 @@ class EvalLoader(Protocol):
         ...
 
     @property
-    def spec(self) -> Mapping[str, ArraySpec]:
+    def spec(self) -> Any:
         """Shape (`rows`, ...) and dtype of each field of a global batch, `_mask` included."""
         ...
 
@@ -244,7 +250,7 @@ class HasFirst(Protocol):
     """A loader with its first example, so that a resumed run can detect changed data."""
 
     @property
-    def first(self) -> Mapping[str, np.ndarray]:
+    def first(self) -> Any:
         """The first example of the source, transformed as in epoch 0, each field (1, ...)."""
         ...
 
@@ -278,4 +284,24 @@ class Resizable(TrainLoader, Protocol):
         Raises:
             ValueError: if the run cannot resume this way; the message says why.
         """
+        ...
+
+
+class Collated(Protocol):
+    """A loader of whole batches, whose arrays need not have one row for each example.
+
+    `block` ignores its argument `rows`: it returns the global batch in every process, arrays
+    (steps, ...) of any shape and all `ids`. So each process reads all examples. An array whose
+    first dimension is `rows` has one entry for each example. Every batch needs `_mask`, unless it
+    is no dict. If there are several shapes, `block` is called for one batch at a time.
+    """
+
+    @property
+    def num_shapes(self) -> int | None:
+        """How many shapes batches may have, at most; None for a loader of rows."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Number of examples of a batch, padding included."""
         ...

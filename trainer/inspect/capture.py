@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ import numpy as np
 from etils import epath
 
 from trainer.builders.captures import Capture
-from trainer.config.errors import UserError, and_more
+from trainer.config.errors import UserError
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import Histogram, float_leaves, histogram, make_measure
+from trainer.modules import patterns
 from trainer.modules.recorder import ROOT, ModuleRecorder, order_records
 from trainer.observe.npz import write_npz
 from trainer.observe.table import human_bytes
@@ -203,7 +203,7 @@ class Captures:
 
 def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) -> None:
     """Raises for a pattern that matches nothing; warns of matches that cannot be captured."""
-    expression = re.compile(pattern)
+    expression = patterns.compile_pattern(pattern, path)
     missed = [p for p in hidden if expression.fullmatch(p or ROOT)]
     reason = (
         'inside a branch or a loop (nn.cond, nnx.fori_loop), or inside a lifted module (nn.scan) '
@@ -217,7 +217,4 @@ def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) 
     if missed:
         raise UserError(f'{path}: {pattern!r} matches only modules {reason}')
     names = list(dict.fromkeys(p or ROOT for p in seen))
-    raise UserError(
-        f'{path}: {pattern!r} matches no module and no sown value. A pattern must match a whole '
-        f'path; the paths are {and_more(names, 20)}'
-    )
+    patterns.check_used([pattern], names, path, 'no module and no sown value')

@@ -20,7 +20,6 @@ from trainer.inspect.statistics import float_leaves
 from trainer.modules.patterns import compile_pattern
 from trainer.modules.recorder import ROOT, ModuleRecorder, output_name, output_number
 from trainer.parallel.host import fetch
-from trainer.run.setup import Run, Setup, training_batches
 from trainer.step.state import TrainState
 from trainer.tasks.runner import loss_sums, safe_inverse
 from trainer.tasks.task import TaskOutput
@@ -48,20 +47,6 @@ class Gradient:
         # Half precision would overflow.
         dtype = np.complex64 if np.iscomplexobj(self.gradient) else np.float32
         return float(np.linalg.norm(self.gradient.astype(dtype).ravel()))
-
-
-def next_step_gradients(
-    run: Run, setup: Setup, state: TrainState, match: Sequence[str] = ()
-) -> list[Gradient]:
-    """Returns the gradients on the next batch after a state; for a stream, on its first batch."""
-    data, step = run.experiment.data, int(state.step)
-    # For a stream this is the beginning, whatever the step: its state in the checkpoint belongs to
-    # a number of processes that may differ here.
-    data.restore(step, None)
-    with training_batches(run, setup, step, [1]) as batches:
-        batch = next(iter(batches)).arrays
-        forward = Forward.from_experiment(run.experiment, setup.mesh, setup.programs.task)
-        return gradients(forward, state, batch, match)
 
 
 def gradients(

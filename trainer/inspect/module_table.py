@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from trainer import compat
 from trainer.config.columns import align_columns
@@ -20,7 +21,7 @@ from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, SCOPE, ModuleRecorder
 from trainer.observe import flops, repeats
 from trainer.observe.table import count
-from trainer.run.setup import Setup
+from trainer.step.programs import Programs
 from trainer.step.state import TrainState
 
 # The row of the operations that are outside of all modules.
@@ -49,11 +50,16 @@ class Row:
     flops: float
 
 
-def describe(experiment: Experiment, setup: Setup) -> str:
-    """Returns the module table of an experiment's model, or of one member of an ensemble."""
-    programs = setup.programs
+def describe(experiment: Experiment, mesh: Mesh, programs: Programs) -> str:
+    """Returns the module table of an experiment's model, or of one member of an ensemble.
+
+    Args:
+        experiment: what is trained.
+        mesh: the device mesh.
+        programs: the training programs.
+    """
     state, batch = programs.abstract, programs.fields.shapes
-    forward = Forward.from_experiment(experiment, setup.mesh, programs.task)
+    forward = Forward.from_experiment(experiment, mesh, programs.task)
     if experiment.ensemble is None:
         return table(rows(forward, state, batch))
     member = jax.eval_shape(lambda state: member_state(state, 0), state)

@@ -6,7 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from etils import epath
+from jax.sharding import Mesh
 
+from trainer.checkpoint.manager import Checkpoints
+from trainer.experiment import Experiment
 from trainer.input.batch import LoadedBatch
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.capture import Captures
@@ -14,41 +18,49 @@ from trainer.inspect.forward import Forward
 from trainer.inspect.replay import Reader, Replay, StepInspector
 from trainer.inspect.stop_guard import StopGuard
 from trainer.inspect.warn_guard import WarnGuard
-from trainer.parallel import processes
 from trainer.run.reporter import Reporter
-from trainer.run.setup import Run, Setup
+from trainer.step.programs import Programs
 from trainer.step.state import TrainState
 
 
 class Monitors:
     """The captures and the guard of a run."""
 
-    def __init__(self, run: Run, setup: Setup, report: Reporter):
+    def __init__(
+        self,
+        experiment: Experiment,
+        mesh: Mesh,
+        programs: Programs,
+        report: Reporter,
+        *,
+        checkpoints: Checkpoints | None,
+        directory: epath.Path | None,
+    ):
         """Creates the monitors of the config; nothing is compiled yet.
 
         Args:
-            run: has experiment, data, checkpoints and work directory.
-            setup: its mesh and programs.
+            experiment: what is trained.
+            mesh: the device mesh.
+            programs: the training programs.
             report: receives captured values and messages.
+            checkpoints: those of the work directory, or None without one.
+            directory: where captures are written; None writes no files.
         """
-        experiment, programs = run.experiment, setup.programs
         self._programs = programs
-        self._checkpoints = run.checkpoints
+        self._checkpoints = checkpoints
         self._report = report
         self._captures: Captures | None = None
         self._warn_guard: WarnGuard | None = None
-        forward = Forward.from_experiment(experiment, setup.mesh, programs.task)
+        forward = Forward.from_experiment(experiment, mesh, programs.task)
         if experiment.logging.captures:
-            writes = run.workdir is not None and processes.is_main_process()
-            directory = run.workdir.path if run.workdir and writes else None
             self._captures = Captures(experiment.logging.captures, forward, directory)
         reader = Reader(
             data=experiment.data,
-            mesh=setup.mesh,
+            mesh=mesh,
             batch_size=experiment.clock.batch_size,
             fields=programs.fields,
         )
-        inspector = StepInspector(experiment, setup, forward)
+        inspector = StepInspector(experiment, mesh, programs, forward)
         if experiment.training.guard == 'warn':
             self._warn_guard = WarnGuard(Replay(programs, reader, inspector))
         # Also without 'stop': it is what checks labels.
@@ -58,7 +70,7 @@ class Monitors:
             inspector,
             stops=experiment.training.guard == 'stop',
             ensemble=experiment.ensemble,
-            checkpoints=run.checkpoints,
+            checkpoints=checkpoints,
             show=report.progress.message,
         )
 

@@ -27,7 +27,6 @@ from trainer.inspect.forward import Batch, Forward
 from trainer.modules.recorder import ModuleRecorder
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards
-from trainer.run.setup import Setup
 from trainer.step.context import StepContext
 from trainer.step.finite import all_finite
 from trainer.step.programs import Programs
@@ -80,8 +79,9 @@ class Reader:
             self.data.block,
             itertools.repeat(1, stop - start),
             self.mesh,
-            self.batch_size,
+            self.data.rows(self.batch_size),
             fields=self.fields,
+            num_shapes=self.data.num_shapes,
             start=start,
             # During the run the loader is still in use by the run's own prefetcher.
             release=self.data.close if ends else None,
@@ -161,25 +161,25 @@ class Replay:
 class StepInspector:
     """Reruns the forward and backward pass of a step, and flags non-finite values in them."""
 
-    def __init__(self, experiment: Experiment, setup: Setup, forward: Forward):
+    def __init__(self, experiment: Experiment, mesh: Mesh, programs: Programs, forward: Forward):
         """Compiles nothing yet.
 
         Args:
             experiment: what is trained.
-            setup: its mesh and programs.
+            mesh: the device mesh.
+            programs: the training programs.
             forward: the forward pass of the train step.
         """
         self._experiment = experiment
-        self._mesh, self._programs = setup.mesh, setup.programs
+        self._mesh, self._programs = mesh, programs
         self._forward = forward
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
         """Returns the arguments of `explain`, on the devices, for a state and its next batch."""
         return self._compiled(state, batch)
 
-    @property
-    def checks(self) -> Mapping[str, Check]:
-        """The checks of the task's output, by batch key."""
+    def find_checks(self) -> Mapping[str, Check]:
+        """Returns the checks of the task's output, by batch key; traces the task."""
         state = self._programs.abstract
         if self._experiment.ensemble is not None:
             state = jax.eval_shape(lambda stacked: member_state(stacked, 0), state)

@@ -334,7 +334,7 @@ class StopGuard:
         self._stop_reading()
         data = self._reader.data
         blocks = self._reread_stream_block(step) if data.is_stream else [data.block(step - 1, 1)]
-        checks, when = self._inspector.checks, f'in step {step:,}'
+        checks, when = self._inspector.find_checks(), f'in step {step:,}'
         numbered = not data.is_stream
         message = describe_bad_value(
             'config.task', when, checks, number, value, blocks, numbered=numbered

@@ -50,7 +50,7 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     programs = dry.compile()
     setup = dry.set_up()
     check_storable(setup.programs.abstract)
-    print(banner.summary(dry.run, setup, 0))
+    print(banner.summary(experiment, setup.programs.abstract, setup.mesh, None, 0))
     for program in programs:
         program.executable()
         print(f'{program.name}: compiled in {duration(program.compile_secs)}')

@@ -15,10 +15,11 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     """Prints the summary of the run, its modules and parameters, and the FLOPs of a train step."""
     logfile.route(None)
     trainer.check_batch()
-    setup = trainer.set_up()
+    setup, experiment = trainer.set_up(), trainer.experiment
+    programs, mesh = setup.programs, setup.mesh
     # The banner is that of the next start: it says where the run would resume.
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
-    print(banner.summary(trainer.run, setup, latest or 0))
-    print(f'\n{module_table.describe(trainer.experiment, setup)}\n')
-    print(f'compute   {flops.count(setup.programs.step.jaxpr()):.3g} FLOPs per train step')
+    print(banner.summary(experiment, programs.abstract, mesh, trainer.workdir, latest or 0))
+    print(f'\n{module_table.describe(experiment, mesh, programs)}\n')
+    print(f'compute   {flops.count(programs.step.jaxpr()):.3g} FLOPs per train step')
     return 0

@@ -17,7 +17,7 @@ from flax import errors, traverse_util
 
 from trainer import compat
 from trainer.config.errors import UserError
-from trainer.modules import adapters, flat_init, nnx_bridge, seen, train_flags
+from trainer.modules import adapters, flat_init, nnx_bridge, reuse, seen, train_flags
 from trainer.modules.model_view import BoundModel, Calls, Getters
 from trainer.modules.pmap_axes import LINEN_NORMS, PmapAxes
 from trainer.modules.precision import AS_IS, Precision
@@ -91,7 +91,8 @@ class LinenModel(BoundModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's `__call__` and returns its output."""
-        if seen.current.get() is not None or self._precision.compute is not None:
+        is_recorded = seen.current.get() is not None or reuse.current.get() is not None
+        if is_recorded or self._precision.compute is not None:
             return super().__call__(*args, **kwargs)
         return self._apply((), args, kwargs)  # The common case: nothing to record or to cast.
 

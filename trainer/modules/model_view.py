@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from trainer.modules import patterns, seen
+from trainer.modules import patterns, reuse, seen
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
@@ -186,9 +186,30 @@ class BoundModel(abc.ABC):
             call = record.note_call(name, args, kwargs)
         is_cast = self._precision.compute is not None
         with self._precision.model_scope() if is_cast else contextlib.nullcontext():
-            output = self._apply(getters, args, kwargs)
+            known = reuse.current.get()
+            if known is None or self._calls.recorder is not None:
+                output = self._apply(getters, args, kwargs)
+            else:
+                output = self._apply_once(known, getters, args, kwargs)
         if record is not None and call is not None:
             call.end(output, keep=record.keeps_results)
+        return output
+
+    def _apply_once(
+        self, known: reuse.CallResults, getters: Getters, args: Any, kwargs: Any
+    ) -> Any:
+        """Returns the output of `_apply`, from an earlier call if that was the same."""
+        calls, keys = self._calls, self._keys
+
+        def make() -> Any:
+            output = self._apply(getters, args, kwargs)
+            return output, calls.collections, calls.intermediates, calls.count
+
+        # `attrgetter` and `itemgetter` are compared through pickling only.
+        static = (*(getter.__reduce__() for getter in getters), keys.mode, calls.changing)
+        random = (keys.seed, keys.step, keys.index, calls.count)
+        result = known.find(make, static, (args, kwargs, self.variables, random))
+        output, calls.collections, calls.intermediates, calls.count = result
         return output
 
     @abc.abstractmethod

@@ -31,9 +31,14 @@ class Profile:
     """
 
     def __init__(self, window: Window | None, directory: epath.Path | None):
-        """Traces nothing yet; without a window or a directory, never."""
+        """Traces nothing yet.
+
+        Args:
+            window: the steps to trace, or None.
+            directory: the work directory, or None to trace nothing.
+        """
         self._window = window if directory is not None else None
-        self._directory = directory
+        self._directory = None if directory is None else directory / 'profile'
         self._running = False
         # The annotation of the current step, while a trace is running.
         self._annotation: jax.profiler.StepTraceAnnotation | None = None

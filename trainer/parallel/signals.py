@@ -80,6 +80,13 @@ class StopRequest:
         """The exit code of a run that ended by this request with its state saved."""
         return EXIT_PREEMPTED if self.signal == signal.SIGTERM else EXIT_INTERRUPTED
 
+    @property
+    def status(self) -> str | None:
+        """The status of a run that ended by this request, None if it has not been made."""
+        if self.signal is None:
+            return None
+        return 'interrupted' if self.signal == signal.SIGINT else 'preempted'
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Requests a stop; a second Ctrl-C exits at once, with the last committed save intact."""
         if self.starting:

@@ -5,29 +5,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from trainer.checkpoint.manager import Checkpoints
 from trainer.evaluate.evaluator import Evaluator
+from trainer.experiment import Experiment
 from trainer.input.fingerprint import fingerprint
 from trainer.parallel import processes
-from trainer.run.setup import Run
-from trainer.run.workdir import versions
+from trainer.run.workdir import Workdir, versions
 
 
-def check_run(run: Run) -> None:
+def check_run(
+    experiment: Experiment, workdir: Workdir | None, checkpoints: Checkpoints | None
+) -> None:
     """Checks, before anything is traced, that all processes run the same thing.
 
     All processes must call it.
 
+    Args:
+        experiment: what this process trains.
+        workdir: its work directory, or None.
+        checkpoints: those of the work directory, or None without one.
+
     Raises:
         UserError: in every process, naming the difference in config, versions, data or checkpoints.
     """
-    workdir, checkpoints = run.workdir, run.checkpoints
     # Otherwise a difference would show only in the first collective, which then hangs or adds up
     # values that do not belong together.
     processes.check_agreement(
         {
-            'config': run.experiment.origin.config,
+            'config': experiment.origin.config,
             'versions': versions(),
-            'data': fingerprint(run.experiment.data),
+            'data': fingerprint(experiment.data),
             'workdir': None if workdir is None else str(workdir.path),
             'newest checkpoint': None if checkpoints is None else checkpoints.latest(),
         }

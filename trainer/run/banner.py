@@ -4,34 +4,45 @@
 from __future__ import annotations
 
 import jax
+from jax.sharding import Mesh
 
 from trainer.experiment import Experiment
 from trainer.observe.table import bytes_per_device, human_bytes, parameter_table
 from trainer.parallel.mesh import batch_shards
-from trainer.run.setup import Run, Setup
+from trainer.run.workdir import Workdir
+from trainer.step.state import TrainState
 
 
-def summary(run: Run, setup: Setup, step: int) -> str:
-    """Returns the banner of a run that starts at `step`."""
-    experiment, state = run.experiment, setup.programs.abstract
+def summary(
+    experiment: Experiment, state: TrainState, mesh: Mesh, workdir: Workdir | None, step: int
+) -> str:
+    """Returns the banner of a run.
+
+    Args:
+        experiment: what is trained.
+        state: the shapes of its train state.
+        mesh: the device mesh.
+        workdir: the run's directory, or None if nothing is written.
+        step: where it starts.
+    """
     devices = jax.devices()
     # Not the number of devices: those along a model axis work on the same examples.
-    shards = batch_shards(setup.mesh)
-    mesh = ' x '.join(f'{name} {size}' for name, size in setup.mesh.shape.items())
+    shards = batch_shards(mesh)
+    axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
     batch_size = experiment.clock.batch_size
-    workdir = 'none (nothing is written)' if run.workdir is None else run.workdir.path
+    directory = 'none (nothing is written)' if workdir is None else workdir.path
     lines = [
         parameter_table(state.params, state.collections),
         '',
         f'devices      {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), '
-        f'mesh {mesh}',
+        f'mesh {axes}',
         f'train state  {human_bytes(bytes_per_device(state))} per device',
-        f'batch size   {batch_size} ({batch_size // shards} per device)',
+        f'batch size   {_batch_size(experiment, batch_size, shards)}',
         f'training     {_length(experiment)}',
-        f'workdir      {workdir}',
+        f'workdir      {directory}',
         _start(experiment, step),
     ]
-    if run.workdir is not None and experiment.origin.objects:
+    if workdir is not None and experiment.origin.objects:
         paths = ', '.join(f'config.{path}' for path in experiment.origin.objects)
         lines.append(
             f'objects      {paths}: of this program, so no command can resume this run; build it '
@@ -41,6 +52,14 @@ def summary(run: Run, setup: Setup, step: int) -> str:
         members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
         lines += [f'ensemble     {ensemble.size} members', *(f'  {member}' for member in members)]
     return '\n'.join(lines)
+
+
+def _batch_size(experiment: Experiment, batch_size: int, shards: int) -> str:
+    number = experiment.data.num_shapes
+    if number is None:
+        return f'{batch_size} ({batch_size // shards} per device)'
+    shapes = 'one shape' if number == 1 else f'at most {number} shapes, each compiled once'
+    return f'{batch_size} (whole batches of {shapes})'
 
 
 def _length(experiment: Experiment) -> str:

@@ -15,12 +15,14 @@ from trainer.config import suggest
 from trainer.config.errors import UserError
 from trainer.ensemble.evaluate import EnsembleEvalStep
 from trainer.ensemble.step import member_state
-from trainer.evaluate.evaluator import Evaluator
+from trainer.evaluate.evaluator import Evaluator, Stopped
 from trainer.evaluate.spec import Evaluation
 from trainer.evaluate.step import EvalStep
 from trainer.experiment import Experiment
 from trainer.input.data import EvalData
+from trainer.observe.profile import Profile
 from trainer.parallel.mesh import batch_shards
+from trainer.run.reporter import Reporter
 from trainer.step.state import TrainState
 from trainer.tasks.measured import MetricValues
 
@@ -40,7 +42,7 @@ def make_evaluator(experiment: Experiment, name: str, mesh: Mesh, params: Params
         UserError: if the split is empty.
     """
     spec = experiment.evals[name]
-    data = spec.data(_padded_size(spec, mesh), None)
+    data = spec.data(batch_shards(mesh), None)
     return _evaluator(experiment, spec, data, mesh, params, name=name, has_score=True)
 
 
@@ -92,8 +94,10 @@ class OtherData:
     ) -> Evaluator:
         spec = self._choose(evaluation, path)
         source = as_source(data, path)
-        loaded = spec.data(_padded_size(spec, self._mesh), source)
-        key, fields = (evaluation, has_score), dict(loaded.spec) if loaded.num_batches else None
+        loaded = spec.data(batch_shards(self._mesh), source)
+        key, fields = (evaluation, has_score), None
+        if loaded.num_batches:
+            fields = dict(loaded.spec), loaded.structure
         if key in self._kept and self._kept[key][0] == fields:
             evaluator = self._kept[key][1]
             evaluator.data = loaded
@@ -125,6 +129,38 @@ class OtherData:
                 f'one whose task, transforms and batch size to use: evaluation={first!r}'
             )
         return next(iter(evals.values()))
+
+
+def run_for_row(
+    evaluator: Evaluator,
+    step: int,
+    state: TrainState,
+    report: Reporter,
+    profile: Profile,
+    *,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Runs an evaluation of a run and opens its row; returns whether it ran to its end.
+
+    Args:
+        evaluator: of an entry of `config.evals`.
+        step: number of completed updates.
+        state: at this step.
+        report: gets the row and the time.
+        profile: annotates the evaluation.
+        should_stop: asked before each batch.
+    """
+    compiled_before = evaluator.compile_secs
+    with report.time.measure('eval'):
+        try:
+            with profile.annotate_eval(evaluator.name):
+                metrics = evaluator.run(state, should_stop=should_stop)
+        except Stopped:
+            return False
+        report.open_eval(evaluator.name, step, metrics)
+    # It compiles at its first batch, inside of the time measured above.
+    report.time.move('eval', 'compile', evaluator.compile_secs - compiled_before)
+    return True
 
 
 def check_name(evals: Mapping[str, Any], name: str, path: str) -> None:
@@ -200,10 +236,3 @@ def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep
     return EnsembleEvalStep(
         model=model, task=spec.task, seed=seed, seeds=ensemble.seeds, axis=ensemble.axis(mesh)
     )
-
-
-def _padded_size(spec: Evaluation, mesh: Mesh) -> int:
-    """Returns the smallest multiple of the devices that is at least the batch size."""
-    # An evaluation pads its batches, so its batch size need not divide evenly over the devices.
-    shards = batch_shards(mesh)
-    return -(-spec.batch_size // shards) * shards

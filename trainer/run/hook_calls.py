@@ -197,7 +197,7 @@ class Hooks:
         errors: list[Exception] = []
         for name, hook in self._hooks.items():
             try:
-                hook(event)
+                returned_values(hook(event), name, 'end')
             except Exception as hook_error:
                 # One error is raised, unless the run has one of its own; the others are logged.
                 if error is None and not errors and self._rules(name).on_error == 'stop':
@@ -250,8 +250,10 @@ def returned_values(returned: Any, hook: str, kind: str) -> MetricValues:
         )
     if returned and kind not in ('log', 'eval', 'step'):
         raise UserError(
-            f'{where} returned {", ".join(map(str, returned))} at a {kind!r} event, which has no '
-            "row of metrics; return values at 'log', 'eval' or 'step', and None otherwise"
+            f'{where} returned {", ".join(map(str, returned))} at event {kind!r}, which has no row '
+            "of metrics; return values at 'log', 'eval' or 'step', and None otherwise"
+            # The row of a last evaluation is what such a hook needs.
+            + (" (the last 'eval' comes before 'end')" if kind == 'end' else '')
         )
     try:
         for name, value in returned.items():

@@ -22,14 +22,16 @@ from etils import epath
 
 from trainer.config.errors import UserError
 from trainer.ensemble.step import PerMember
+from trainer.experiment import Experiment
 from trainer.modules.shapes import describe
 from trainer.observe.history import History
 from trainer.observe.npz import write_npz
-from trainer.observe.progress import Progress, Screen
+from trainer.observe.progress import NullScreen, Progress, Screen
 from trainer.observe.summaries import Histogram, Summary
 from trainer.observe.summary_files import remove_after, write_files
 from trainer.observe.time_spent import TimeSpent
 from trainer.observe.writers import MetricsFile, TensorBoard, Writers
+from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.tasks.measured import (
     MetricValues,
@@ -90,6 +92,21 @@ class Reporter:
         # The same for the seconds spent waiting for data.
         self._waited = (0, 0.0)
         self._began = 0.0
+        # Spent in compilations between steps.
+        self._late_secs = 0.0
+
+    @classmethod
+    def from_experiment(cls, experiment: Experiment, *, verbose: bool) -> Reporter:
+        """Returns the reporter of an experiment, which prints only in the main process.
+
+        Args:
+            experiment: what is trained.
+            verbose: whether to print at all.
+        """
+        screen = None if verbose and processes.is_main_process() else NullScreen()
+        ensemble = experiment.ensemble
+        members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
+        return cls(experiment.training.total_steps, experiment.clock.batch_size, screen, members)
 
     def start(self) -> None:
         """Resets `time`, which covers one call of `fit`."""
@@ -155,6 +172,15 @@ class Reporter:
         self.step = step
         self.flush_ready()
         self.progress.tick(step)
+
+    def count_compilations(self, secs: float) -> None:
+        """Counts compilations between steps as such, and not as slow steps.
+
+        Args:
+            secs: the seconds of all of them so far.
+        """
+        self.time.add('compile', secs - self._late_secs)
+        self._late_secs = secs
 
     def flush_ready(self) -> None:
         """Writes the pending row, if its step is done."""

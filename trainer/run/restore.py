@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
 from trainer.experiment import Experiment
 from trainer.parallel.host import fetch
-from trainer.run.setup import Run
+from trainer.run.workdir import Workdir
 from trainer.step import health
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
@@ -39,11 +40,19 @@ def init_state(experiment: Experiment, programs: Programs) -> TrainState:
     )
 
 
-def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
-    """Returns the state of a checkpoint of the work directory.
+def restore_chosen(
+    experiment: Experiment,
+    workdir: Workdir | None,
+    checkpoints: Checkpoints | None,
+    programs: Programs,
+    step: int | str,
+) -> TrainState:
+    """Returns the state of the checkpoint that a user chooses.
 
     Args:
-        run: the run that saved it.
+        experiment: what was trained.
+        workdir: the work directory, or None.
+        checkpoints: those of the work directory, or None without one.
         programs: the training programs.
         step: a step, 'latest' or 'best'.
 
@@ -51,7 +60,6 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
         UserError: if there is no such checkpoint.
         CheckpointError: if its arrays differ from those that were saved.
     """
-    checkpoints, experiment = run.checkpoints, run.experiment
     if checkpoints is None:
         raise UserError('restore: this Trainer has no work directory')
     if step == 'best' and experiment.saving.retention.best_metric is None:
@@ -59,8 +67,8 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
             '--step=best needs a metric, and this config defines none. Add '
             '--config.checkpoint.best.metric=eval/NAME/accuracy'
         )
-    if run.workdir is not None and not run.workdir.path.exists():
-        raise UserError(f'no run in {run.workdir.path}: the directory does not exist')
+    if workdir is not None and not workdir.path.exists():
+        raise UserError(f'no run in {workdir.path}: the directory does not exist')
     steps = checkpoints.steps()
     aliases = {'latest': checkpoints.latest, 'best': checkpoints.best}
     # The command line passes text. `isdigit` alone accepts digits such as '²', which `int` rejects.
@@ -71,19 +79,36 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
         raise UserError(
             f'no checkpoint {step!r} in {checkpoints.directory}; available: {available}'
         )
-    state = checkpoints.restore(chosen, programs.abstract, free='metrics')
+    return restore(experiment, checkpoints, programs, chosen)
+
+
+def restore(
+    experiment: Experiment, checkpoints: Checkpoints, programs: Programs, step: int
+) -> TrainState:
+    """Returns the state of a checkpoint.
+
+    Args:
+        experiment: what was trained.
+        checkpoints: those of the work directory.
+        programs: the training programs.
+        step: of one of the checkpoints.
+
+    Raises:
+        CheckpointError: if its arrays differ from those that were saved.
+    """
+    state = checkpoints.restore(step, programs.abstract, free='metrics')
     saved: Any = jax.tree.structure(state.metrics)
     if saved != jax.tree.structure(programs.abstract.metrics):
         _log.warning(
             'the training metrics of this config are not those of the checkpoint of step %d: a '
             'resumed run resets them, so its next row covers only the later steps',
-            chosen,
+            step,
         )
         state = dataclasses.replace(state, metrics=programs.empty_metrics())
     if experiment.ensemble is None:
         return state
     # Evaluations leave out members that have diverged, so they need the health too.
-    saved_health = checkpoints.meta(chosen).get('health')
+    saved_health = checkpoints.meta(step).get('health')
     if saved_health is None:
         return state
     return _with_health(state, _clean_health(programs), saved_health)

@@ -77,6 +77,11 @@ class Recovery:
         self._called = utc_now()
         self._code: CodeInspector | None = None
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ends the run."""
+        return self.early_stopping is not None and self.early_stopping.stopped
+
     def check(self) -> None:
         """Checks that the run can resume from the checkpoints in its work directory.
 
@@ -142,7 +147,7 @@ class Recovery:
             self._run.workdir.claim()
         # Metadata first: it may be wrong, and the arrays can take minutes to read.
         meta = checkpoints.meta(latest, checked.RUN_KEYS)
-        state = restore(self._run, programs, latest)
+        state = restore(experiment, checkpoints, programs, latest)
         if self._allow_config_change:
             # Hyperparameters of an ensemble are part of the optimizer state, so the checkpoint has
             # the old ones.

@@ -11,14 +11,18 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from trainer.checkpoint.manager import Checkpoints
+from trainer.config.durations import Periodic
 from trainer.config.errors import UserError
 from trainer.ensemble.step import EnsembleStep
 from trainer.evaluate.evaluator import Evaluator
 from trainer.experiment import Experiment
+from trainer.input.fields import Fields
 from trainer.input.prefetch import Prefetcher
+from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards
 from trainer.parallel.sharding import check_rules
 from trainer.run import checks
@@ -53,6 +57,12 @@ class Run:
     batch_sizes: BatchSizes
     events: Events
     refusal: UserError | None
+
+    def output_directory(self) -> epath.Path | None:
+        """Returns the work directory in the main process, which writes to it; None in others."""
+        if self.workdir is None or not processes.is_main_process():
+            return None
+        return self.workdir.path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,25 +121,27 @@ def open_run(experiment: Experiment, workdir: str | None) -> Run:
     )
 
 
-def set_up(run: Run, mesh: Mesh) -> Setup:
+def set_up(experiment: Experiment, log: Periodic, mesh: Mesh) -> Setup:
     """Traces the train state, creates the evaluators and checks them; compiles nothing.
 
     Args:
-        run: the run.
+        experiment: what is trained.
+        log: when rows are written: the train step computes norms for them.
         mesh: the device mesh.
 
     Raises:
         UserError: if model, task, optimizer or sharding rules are inconsistent, or a split is
             empty.
     """
-    experiment = run.experiment
     check_rules(experiment.devices.sharding, mesh)
     programs = Programs(
-        _train_step(run, mesh),
+        _train_step(experiment, log, mesh),
         experiment.data.spec,
         mesh,
+        structure=experiment.data.structure,
         sharding=experiment.devices.sharding,
         fused=experiment.training.steps_per_call,
+        num_shapes=experiment.data.num_shapes,
     )
     checks.check_programs(experiment, programs, mesh)
     params = functools.partial(eval_params, experiment, programs)
@@ -149,44 +161,60 @@ def start_compiling(experiment: Experiment, programs: Programs) -> list[Program]
     return started
 
 
-def prepare_evaluators(experiment: Experiment, setup: Setup) -> None:
+def prepare_evaluators(
+    experiment: Experiment, evaluators: Mapping[str, Evaluator], state: TrainState
+) -> None:
     """Traces the evaluations, so that mistakes in them are found before training starts.
+
+    Args:
+        experiment: names the metrics that must exist.
+        evaluators: by name.
+        state: the shapes of the train state.
 
     Raises:
         UserError: if a task or a metric is invalid, or a metric that the config names is missing.
     """
-    for evaluator in setup.evaluators.values():
-        evaluator.prepare(setup.programs.abstract)
+    for evaluator in evaluators.values():
+        evaluator.prepare(state)
     for path, metric in checks.watched_metrics(experiment).items():
         _, evaluation, name = metric.split('/', 2)
         try:
-            setup.evaluators[evaluation].check_metric(name, path)
+            evaluators[evaluation].check_metric(name, path)
         except UserError:
             if not checks.expect_from_hooks(experiment, path, metric):
                 raise
 
 
-def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -> Prefetcher:
+def training_batches(
+    experiment: Experiment,
+    batch_sizes: BatchSizes,
+    mesh: Mesh,
+    fields: Fields,
+    start: int,
+    calls: Iterable[int],
+) -> Prefetcher:
     """Returns the training batches from a position on.
 
     Args:
-        run: the run.
-        setup: its mesh and programs.
+        experiment: what is trained.
+        batch_sizes: those of the run so far.
+        mesh: the device mesh.
+        fields: the batch fields that are sent to the devices.
         start: number of steps whose batches are already consumed.
         calls: number of steps of each call of a program.
     """
-    experiment = run.experiment
     data, batch_size = experiment.data, experiment.clock.batch_size
-    if start < run.batch_sizes.parts[-1][0] and not data.is_stream:
+    if start < batch_sizes.parts[-1][0] and not data.is_stream:
         # Reading begins before the last change of the batch size, as after restoring an older
         # checkpoint: the data is laid out as if the run resumed there.
-        data = data.with_batch_sizes(run.batch_sizes.with_size(start, batch_size).parts)
+        data = data.with_batch_sizes(batch_sizes.with_size(start, batch_size).parts)
     return Prefetcher(
         data.block,
         calls,
-        setup.mesh,
-        batch_size,
-        fields=setup.programs.fields,
+        mesh,
+        data.rows(batch_size),
+        fields=fields,
+        num_shapes=data.num_shapes,
         start=start,
         depth=experiment.prefetch,
         # Closed with the prefetcher, so that no worker process outlives training.
@@ -207,8 +235,7 @@ def eval_params(experiment: Experiment, programs: Programs, state: TrainState) -
     return programs.eval_params(dataclasses.replace(state.durable, metrics=None))
 
 
-def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
-    experiment = run.experiment
+def _train_step(experiment: Experiment, log: Periodic, mesh: Mesh) -> TrainStep | EnsembleStep:
     context = StepContext(
         model=experiment.model,
         task=experiment.task,
@@ -218,7 +245,7 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
         ema_decay=experiment.training.ema_decay,
         loss_scale=experiment.training.loss_scale,
         shards=batch_shards(mesh),
-        log=run.events.log,
+        log=log,
         last_step=experiment.training.total_steps,
         tracks_health=True,
         stops=experiment.training.guard == 'stop',

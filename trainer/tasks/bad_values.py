@@ -54,6 +54,8 @@ def _find_example(
         if name not in block.arrays:
             return ''
         values = np.asarray(block.arrays[name])
+        if values.shape[:2] != block.ids.shape:
+            return ''  # Its entries are those of something else than examples.
         # Compare in float32, because the devices have rounded the value to it.
         same = np.isclose(values.astype(np.float32), value, rtol=1e-6, atol=0, equal_nan=True)
         bad = same & is_out_of_range(check, values)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Any
 
 import jax
 
 from trainer.config.errors import UserError
 from trainer.input.host_field import HostField
+from trainer.input.structure import Structure
 from trainer.modules import seen
 
 
@@ -49,6 +50,12 @@ def record_reads() -> Iterator[Reads]:
         reads.reset(token)
 
 
+def note_reads(names: Iterable[str]) -> None:
+    """Records that fields are read."""
+    if (record := reads.get()) is not None:
+        record.names |= {*names}
+
+
 def note_weights() -> None:
     """Records that a task has returned weights."""
     if (record := reads.get()) is not None:
@@ -66,6 +73,29 @@ class UnsentField:
     name: str
 
 
+def join_path(path: str, key: Any) -> str:
+    """Returns the path of an item below a path; that of the batch is ''."""
+    return f'{path}/{key}' if path else str(key)
+
+
+def _select(node: Any, path: str) -> Any:
+    """Returns what is at a path below a node of a batch."""
+    if isinstance(node, Mapping):
+        return node[path]
+    key, _, rest = path.partition('/')
+    value = getattr(node, key) if hasattr(node, key) else node[int(key)]
+    return _select(value, rest) if rest else value
+
+
+def _list_fields(batch: dict[str, Any]) -> str:
+    """Returns the fields that are on the devices, with dtype and shape, without reading them."""
+    return ', '.join(
+        f'{key}: {f"{{{_list_fields(x)}}}" if isinstance(x, dict) else seen.describe(x)}'
+        for key, x in dict.items(batch)
+        if not isinstance(x, UnsentField)
+    )
+
+
 class MissingFieldError(UserError):
     """A task reads a field that its batch does not have."""
 
@@ -77,13 +107,18 @@ class PlainBatch(dict[str, Any]):
     """
 
     _reader = 'the task'
+    # Path of the dict in the batch, '' for the batch itself.
+    _path = ''
 
     def __missing__(self, name: str) -> Any:
-        # Without the fields that were not sent: these placeholders have no dtype.
-        arrays = {key: x for key, x in dict.items(self) if hasattr(x, 'dtype')}
-        fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in arrays.items())
+        # A path, such as 'inputs/x': tasks take the name of a field as an argument.
+        first, _, rest = name.partition('/') if isinstance(name, str) else (name, '', '')
+        if rest and first in self:
+            with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+                return _select(self[first], rest)
         raise MissingFieldError(
-            f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
+            f'{self._reader} asks for batch[{join_path(self._path, name)!r}], and '
+            f'{f"batch[{self._path!r}]" if self._path else "a batch"} holds {_list_fields(self)}.\n'
             'Name the field in its arguments, or rename it with a transform '
             '(trainer.data.transforms:Rename).'
         )
@@ -104,29 +139,31 @@ class Batch(PlainBatch):
         *,
         origins: Mapping[str, frozenset[str]] | None = None,
         passing: bool = False,
+        path: str = '',
     ):
         """Wraps the fields.
 
         Args:
-            fields: arrays, `HostField` and `UnsentField`, by name.
+            fields: arrays, `HostField` and `UnsentField`, by name; in a nested batch also batches
+                for the dicts in it, and other trees.
             reader: description of the code that reads them, for messages.
             origins: the fields of the loader's batch that each one is computed from; reads of
                 fields without an entry are not recorded.
             passing: whether reading a `HostField` returns it, so that it can be returned unchanged;
                 otherwise reading it is an error.
+            path: path of this dict in a nested batch.
         """
         super().__init__(fields)
+        self._path = path
         self._reader = reader
         self._origins = origins or {}
         self._passing = passing
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
-        if isinstance(value, UnsentField):
-            raise UserError(
-                f'{self._reader} reads batch[{value.name!r}], but did not when it was first '
-                'traced, so the field is not on the devices. Read the same fields in every call'
-            )
+        if isinstance(value, Batch):
+            return value  # It records its own reads.
+        _check_sent(value, self._reader)
         names = self._origins.get(name, frozenset())
         if isinstance(value, HostField):
             if not self._passing:
@@ -134,9 +171,8 @@ class Batch(PlainBatch):
                 raise value.error(self._reader, tuple(rest))
             # A transform may have renamed it, so its own name counts.
             names = frozenset({value.name})
-        if (record := reads.get()) is not None:
-            record.names |= names
-        seen.note_field(name, value)
+        note_reads(names)
+        seen.note_field(join_path(self._path, name), value)
         return value
 
     # CPython copies dict subclasses without `__getitem__`, unless they override `__iter__`.
@@ -187,6 +223,73 @@ class Batch(PlainBatch):
         return other | dict(self)
 
 
+def _check_sent(value: Any, reader: str) -> None:
+    """Raises an error if a field, or one of a tree of them, was not sent to the devices."""
+    if isinstance(value, UnsentField):
+        leaves = [value]
+    elif isinstance(value, HostField | jax.Array):
+        return
+    else:
+        leaves = [x for x in jax.tree.leaves(value) if isinstance(x, UnsentField)]
+    if leaves:
+        raise UserError(
+            f'{reader} reads batch[{leaves[0].name!r}], but did not when it was first '
+            'traced, so the field is not on the devices. Read the same fields in every call'
+        )
+
+
+def view_batch(
+    structure: Structure | None,
+    fields: Mapping[str, Any],
+    reader: str,
+    *,
+    origins: Mapping[str, frozenset[str]] | None = None,
+    passing: bool = False,
+) -> Any:
+    """Returns a batch as code of the user sees it: a `Batch`, in which the dicts are batches too.
+
+    Reading a tuple, or another tree that is no dict, reads all that is in it.
+
+    Args:
+        structure: of the batch; None for a dict of arrays.
+        fields: the arrays by name; other arguments as for `Batch`.
+        reader: description of the code that reads them.
+        origins: fields that each one is computed from.
+        passing: whether reading a `HostField` returns it.
+    """
+    if structure is None:
+        return Batch(fields, reader, origins=origins, passing=passing)
+    nothing: frozenset[str] = frozenset()
+
+    def find_origins(node: Any) -> frozenset[str]:
+        return nothing.union(*((origins or {}).get(n, nothing) for n in jax.tree.leaves(node)))
+
+    def build(node: Any, path: str) -> Any:
+        if type(node) is not dict:
+            return jax.tree.map(lambda name: fields[name], node)
+        items = {key: build(value, join_path(path, key)) for key, value in node.items()}
+        mine = {key: find_origins(value) for key, value in node.items()}
+        return Batch(items, reader, origins=mine, passing=passing, path=path)
+
+    batch = build(structure.template, '')
+    if not isinstance(batch, Batch):
+        _check_sent(batch, reader)
+        note_reads(find_origins(structure.template))
+    return batch
+
+
+def as_plain(batch: Any) -> Any:
+    """Returns a batch in plain dicts, without the fields that were not sent; records no reads."""
+
+    def convert(node: Any) -> Any:
+        if not isinstance(node, PlainBatch):
+            return node
+        items = dict.items(node)
+        return {key: as_plain(x) for key, x in items if not isinstance(x, UnsentField)}
+
+    return jax.tree.map(convert, batch, is_leaf=lambda x: isinstance(x, PlainBatch))
+
+
 # JAX flattens only the exact type `dict` by itself: each subclass has to be registered.
 def _flatten_plain(batch: PlainBatch) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
     names = tuple(sorted(batch))
@@ -218,3 +321,10 @@ def device_fields(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the device fields of a batch as a plain dict, without recording reads."""
     fields = dict.items(batch) if isinstance(batch, dict) else batch.items()
     return {name: x for name, x in fields if not isinstance(x, (HostField, UnsentField))}
+
+
+def flatten_batch(batch: Any) -> dict[str, Any]:
+    """Returns the device fields of a batch, nested or not, by name, without recording reads."""
+    plain = as_plain(batch)
+    structure = Structure.from_tree(plain, 'the batch')
+    return device_fields(plain if structure is None else structure.flatten(plain, 'the batch'))

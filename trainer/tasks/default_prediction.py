@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def predict_by_call(task: Any, model: Any, batch: Any) -> dict[str, Any]:
                 f'{error}\n{_explain(task)}, and the whole task runs for it. So the data needs '
                 f'every field that the task reads. {_ADVICE}'
             ) from error
-        return _select_output(task, record.calls)
+        return select_output(task, record.calls)
 
 
 def shape_message(task: Any, name: str, value: Any, num_examples: int) -> str:
@@ -64,7 +64,8 @@ def shape_message(task: Any, name: str, value: Any, num_examples: int) -> str:
     )
 
 
-def _select_output(task: Any, calls: list[seen.Call]) -> dict[str, Any]:
+def select_output(task: Any, calls: Sequence[seen.Call]) -> dict[str, Any]:
+    """Returns the output of the only call of the model: see `predict_by_call`."""
     if not calls:
         raise UserError(f'{_explain(task)}. But the task does not call the model. {_ADVICE}')
     if len(calls) > 1:

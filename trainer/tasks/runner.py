@@ -16,11 +16,20 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.input.fields import MASK as MASK
 from trainer.input.host_field import HostField, HostFieldSpec, explain_host_fields
+from trainer.input.structure import Structure
 from trainer.modules import seen
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.tasks import returned
-from trainer.tasks.batch import Batch, PlainBatch, UnsentField, device_fields, note_weights, reads
+from trainer.tasks.batch import (
+    Batch,
+    PlainBatch,
+    UnsentField,
+    device_fields,
+    note_weights,
+    reads,
+    view_batch,
+)
 from trainer.tasks.checks import Check
 from trainer.tasks.collecting import (
     collected_arrays,
@@ -65,6 +74,8 @@ class TaskRunner:
             output of the task is checked in that first trace.
         collecting: names and classes of the metrics that need all examples at once, on the host:
             `clu.metrics.CollectingMetric`. They are not in `metrics`.
+        structure: of nested batches, which the task sees as the loader returns them; None for a
+            dict of arrays. All other code sees the arrays by name.
     """
 
     task: Callable[..., Any]
@@ -73,6 +84,7 @@ class TaskRunner:
     kept: tuple[HostFieldSpec, ...] = ()
     is_weighted: bool | None = None
     collecting: tuple[tuple[str, type[clu.metrics.CollectingMetric]], ...] = ()
+    structure: Structure | None = None
 
     @classmethod
     def from_task(
@@ -105,6 +117,10 @@ class TaskRunner:
         """Returns the runner for batches with fields that stay on the host."""
         return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
 
+    def with_structure(self, structure: Structure | None) -> TaskRunner:
+        """Returns the runner for batches of a structure."""
+        return dataclasses.replace(self, structure=structure)
+
     def wrap_batch(self, batch: Mapping[str, Any], reader: str) -> Batch:
         """Returns the batch of the loader, with the mask, for code other than a task.
 
@@ -120,7 +136,7 @@ class TaskRunner:
 
     def prepare_batch(
         self, batch: Mapping[str, Any], keys: Keys | None, *, passing: bool = False
-    ) -> PlainBatch:
+    ) -> Any:
         """Returns the batch as the task sees it: without the mask, and transformed.
 
         Args:
@@ -132,13 +148,16 @@ class TaskRunner:
         if self.kept or passing or reads.get() is not None:
             return self._record_batch(batch, keys, passing=passing)
         # The common case: all fields are on the devices, and reads need not be recorded.
-        fields = PlainBatch({name: x for name, x in batch.items() if name != MASK})
+        fields: Any = PlainBatch({name: x for name, x in batch.items() if name != MASK})
+        if self.structure is not None:
+            fields = self.structure.rebuild(fields, PlainBatch)
         for transform in self.transforms:
             bound = transform.bind(keys) if isinstance(transform, KeyedTransform) else transform
-            fields = PlainBatch(bound(fields))
+            result: Any = bound(fields)
+            fields = PlainBatch(result) if isinstance(result, Mapping) else result
         return fields
 
-    def _record_batch(self, batch: Mapping[str, Any], keys: Keys | None, *, passing: bool) -> Batch:
+    def _record_batch(self, batch: Mapping[str, Any], keys: Keys | None, *, passing: bool) -> Any:
         """Returns the batch as the task sees it, which records each read."""
         fields = {name: x for name, x in device_fields(batch).items() if name != MASK}
         hidden, unsent = self._hidden_fields(fields)
@@ -146,7 +165,7 @@ class TaskRunner:
             visible = {**fields, **hidden, **{name: UnsentField(name) for name in unsent}}
             origins = {name: frozenset({name}) for name in fields}
             seen.restart()
-            return Batch(visible, 'the task', origins=origins, passing=passing)
+            return view_batch(self.structure, visible, 'the task', origins=origins, passing=passing)
         size = next((x.shape[0] for x in device_fields(batch).values()), None)
         # A transform may loop over all fields, so those that were not sent are zeros here. Fields
         # computed from the zeros are replaced below, so that the task cannot use them by mistake.
@@ -156,11 +175,12 @@ class TaskRunner:
             )
             for name, kept in unsent.items()
         }
-        transformed = apply_transforms(self.transforms, {**fields, **zeros}, hidden, keys)
+        given = ({**fields, **zeros}, hidden, keys, self.structure)
+        transformed, structure = apply_transforms(self.transforms, *given)
         # Finding the origins traces the transforms again, so only when something depends on them.
         origins = {}
         if zeros or reads.get() is not None:
-            origins = field_origins(self.transforms, {**fields, **zeros}, hidden, keys)
+            origins = field_origins(self.transforms, *given)
         missing = {
             name: UnsentField(name)
             for name in transformed
@@ -169,7 +189,8 @@ class TaskRunner:
         # Error messages list the fields that the task has read; those that transforms have read
         # would be misleading there.
         seen.restart()
-        return Batch({**transformed, **missing}, 'the task', origins=origins, passing=passing)
+        visible = {**transformed, **missing}
+        return view_batch(structure, visible, 'the task', origins=origins, passing=passing)
 
     def _hidden_fields(
         self, fields: Mapping[str, Any]

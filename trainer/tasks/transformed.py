@@ -13,8 +13,9 @@ import jax
 
 from trainer.config.errors import UserError
 from trainer.input.host_field import HostField, explain_host_fields
+from trainer.input.structure import Structure, is_flat
 from trainer.modules.rng import Keys
-from trainer.tasks.batch import Batch
+from trainer.tasks.batch import as_plain, view_batch
 
 Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -88,21 +89,31 @@ def apply_transforms(
     fields: Mapping[str, Any],
     hidden: dict[str, Any],
     keys: Keys | None = None,
-) -> dict[str, Any]:
-    """Returns the batch after all transforms.
+    structure: Structure | None = None,
+) -> tuple[dict[str, Any], Structure | None]:
+    """Returns the fields of the batch after all transforms, and their structure.
 
     Args:
         transforms: the transforms, in order.
         fields: arrays (batch, ...).
         hidden: fields that stay on the host; transforms can return them, but not compute with them.
         keys: the random keys of the step; None if no transform needs them.
+        structure: of the batch before the transforms.
     """
-    batch: Mapping[str, Any] = {**fields, **hidden}
+    batch = {**fields, **hidden}
     for transform in transforms:
+        name = f'the device transform {transform}'
         bound = transform.bind(keys) if isinstance(transform, KeyedTransform) else transform
         with explain_host_fields(hidden):
-            batch = bound(Batch(batch, f'the device transform {transform}', passing=True))
-    return dict(batch)
+            result: Any = bound(view_batch(structure, batch, name, passing=True))
+        # A transform may change the structure.
+        if is_flat(result):
+            batch, structure = dict(result), None
+        else:
+            result = as_plain(result)
+            structure = Structure.from_tree(result, name)
+            batch = dict(result) if structure is None else structure.flatten(result, name)
+    return batch, structure
 
 
 def field_origins(
@@ -110,6 +121,7 @@ def field_origins(
     fields: Mapping[str, Any],
     hidden: dict[str, Any],
     keys: Keys | None = None,
+    structure: Structure | None = None,
 ) -> dict[str, frozenset[str]]:
     """Returns for each transformed field the fields of the loader's batch that it depends on.
 
@@ -118,10 +130,11 @@ def field_origins(
         fields: arrays, or their shapes.
         hidden: fields that stay on the host.
         keys: the random keys of the step; None if no transform needs them.
+        structure: of the batch before the transforms.
     """
 
     def run(fields: Mapping[str, Any]) -> dict[str, Any]:
-        batch = apply_transforms(transforms, fields, hidden, keys)
+        batch, _ = apply_transforms(transforms, fields, hidden, keys, structure)
         # Host fields are not arrays, and cannot be outputs of a jaxpr.
         return {name: x for name, x in batch.items() if not isinstance(x, HostField)}
 
