@@ -521,7 +521,8 @@ class Trainer:
 
         Returns:
             For a split, an iterator over the predictions of each batch, padding removed. For other
-            data, the predictions for all of its examples, by name.
+            data, the predictions for all of its examples, by name. Of several processes, only the
+            main process gets fields of the batch that `predict` returns unchanged.
 
         Raises:
             UserError: if a task without a method `predict` calls the model not exactly once, or its

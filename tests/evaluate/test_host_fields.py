@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -153,6 +156,43 @@ def test_two_processes_predict_the_same_as_one(tmp_path: pathlib.Path) -> None:
         found = dict(file)
     assert found['class'].shape == (77,)
     check_rows(found, ('id', 'share', 'name'))
+
+
+# Prints which predictions a process gets.
+PREDICT = """
+import sys
+from tests.evaluate.rows import get_config
+from trainer import Trainer, build
+from trainer.parallel import processes
+
+port, number = sys.argv[1:]
+watch = processes.join(processes.Cluster(
+    coordinator=f'127.0.0.1:{port}', num_processes=2, process_id=int(number), timeout_secs=60))
+trainer = Trainer(build(get_config()), verbose=False)
+batches = list(trainer.predict('test', trainer.init_state()))
+print('names', *batches[0], 'rows', *(len(batch['class']) for batch in batches))
+watch.close()
+"""
+
+
+@pytest.mark.slow
+def test_only_the_main_process_gets_unchanged_fields() -> None:
+    port = group.free_port()
+    running = [
+        subprocess.Popen(
+            [sys.executable, '-c', PREDICT, str(port), str(number)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, 'PYTHONPATH': str(command.ROOT), 'JAX_PLATFORMS': 'cpu'},
+        )
+        for number in (0, 1)
+    ]
+    with group.kill_at_exit(running):
+        codes, outputs, _ = group.finish(running)
+    assert codes == [0, 0]
+    first, second = (out.splitlines()[-1] for out in outputs)
+    assert first == 'names class id name probability raw share rows 32 32 13'
+    assert second == 'names class probability rows 32 32 13'
 
 
 def test_objects_other_than_text_cannot_be_written(tmp_path: pathlib.Path) -> None:

@@ -231,14 +231,23 @@ def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
 
 
 def plain(model: Any, batch: Any) -> jax.Array:
-    return (model(batch['image']) ** 2).sum(-1)
+    return (model(batch['image']) ** 2).sum(-1) + batch['label']
+
+
+@pytest.mark.slow
+def test_a_task_without_predict_is_exported_as_the_output_of_its_model(
+    tmp_path: pathlib.Path,
+) -> None:
+    trainer, state = train(task={'ref': f'{__name__}:plain'})
+    about, function = write_export(tmp_path, trainer, state)
+    assert list(about['batch']) == ['image']
+    found = function.call({'image': examples(trainer)})['output']
+    (expected,) = trainer.predict('test', state)
+    np.testing.assert_allclose(found, expected['output'], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_mistakes(tmp_path: pathlib.Path) -> None:
-    trainer, state = train(task={'ref': f'{__name__}:plain'})
-    with pytest.raises(UserError, match=r'evals.test: its task .* has no method predict'):
-        write_export(tmp_path, trainer, state)
     trainer, state = train()
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'file/export cannot be written: Not a directory'):

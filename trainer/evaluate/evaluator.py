@@ -32,6 +32,7 @@ from trainer.observe.summaries import Summary
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_sharding, replicated_sharding
+from trainer.parallel.messages import Messages
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import FINDINGS
 from trainer.step.programs import Program, make_program
@@ -389,14 +390,14 @@ class Evaluator:
         """Yields the task's predictions for each batch, without padding.
 
         A batch field that the task returns unchanged comes from the loader as it is, including text
-        and 64-bit integers.
+        and 64-bit integers. Of several processes, only the main process gets such fields.
 
         Raises:
             UserError: if a task without a method `predict` has no output of the model to predict.
         """
         variables, prediction = self.variables(state), self.prediction(state)
         # Several outputs may be the same field.
-        host = tuple(set(prediction.unchanged.values()))
+        host, messages = tuple(set(prediction.unchanged.values())), Messages()
         with self._batches(fields=prediction.fields, host=host) as batches:
             for batch in self._read_to_end(batches):
                 args = (variables, state.step, np.int32(batch.start), batch.arrays)
@@ -405,10 +406,11 @@ class Evaluator:
                 # One transfer for all outputs, in every process: they are replicated.
                 outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
-                outputs.update(prediction.gather_unchanged(batch.host, batch.rows))
+                whole = {name: x[mask] for name, x in outputs.items()}
+                whole.update(prediction.gather_unchanged(messages, batch))
                 # Sorted, so that files and messages list them in the same order whatever the task
                 # does.
-                yield {name: outputs[name][mask] for name in sorted(outputs)}
+                yield {name: whole[name] for name in sorted(whole)}
 
     def prediction(self, state: TrainState) -> Prediction:
         """Returns the traced `predict` of the task.

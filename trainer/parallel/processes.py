@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import pickle
 import socket
 import sys
 import zlib
@@ -159,13 +158,6 @@ def gather(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     return [json.loads(text) for text in _gather_bytes(json.dumps(value).encode())]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Returns the picklable values of all processes, by process index; all must call it."""
-    if jax.process_count() == 1:
-        return [value]
-    return [pickle.loads(content) for content in _gather_bytes(pickle.dumps(value))]
 
 
 def sum_over_processes(value: int) -> int:
