@@ -521,12 +521,12 @@ class Trainer:
 
         Returns:
             For a split, an iterator over the predictions of each batch, padding removed. For other
-            data, the predictions for all of its rows, by name. Of several processes, only the main
-            process gets fields of the batch that `predict` returns unchanged.
+            data, the predictions for all of its examples, by name. Of several processes, only the
+            main process gets fields of the batch that `predict` returns unchanged.
 
         Raises:
             UserError: if a task without a method `predict` calls the model not exactly once, or its
-                output has not one row for each example.
+                output has not one entry for each example.
         """
         state = self._resolve_state(state, 'predict(state)')
         if isinstance(data, str):

@@ -149,7 +149,7 @@ def as_source(data: Any, path: str) -> Any:
         return targets.instantiate(node, path)
     if not hasattr(data, 'gather') and not hasattr(data, 'collate'):
         raise UserError(
-            f'{path}: expected a dict of arrays, each with one row per example, or a source (an '
+            f'{path}: expected a dict of arrays, each with one entry per example, or a source (an '
             f'object with __len__, spec and gather, or with collate), got a {type(data).__name__}'
         )
     return data

@@ -124,7 +124,7 @@ class Captures:
                 if 'histogram' in capture.what:
                     histograms[where] = histogram(values)
             if 'file' in capture.what and self._directory is not None:
-                arrays = {label: values['rows'] for label, values in matching.items()}
+                arrays = {label: values['examples'] for label, values in matching.items()}
                 messages += self._write(name, capture, step, arrays)
         return CaptureResult(row, histograms, '\n'.join(messages) or None)
 
@@ -137,8 +137,8 @@ class Captures:
 
     def _make_function(self, due: Sequence[Capture]) -> Callable[[TrainState, Batch], Any]:
         what = frozenset[str]().union(*(capture.what for capture in due))
-        # One program serves all captures that are due, so it returns as many rows as the largest
-        # one wants. `_write` truncates them for the others.
+        # One program serves all captures that are due, so it returns as many examples as the
+        # largest one wants. `_write` truncates them for the others.
         rows = max((capture.rows for capture in due if 'file' in capture.what), default=0)
         measure = make_measure(what, rows)
 
@@ -184,8 +184,8 @@ class Captures:
         assert self._directory is not None
         folder = self._directory / 'capture' / name
         folder.mkdir(parents=True, exist_ok=True)
-        rows = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
-        size = write_npz(folder / f'{step}.npz', rows)
+        arrays = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
+        size = write_npz(folder / f'{step}.npz', arrays)
         # By number: as text, '1000.npz' comes before '200.npz'.
         steps = sorted(int(path.stem) for path in folder.glob('*.npz') if path.stem.isdigit())
         # Files of later steps are left over from before the run was resumed at an earlier step.

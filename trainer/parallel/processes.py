@@ -192,14 +192,14 @@ def _gather_bytes(content: bytes) -> list[bytes]:
     # An all-gather needs equal shapes, so the bytes are padded to the longest.
     sizes = _gather(np.array([len(content)], np.uint32))[:, 0]
     padded = np.frombuffer(content.ljust(sizes.max()), np.uint8)
-    return [row[:size].tobytes() for row, size in zip(_gather(padded), sizes, strict=True)]
+    return [array[:size].tobytes() for array, size in zip(_gather(padded), sizes, strict=True)]
 
 
-def _gather(row: np.ndarray) -> np.ndarray:
-    """Returns the row (n,) of every process, as (processes, n)."""
+def _gather(array: np.ndarray) -> np.ndarray:
+    """Returns the array (n,) of every process, as (processes, n)."""
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(row))
+    return np.asarray(multihost_utils.process_allgather(array))
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class OtherData:
     """Evaluates and predicts data that the config does not have, as an evaluation of it would.
 
     One evaluator is kept for each evaluation, so that calls with arrays of the same shapes and
-    dtypes (the number of rows aside) compile once.
+    dtypes (the number of examples aside) compile once.
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh, params: Params):
@@ -79,7 +79,7 @@ class OtherData:
     def predict(
         self, state: TrainState, data: Any, evaluation: str | None
     ) -> dict[str, np.ndarray]:
-        """Returns the predictions for all rows of the data, in their order.
+        """Returns the predictions for all examples of the data, in their order.
 
         Arguments and errors as for `evaluate`.
         """

@@ -302,7 +302,7 @@ class TaskRunner:
             raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
 
     def summarize(self, model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the summaries of the task, with rows for padding, too."""
+        """Returns the summaries of the task, with entries for padding, too."""
         # The first run alone: in a second one, examples without weight would be replaced.
         return self._run(model, batch)[0].summaries
 
