@@ -573,9 +573,10 @@ def _keeps_unused_arguments(mesh: Mesh) -> bool:
     move to other buffers, which costs copies and prevents the replay of CUDA graphs. CPUs have no
     such graphs.
     """
-    # On a CPU each argument costs time, too little to measure: without them, a step of the MLP
-    # takes 0.96 [0.83, 1.12] of the CPU time (`tests/benchmarks/beside.py OTHER mlp`, 11 pairs,
-    # jax 0.10.2). `tests/step/test_programs.py` checks the pairs of buffers.
+    # On accelerators only the pairs of buffers have been checked (`tests/step/test_programs.py`),
+    # not the time. On a CPU each argument costs time, too little to measure: without them, a step
+    # of the MLP takes 0.96 [0.83, 1.12] of the CPU time (`tests/benchmarks/beside.py OTHER mlp`, 11
+    # pairs, jax 0.10.2).
     return mesh.devices.flat[0].platform != 'cpu'
 
 
