@@ -8,6 +8,7 @@ import pathlib
 import re
 from typing import Any
 
+import clu.metrics
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,15 +215,37 @@ def test_what_is_no_metric_is_refused_when_the_config_is_built(extra: Any, messa
     assert "without a 'target'" not in str(caught.value)
 
 
-def test_a_metric_of_another_task_is_refused_before_the_first_step() -> None:
+@pytest.mark.parametrize('name', ['F1', 'AUC'])  # On the devices, and on the host.
+def test_a_metric_of_another_task_is_refused_before_the_first_step(name: str) -> None:
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
-    task = {
-        'target': 'trainer.tasks:Classification',
-        'extra_metrics': {'f1': node('F1', scores='x')},
-    }
-    trainer = Trainer(load_and_build(config, evals__test__task=task, **OPTIONS))
-    message = re.escape(
-        "config.evals.test: the metric F1 reads 'x', which the task does not return"
+    extra = {'mine': node(name, scores='x')}
+    task = {'target': 'trainer.tasks:Classification', 'extra_metrics': extra}
+    message = f"extra_metrics.mine: the metric {name} reads 'x', which the task does not return"
+    for path, options in (
+        ('config.evals.test.task', {'evals__test__task': task}),
+        ('config.task', {'task__extra_metrics': extra}),
+    ):
+        trainer = Trainer(load_and_build(config, **options, **OPTIONS))
+        with pytest.raises(UserError, match=re.escape(f'{path}.{message}')) as caught:
+            trainer.compile()
+        assert str(caught.value).count('config.evals.test') <= 1
+
+
+class OfTask:
+    """A task with metrics of its own, which read what it does not return."""
+
+    metrics = clu.metrics.Collection.create(
+        loss=metrics.WeightedMean.from_output('loss'), right=metrics.F1(scores='score')
     )
-    with pytest.raises(UserError, match=message):
-        trainer.evaluate(trainer.init_state())
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        return model(batch['x'])[:, 0], {'labels': batch['y']}
+
+
+def test_a_metric_of_the_task_itself_is_named() -> None:
+    runner = TaskRunner.from_task(OfTask())
+    batch = {'x': jnp.asarray(LOGITS), 'y': jnp.zeros(3, jnp.int32)}
+    output = runner(lambda x: x, batch)
+    where = re.escape(f"the metric 'right' of the task {__name__}:OfTask: the metric F1 reads")
+    with pytest.raises(UserError, match=where):
+        runner.measure(output)

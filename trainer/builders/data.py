@@ -72,8 +72,10 @@ def _evaluation(
     path = f'config.evals.{name}'
     if section.ema and sections.ema is None:
         raise UserError(f'{path}.ema: this run has no moving average; set config.ema.decay')
+    task_path = 'config.task'
     if section.task is not None:
-        task = targets.instantiate(section.task, f'{path}.task')
+        task_path = f'{path}.task'
+        task = targets.instantiate(section.task, task_path)
     source = targets.instantiate(section.data.source, f'{path}.data.source')
     transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
     batch_size = section.data.batch_size or sections.data.batch_size
@@ -95,7 +97,9 @@ def _evaluation(
         every=section.every,
         final=section.final,
         ema=section.ema,
-        task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
+        task=TaskRunner.from_task(
+            task, build_device_transforms(section.data, f'{path}.data'), task_path
+        ),
         model=build_model(sections, section.model, f'{path}.model') if section.model else None,
         score=None if section.score is None else _build_score(section.score, f'{path}.score'),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),

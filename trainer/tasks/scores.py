@@ -37,8 +37,8 @@ def auc(
         skip_absent: whether means leave out labels without a positive or without a negative
             example.
         multi_class: for several classes, 'ovr' compares each with the rest, and 'ovo' each with
-            each of the others (Hand and Till 2001, https://doi.org/10.1023/A:1010920819831). That is a
-            mean over pairs of classes: 'macro', or 'weighted' by their number of examples.
+            each of the others (Hand and Till 2001, https://doi.org/10.1023/A:1010920819831). That
+            is a mean over pairs of classes: 'macro', or 'weighted' by their number of examples.
 
     Returns:
         A float; NaN if a label of the mean has no positive or no negative example. For 'per_class'
