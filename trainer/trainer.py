@@ -69,7 +69,7 @@ class Trainer:
         """Prepares a run; nothing is compiled before a method is called.
 
         Args:
-            experiment: from `trainer.experiment.build`.
+            experiment: what `trainer.experiment.build` returned.
             workdir: where checkpoints, metrics and results go; None for a run that writes no files.
             mesh: used instead of that of `config.mesh`, which covers all devices.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the
@@ -444,7 +444,7 @@ class Trainer:
         """Returns the parameters to evaluate, as given by `config.optimizer.eval_params`.
 
         Args:
-            state: for an ensemble, the state of all members.
+            state: train state; for an ensemble, that of all members.
         """
         return setup.eval_params(self.experiment, self.set_up().programs, state)
 
@@ -521,12 +521,12 @@ class Trainer:
 
         Returns:
             For a split, an iterator over the predictions of each batch, padding removed. For other
-            data, the predictions for all of its rows, by name. Of several processes, only the main
-            process gets fields of the batch that `predict` returns unchanged.
+            data, the predictions for all of its examples, by name. Of several processes, only the
+            main process gets fields of the batch that `predict` returns unchanged.
 
         Raises:
             UserError: if a task without a method `predict` calls the model not exactly once, or its
-                output has not one row for each example.
+                output has not one entry for each example.
         """
         state = self._resolve_state(state, 'predict(state)')
         if isinstance(data, str):

@@ -170,10 +170,10 @@ def test_transforms_of_examples_run_before_and_of_batches_after() -> None:
 
 
 def test_a_transform_of_batches_draws_for_each_place() -> None:
-    def shifted(batch: Any, rng: Any) -> Any:
+    def shift(batch: Any, rng: Any) -> Any:
         return {**batch, 'shift': rng.uniform()}
 
-    batch = make(source=Ragged(padding_rows=1), transforms=(shifted,)).block(0, 1).arrays
+    batch = make(source=Ragged(padding_rows=1), transforms=(shift,)).block(0, 1).arrays
     assert batch['shift'].shape == (1, 5)
     assert len(np.unique(batch['shift'])) == 5
 

@@ -173,7 +173,7 @@ def test_a_batch_that_does_not_divide_is_replicated(caplog: pytest.LogCaptureFix
     assert 'Batch sizes such as 7 do' in caplog.text
 
 
-def centred(batch: Mapping[str, Any]) -> dict[str, Any]:
+def center(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A device transform of one field, which returns all of them."""
     return {**batch, 'tokens': batch['tokens'] * 1}
 
@@ -181,7 +181,7 @@ def centred(batch: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 def test_device_transforms_run_for_each_shape() -> None:
     """Fields that the task does not read have the shape of their batch there, too."""
-    with_transform = data(device_transforms=(dict(ref=f'{__name__}:centred'),))
+    with_transform = data(device_transforms=(dict(ref=f'{__name__}:center'),))
     some, none = (
         trainer(data=each, train_for='20 steps').fit() for each in (with_transform, data())
     )

@@ -73,8 +73,10 @@ def _evaluation(
     path = f'config.evals.{name}'
     if section.ema and sections.ema is None:
         raise UserError(f'{path}.ema: this run has no moving average; set config.ema.decay')
+    task_path = 'config.task'
     if section.task is not None:
-        task = targets.instantiate(section.task, f'{path}.task')
+        task_path = f'{path}.task'
+        task = targets.instantiate(section.task, task_path)
     if section.score is not None and has_predict(task) and not callable(task):
         task = ScoredTask(task)
     source = targets.instantiate(section.data.source, f'{path}.data.source')
@@ -98,7 +100,9 @@ def _evaluation(
         every=section.every,
         final=section.final,
         ema=section.ema,
-        task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
+        task=TaskRunner.from_task(
+            task, build_device_transforms(section.data, f'{path}.data'), task_path
+        ),
         model=build_model(sections, section.model, f'{path}.model') if section.model else None,
         score=None if section.score is None else _build_score(section.score, f'{path}.score'),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
@@ -152,7 +156,7 @@ def as_source(data: Any, path: str) -> Any:
         return targets.instantiate(node, path)
     if not hasattr(data, 'gather') and not hasattr(data, 'collate'):
         raise UserError(
-            f'{path}: expected a dict of arrays, each with one row per example, or a source (an '
+            f'{path}: expected a dict of arrays, each with one entry per example, or a source (an '
             f'object with __len__, spec and gather, or with collate), got a {type(data).__name__}'
         )
     return data

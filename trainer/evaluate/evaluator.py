@@ -148,6 +148,8 @@ class Evaluator:
         )
         # From shapes alone: a metric that cannot be computed is found before training starts.
         self._trial_metrics = self._check_metrics()
+        with self._add_name_to_errors():
+            jax.eval_shape(self.step.task.collect, ensemble_output)
         if self._score is not None:
             prediction = self._trace_prediction(state)
             check_names(self._score, prediction.computed, prediction.unchanged)
@@ -165,10 +167,15 @@ class Evaluator:
         try:
             yield
         except UserError as error:
-            raise UserError(f'{self.path}: {error}') from error
+            raise self._with_path(error) from error
         except Exception as error:
             error.add_note(f'This happened in the metrics of {self.path}')
             raise
+
+    def _with_path(self, error: UserError) -> UserError:
+        """Returns the error with the path of the evaluation, once."""
+        text = str(error)
+        return UserError(text if text.startswith(f'{self.path}.') else f'{self.path}: {text}')
 
     def _output_shapes(self, state: TrainState) -> Any:
         shapes = None
