@@ -120,13 +120,12 @@ def check_stacking(text: str) -> None:
 def check_generation(text: str) -> None:
     small = {'model': TINY_LM['model'], 'evals.samples.data.source.limit': 3}
     never = {'evals.test.every': 'never', 'evals.test.final': False}
-    trainer, result = fitted(built('lm.py', text, {**small, **never}))
+    trainer, result = fit(build_fragment('lm.py', text, {**small, **never}))
     (found,) = trainer.predict('samples', result.state)
-    prompt = text_data.python_source(128, split='test', limit=3).gather(np.arange(3))['inputs'][
-        :, :32
-    ]
+    source = text_data.python_source(128, split='test', limit=3)
+    prompt = jnp.asarray(source.gather(np.arange(3))['inputs'][:, :32])
     model, variables = trainer.model(result.state).unbind()
-    expected = generate(model, variables['params'], jnp.asarray(prompt), 64)
+    expected = generate(model, variables['params'], prompt, 64)
     np.testing.assert_array_equal(found['continued'], expected)
     assert 'eval/samples/loss' not in result.metrics
 
