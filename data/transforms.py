@@ -187,3 +187,32 @@ class RandomFlip:
         # One draw per image, broadcast over its pixels.
         flip = (rng.uniform() < 0.5)[:, None, None, None]
         return with_field(batch, self.key, np.where(flip, images[:, :, ::-1], images))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Binarize:
+    """Draws each pixel of a grey image as 1 or 0, with its value / 255 as the probability of 1.
+
+    An evaluation draws each example once for all runs, whatever their seed.
+
+    Attributes:
+        key: the field, uint8; the result has the same dtype.
+        once: whether an example keeps its draw in all epochs of a training; otherwise each epoch
+            draws again.
+    """
+
+    key: str = 'image'
+    once: bool = False
+
+    def __call__(self, batch: Tree, rng: ExampleRng) -> Tree:
+        """Returns the batch with the field drawn."""
+        if self.once:
+            rng = dataclasses.replace(rng, epochs=np.zeros_like(rng.epochs))
+        values = get_field(batch, self.key)
+        if values.dtype != np.uint8:
+            raise ValueError(
+                f'{self.key!r} is {values.dtype}; expected uint8, values from 0 to 255. Binarize '
+                'before other transforms'
+            )
+        drawn = rng.uniform(values.shape[1:]) * 255 < values
+        return with_field(batch, self.key, drawn.astype(np.uint8))

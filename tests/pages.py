@@ -190,6 +190,7 @@ class Project:
             (root / name).parent.mkdir(exist_ok=True, parents=True)
             # The run that is exported is shorter here, and so is that of the language model.
             text = re.sub(r'\bexport_\d+', f'export_{STEPS}', text)
+            text = text.replace('MNIST(split)', 'MNIST(split, limit=1000)')
             (root / name).write_text(text.replace("train_for='50 ", f"train_for='{STEPS} "))
 
     def run(self, line: str) -> command.Finished:
@@ -197,6 +198,8 @@ class Project:
         if line not in self._ran:
             for other in needs(line):
                 self.run(other)
+            for script in _prepares(line):
+                self.script(script)
             self._ran[line] = run(line, self.root, python=self.python)
             assert self._ran[line].code == 0, self._ran[line].err
         return self._ran[line]
@@ -215,6 +218,12 @@ class Project:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+
+def _prepares(text: str) -> list[str]:
+    """Returns the scripts that write the directory of datasets that a command reads."""
+    found = re.search(r'\.data_dir=(\w+)', text)
+    return [] if found is None else [x for x in FILES if f"data_dir='{found[1]}'" in FILES[x]]
 
 
 @functools.cache

@@ -32,17 +32,21 @@ SHORT: dict[str, dict[str, Any]] = {
         'data__batch_size': 16,
         'evals__test_ema__data__source__limit': 20,
     },
+    'vae': MNIST,
 }
 
 
 # Not among the quick tests.
 LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet'}
 
-# Whose weights come from elsewhere: tests/weights/test_finetune.py runs it.
-WEIGHTS = {'docstrings'}
+# Those that need weights or data from elsewhere, and the test that runs each of them.
+ELSEWHERE = {
+    'docstrings': 'weights/test_finetune.py',
+    'tfds_mnist': 'examples/test_tfds_mnist.py',
+}
 
 
-def described(name: str) -> str:
+def description(name: str) -> str:
     tree = ast.parse((ROOT / 'configs' / f'{name}.py').read_text())
     return ast.get_docstring(tree) or ''
 
@@ -63,7 +67,7 @@ def test_the_command_is_that_of_the_docstring(name: str, trains: str, arguments:
     assert trains
     arguments = arguments.strip('`')
     assert arguments.startswith(f'--config=configs/{name}.py')
-    assert f'python -m trainer.main {arguments}' in ' '.join(described(name).split())
+    assert f'python -m trainer.main {arguments}' in ' '.join(description(name).split())
 
 
 @pytest.mark.parametrize(('config', 'result', 'time', 'day'), RESULTS)
@@ -71,7 +75,7 @@ def test_the_results_are_those_of_the_docstring(
     config: str, result: str, time: str, day: str
 ) -> None:
     """The figure and the time are those of the docstring."""
-    text = ' '.join(described(config.removeprefix('`configs/').removesuffix('.py`')).split())
+    text = ' '.join(description(config.removeprefix('`configs/').removesuffix('.py`')).split())
     expected = text.split('Expected after ')[1]
     figure = re.match(r'[\d.]+( %| nats)', result)
     # A docstring may round: 'about 88 %' for 88.2 %.
@@ -89,8 +93,9 @@ def test_every_key_is_read(name: str) -> None:
 
 
 def test_each_config_is_run() -> None:
-    assert set(SHORT) | WEIGHTS == set(NAMES)
-    assert "'docstrings.py'" in (ROOT / 'tests' / 'weights' / 'test_finetune.py').read_text()
+    assert set(SHORT) | set(ELSEWHERE) == set(NAMES)
+    for name, test in ELSEWHERE.items():
+        assert re.search(rf"'{name}(\.py)?'", (ROOT / 'tests' / test).read_text())
 
 
 @pytest.mark.parametrize(

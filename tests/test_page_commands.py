@@ -55,6 +55,9 @@ SAYS = (
     ('mine.margins', r'/summaries/3/eval/test/unsure\.png$'),
     ('mine.unsure', r'/summaries/3/eval/test/unsure\.png$'),
     ('mine.streaming', r'^eval test: .*least_sure 0\.'),
+    ('mine/brackets.py', r'^eval test at step 200: .* right 0\.99\d+  examples 200$'),
+    ('mine/brackets.py', r'compiles for another shape of its batches \(3 of at most 3\)'),
+    ('mine/colorings.py', r'^eval test at step 500: .* right 0\.9[89]\d*  examples 500$'),
     ('gan/', r'^  train/gen_loss '),
     ('sam.step', r'^  train/first_norm '),
     ('init_from.path', r'^starting from scratch, with weights from .*runs/pretrained'),
@@ -138,6 +141,8 @@ SCRIPTS = {
     'features.py': r'0\.\d+',
     'call_exported.py': r'\(3,\)',
     'report.py': r'\d+ summaries',
+    'vae_samples.py': r'\(100, 28, 28, 1\)',
+    'prepare_digits.py': r"\{'train': 1000, 'test': 1000\}",
 }
 
 

@@ -42,6 +42,7 @@ from trainer.builders.weights import build_init_from, build_surgery
 from trainer.checkpoint.retention import Retention
 from trainer.config import literals, loading, overrides, python_objects, schema
 from trainer.config.checks import check_positive
+from trainer.config.columns import align_columns
 from trainer.config.durations import Clock, Duration
 from trainer.config.loading import LoadedConfig
 from trainer.config.sections import Sections
@@ -242,14 +243,14 @@ class Experiment:
         """Returns what is trained, a line for each part, without its objects."""
         config = self.origin.config
         lines = [f'Experiment({self.origin.path or "a ConfigDict"})']
+        rows = []
         for name in ('model', 'task', 'data', 'optimizer'):
             node = config.get(name) or {}
             node = node.get('source', node) if name == 'data' else node
-            target = node.get('target', node.get('ref', 'see config'))
-            lines.append(f'  {name:<10} {target}')
+            rows.append((name, str(node.get('target', node.get('ref', 'see config')))))
         sizes = f'{self.training.total_steps:,} steps of {self.clock.batch_size:,} examples'
-        lines.append(f'  training   {sizes}')
-        return '\n'.join([*lines, f'  evals      {", ".join(self.evals) or "none"}'])
+        rows += [('training', sizes), ('evals', ', '.join(self.evals) or 'none')]
+        return '\n'.join([*lines, *(f'  {line}' for line in align_columns(rows))])
 
     def with_batch_sizes(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
         """Returns the experiment of a run that resumes with a different batch size.

@@ -34,3 +34,17 @@ def test_a_pattern_without_a_match_lists_the_paths() -> None:
     )
     with pytest.raises(UserError, match=r"'a' matches nothing in the model: there is none$"):
         patterns.check_used(['a'], [], 'config.x', 'nothing in the model')
+
+
+def test_of_several_patterns_one_may_have_to_match() -> None:
+    patterns.check_used(['nothing', 'layer_0/.*'], PATHS, 'config.x', each=False)
+    patterns.check_used([], PATHS, 'config.x', each=False)
+    with pytest.raises(UserError, match=r"^config\.x: 'a', 'b' match no parameter\. A pattern "):
+        patterns.check_used(['a', 'b'], PATHS, 'config.x', each=False)
+
+
+def test_patterns_for_parts_of_paths_are_not_told_to_match_whole_ones() -> None:
+    error = patterns.no_match_error('config.x', ['a'], PATHS[:2], 'no array', is_whole=False)
+    assert str(error) == (
+        "config.x: the pattern 'a' matches no array. The paths are layer_0/kernel, layer_1/kernel"
+    )

@@ -90,7 +90,7 @@ def test_multipliers_scale_the_learning_rate() -> None:
         ({'freeze': ('nothing/.*',)}, "pattern 'nothing/.*' matches no parameter"),
         ({'lr_multipliers': (('head/.*', 2.0),)}, 'no pattern matches backbone/bias'),
         ({'lr_multipliers': (('.*', 1.0), ('neck', 1.0))}, "'neck' matches no parameter"),
-        ({'decay_mask': ('kernel', 'neck/.*')}, "decay_mask: 'kernel', 'neck/.*' matches no param"),
+        ({'decay_mask': ('kernel', 'neck/.*')}, "decay_mask: 'kernel', 'neck/.*' match no param"),
         ({'decay_mask': ('*kernel',)}, "'*kernel' is not a regular expression: nothing to repeat"),
     ],
 )

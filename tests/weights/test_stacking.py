@@ -80,7 +80,7 @@ def test_training_continues_in_the_other_form(tmp_path: pathlib.Path, scanned: b
 
 
 MISTAKES = [
-    (Stack(pattern=r'^layer_(\d+)/'), 'matches nothing. Available:\n'),
+    (Stack(pattern=r'^layer_(\d+)/'), 'matches no array. The paths are '),
     (Stack(pattern=r'^block_\d+/'), "the pattern needs one group, the layer's number"),
     (Stack(pattern=r'^(block)_\d+/'), "the pattern needs one group, the layer's number"),
     (Stack(pattern='('), 'missing '),
@@ -90,7 +90,7 @@ MISTAKES = [
         r'the layers of params/b/w have different shapes: \[2\], \[3\]',
     ),
     (Stack(pattern=r'^b_(\d)/w', replacement='taken/w'), 'params/taken/w already exists'),
-    (Unstack(), 'matches nothing'),
+    (Unstack(), 'matches no array'),
     (Unstack(pattern='^one'), 'params/one is a scalar'),
 ]
 

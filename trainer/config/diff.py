@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from trainer.config.columns import align_columns
 from trainer.config.errors import short_repr
 
 ABSENT = '(absent)'
@@ -34,8 +35,8 @@ def diff(old: Any, new: Any) -> list[Change]:
 
 def format_diff(changes: Sequence[Change]) -> str:
     """Returns one line per change, with aligned values."""
-    width = max(len(c.path) for c in changes)
-    return '\n'.join(f'  {c.path:<{width}}  {c.old!r} -> {c.new!r}' for c in changes)
+    lines = align_columns([(c.path, f'{c.old!r} -> {c.new!r}') for c in changes])
+    return '\n'.join(f'  {line}' for line in lines)
 
 
 def to_jsonable(node: Any) -> Any:

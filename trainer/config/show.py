@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.config import diff, schema, sentences
+from trainer.config.columns import align_columns
 from trainer.config.durations import Duration
 from trainer.config.overrides import Override
 from trainer.config.sections import Sections
 
-# Widths of the lines and columns of `--helpconfig`. A cell that is too wide shifts the next ones.
+# Widths of the lines, and the largest ones of the columns, of `--helpconfig`.
 _WIDTH, _FLAG_WIDTH, _TYPE_WIDTH = 100, 38, 10
 _INDENT: Any = {
     'initial_indent': ' ' * 6,
@@ -86,8 +87,9 @@ def _format_keys(title: str, rows: Sequence[tuple[str, str, str]]) -> str:
     No line has more than 100 characters, unless it consists of a single value.
     """
     lines = [title]
-    for flag, hint, value in rows:
-        line = f'  {flag:<{_FLAG_WIDTH}}  {hint:<{_TYPE_WIDTH}}  {value}'.rstrip()
+    aligned = align_columns(rows, widest=(_FLAG_WIDTH, _TYPE_WIDTH))
+    for (flag, hint, value), row in zip(rows, aligned, strict=True):
+        line = f'  {row}'
         if len(line) > _WIDTH:
             line = f'  {flag}  {hint}\n    = {value}'
         # An index becomes a key such as '0]', which no section has, so it gets no sentence.

@@ -189,8 +189,9 @@ def _error_text(error: Exception) -> str:
         text = f'{error}{error_location(error)}'
     else:
         text = objects.last_line(error)
-    # The text may quote an argument of any length.
-    return '\n'.join([shorten(text, 300), *getattr(error, '__notes__', ())])
+    # A line may quote an argument of any length; the last lines may say how to fix it.
+    lines = [shorten(line, 300) for line in text.split('\n')]
+    return '\n'.join([*lines, *getattr(error, '__notes__', ())])
 
 
 def accepted_keys(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:

@@ -95,15 +95,28 @@ def list_arrays(field: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name == field or name.startswith(f'{field}/')]
 
 
-def check_fields(score: Score, spec: Mapping[str, Any]) -> None:
+def check_fields(score: Score, spec: Mapping[str, Any], rows: int) -> None:
     """Checks that the batches have the fields that a score asks for.
 
+    Args:
+        score: the score.
+        spec: shapes of the fields.
+        rows: number of examples of a batch.
+
     Raises:
-        UserError: naming the first that they lack, and a similar one.
+        UserError: naming the first that they lack, or that has not one entry for each example.
     """
     for name in score.fields:
-        if not list_arrays(name, spec):
+        names = list_arrays(name, spec)
+        if not names:
             raise UserError(
                 f'{score.path}.fields: the batches have no field {name!r}; they have '
                 f'{", ".join(sorted(spec.keys() - {MASK}))}'
             )
+        for array in names:
+            if tuple(spec[array].shape[:1]) != (rows,):
+                raise UserError(
+                    f'{score.path}.fields: {array!r} has the shape {list(spec[array].shape)} in a '
+                    f'batch of {rows} examples; a score only gets fields with one entry for each '
+                    'example'
+                )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ import numpy as np
 from etils import epath
 
 from trainer.builders.captures import Capture
-from trainer.config.errors import UserError, and_more
+from trainer.config.errors import UserError
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import Histogram, float_leaves, histogram, make_measure
+from trainer.modules import patterns
 from trainer.modules.recorder import ROOT, ModuleRecorder, order_records
 from trainer.observe.npz import write_npz
 from trainer.observe.table import human_bytes
@@ -124,7 +124,7 @@ class Captures:
                 if 'histogram' in capture.what:
                     histograms[where] = histogram(values)
             if 'file' in capture.what and self._directory is not None:
-                arrays = {label: values['rows'] for label, values in matching.items()}
+                arrays = {label: values['examples'] for label, values in matching.items()}
                 messages += self._write(name, capture, step, arrays)
         return CaptureResult(row, histograms, '\n'.join(messages) or None)
 
@@ -137,8 +137,8 @@ class Captures:
 
     def _make_function(self, due: Sequence[Capture]) -> Callable[[TrainState, Batch], Any]:
         what = frozenset[str]().union(*(capture.what for capture in due))
-        # One program serves all captures that are due, so it returns as many rows as the largest
-        # one wants. `_write` truncates them for the others.
+        # One program serves all captures that are due, so it returns as many examples as the
+        # largest one wants. `_write` truncates them for the others.
         rows = max((capture.rows for capture in due if 'file' in capture.what), default=0)
         measure = make_measure(what, rows)
 
@@ -184,8 +184,8 @@ class Captures:
         assert self._directory is not None
         folder = self._directory / 'capture' / name
         folder.mkdir(parents=True, exist_ok=True)
-        rows = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
-        size = write_npz(folder / f'{step}.npz', rows)
+        arrays = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
+        size = write_npz(folder / f'{step}.npz', arrays)
         # By number: as text, '1000.npz' comes before '200.npz'.
         steps = sorted(int(path.stem) for path in folder.glob('*.npz') if path.stem.isdigit())
         # Files of later steps are left over from before the run was resumed at an earlier step.
@@ -203,7 +203,7 @@ class Captures:
 
 def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) -> None:
     """Raises for a pattern that matches nothing; warns of matches that cannot be captured."""
-    expression = re.compile(pattern)
+    expression = patterns.compile_pattern(pattern, path)
     missed = [p for p in hidden if expression.fullmatch(p or ROOT)]
     reason = (
         'inside a branch or a loop (nn.cond, nnx.fori_loop), or inside a lifted module (nn.scan) '
@@ -217,7 +217,4 @@ def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) 
     if missed:
         raise UserError(f'{path}: {pattern!r} matches only modules {reason}')
     names = list(dict.fromkeys(p or ROOT for p in seen))
-    raise UserError(
-        f'{path}: {pattern!r} matches no module and no sown value. A pattern must match a whole '
-        f'path; the paths are {and_more(names, 20)}'
-    )
+    patterns.check_used([pattern], names, path, 'no module and no sown value')

@@ -79,8 +79,9 @@ class Reader:
             self.data.block,
             itertools.repeat(1, stop - start),
             self.mesh,
-            self.batch_size,
+            self.data.rows(self.batch_size),
             fields=self.fields,
+            num_shapes=self.data.num_shapes,
             start=start,
             # During the run the loader is still in use by the run's own prefetcher.
             release=self.data.close if ends else None,

@@ -27,7 +27,8 @@ def precompute(
             `config.init_from`.
 
     Returns:
-        The arrays of the file, by name.
+        The arrays of the file, by name; in processes other than the main process, without fields
+        that `predict` returns unchanged.
 
     Raises:
         UserError: if there is no such evaluation, or its task cannot predict.

@@ -33,27 +33,54 @@ def matches(patterns: Iterable[str], path: str) -> bool:
 
 
 def check_used(
-    patterns: Iterable[str], paths: Sequence[str], where: str, nothing: str = 'no parameter'
+    patterns: Iterable[str],
+    paths: Sequence[str],
+    where: str,
+    nothing: str = 'no parameter',
+    *,
+    each: bool = True,
 ) -> None:
-    """Checks that each pattern matches one of the paths.
+    """Checks that patterns match some of the paths.
 
     Args:
         patterns: regular expressions.
         paths: every path that a pattern could match.
         where: config path of the patterns, for the message.
         nothing: object of the message 'the pattern ... matches', such as 'no parameter'.
+        each: whether each pattern must match a path, and not only one of them.
 
     Raises:
-        UserError: for an invalid pattern, or one that matches none of the paths.
+        UserError: for an invalid pattern, and for patterns that match none of the paths.
     """
-    for pattern in patterns:
-        expression = compile_pattern(pattern, where)
-        if any(map(expression.fullmatch, paths)):
-            continue
-        if not paths:
-            raise UserError(f'{where}: the pattern {pattern!r} matches {nothing}: there is none')
-        # A pattern that would match with `re.search` is the usual mistake.
-        raise UserError(
-            f'{where}: the pattern {pattern!r} matches {nothing}. A pattern must match a whole '
-            f'path, such as {and_more(paths, _MAX_PATHS)}'
-        )
+    expressions = [compile_pattern(pattern, where) for pattern in patterns]
+    unused = [e.pattern for e in expressions if not any(map(e.fullmatch, paths))]
+    if each and unused:
+        raise no_match_error(where, unused[:1], paths, nothing)
+    if unused and len(unused) == len(expressions):
+        raise no_match_error(where, unused, paths, nothing)
+
+
+def no_match_error(
+    where: str,
+    patterns: Sequence[str],
+    paths: Sequence[str],
+    nothing: str = 'no parameter',
+    *,
+    is_whole: bool = True,
+) -> UserError:
+    """Returns the error for patterns that match none of the paths.
+
+    Args:
+        where: config path of the patterns.
+        patterns: one or several.
+        paths: every path that they could match.
+        nothing: object of the message 'the pattern ... matches', such as 'no parameter'.
+        is_whole: whether a pattern must match a whole path.
+    """
+    listed = ', '.join(map(repr, patterns))
+    subject = f'the pattern {listed} matches' if len(patterns) == 1 else f'{listed} match'
+    if not paths:
+        return UserError(f'{where}: {subject} {nothing}: there is none')
+    # A pattern that would match with `re.search` is the usual mistake.
+    hint = 'A pattern must match a whole path, such as' if is_whole else 'The paths are'
+    return UserError(f'{where}: {subject} {nothing}. {hint} {and_more(paths, _MAX_PATHS)}')

@@ -92,6 +92,8 @@ class Reporter:
         # The same for the seconds spent waiting for data.
         self._waited = (0, 0.0)
         self._began = 0.0
+        # Spent in compilations between steps.
+        self._late_secs = 0.0
 
     @classmethod
     def from_experiment(cls, experiment: Experiment, *, verbose: bool) -> Reporter:
@@ -170,6 +172,15 @@ class Reporter:
         self.step = step
         self.flush_ready()
         self.progress.tick(step)
+
+    def count_compilations(self, secs: float) -> None:
+        """Counts compilations between steps as such, and not as slow steps.
+
+        Args:
+            secs: the seconds of all of them so far.
+        """
+        self.time.add('compile', secs - self._late_secs)
+        self._late_secs = secs
 
     def flush_ready(self) -> None:
         """Writes the pending row, if its step is done."""

@@ -362,14 +362,9 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) ->
 
 def _check_decays(paths: Sequence[str], decayed: Sequence[str], where: str) -> None:
     """Checks that some parameter decays; a single pattern may match nothing in this model."""
-    expressions = [patterns.compile_pattern(pattern, where) for pattern in decayed]
-    matched = [path for path in paths if any(each.fullmatch(path) for each in expressions)]
     # A group all of whose parameters are frozen has no `paths`.
-    if decayed and paths and not matched:
-        raise UserError(
-            f'{where}: {", ".join(map(repr, decayed))} matches no parameter, so nothing decays. '
-            f'A pattern must match a whole path, such as {and_more(paths, 5)}.'
-        )
+    if paths:
+        patterns.check_used(decayed, paths, where, 'no parameter, so nothing decays', each=False)
 
 
 def _paths(params: Any) -> list[str]:

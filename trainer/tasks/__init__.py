@@ -6,9 +6,19 @@ Tasks of your own return a `TaskOutput`.
 
 from trainer.tasks.checks import Check
 from trainer.tasks.classification import Classification
+from trainer.tasks.elbo import ELBO
 from trainer.tasks.features import Features
 from trainer.tasks.language import Answer, NextToken
 from trainer.tasks.regression import Regression
 from trainer.tasks.task import TaskOutput
 
-__all__ = ['Answer', 'Check', 'Classification', 'Features', 'NextToken', 'Regression', 'TaskOutput']
+__all__ = [
+    'ELBO',
+    'Answer',
+    'Check',
+    'Classification',
+    'Features',
+    'NextToken',
+    'Regression',
+    'TaskOutput',
+]

@@ -138,6 +138,20 @@ def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
     return [(name, x) for name, x in named if not compat.is_reduction_counter(name)]
 
 
+def find_failing_metric(
+    collection: type[clu.metrics.Collection], outputs: Mapping[str, Any]
+) -> str | None:
+    """Returns the name of the first metric that these outputs of a task make fail, or None."""
+    # A collection does not say which of its metrics has failed, so each is tried alone.
+    for name, kind in collection.__annotations__.items():
+        if hasattr(kind, 'from_model_output'):
+            try:
+                kind.from_model_output(**outputs)
+            except Exception:
+                return name
+    return None
+
+
 def check_accumulates(empty: Any, new: Any) -> None:
     """Checks that metrics keep their shapes when they are merged.
 

@@ -59,7 +59,7 @@ class TaskOutput:
             term.
         checks: range checks by batch key; a value out of range stops the run.
         summaries: `trainer.summaries.Images`, `Histogram` or `Arrays` by name, of arrays with one
-            row for each example, or for the first few. Each evaluation writes those of its first
+            entry for each example, or for the first few. Each evaluation writes those of its first
             batch, without padding. Training does not compute them.
     """
 

@@ -50,7 +50,7 @@ class Stack:
             new = match.string[: match.start()] + self.replacement + match.string[match.end() :]
             layers.setdefault(with_key_path(path, new), {})[int(match[1])] = leaf
         if not layers:
-            raise no_match_error(self, weights)
+            raise no_match_error(self, self.pattern, weights)
         stacked = {path: self._stack(path, numbered) for path, numbered in layers.items()}
         if twice := sorted(stacked.keys() & rest.keys()):
             raise UserError(f'config.surgery: {self}: {twice[0]} already exists')
@@ -111,7 +111,7 @@ class Unstack:
                 name = before + self.replacement.replace('{}', str(index)) + after
                 new[with_key_path(path, name)] = HostLeaf(np.asarray(array))
         if new.keys() == weights.keys():
-            raise no_match_error(self, weights)
+            raise no_match_error(self, self.pattern, weights)
         return new
 
 

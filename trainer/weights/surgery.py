@@ -21,6 +21,7 @@ import optax
 from flax import traverse_util
 
 from trainer.config.errors import UserError, indented_list
+from trainer.modules import patterns
 from trainer.modules.shapes import describe
 from trainer.weights.leaves import (
     HostLeaf,
@@ -74,7 +75,7 @@ class Rename:
         except (re.error, IndexError) as error:
             raise UserError(f'config.surgery: {self}: {error}') from error
         if all(old == new for old, new in named.items()):
-            raise no_match_error(self, weights)
+            raise no_match_error(self, self.pattern, weights)
         new = list(named.values())
         if twice := sorted(path for path in set(new) if new.count(path) > 1):
             raise UserError(
@@ -288,12 +289,9 @@ def _edit_matching(
         weights: by path.
         edit: takes an array and whether it is a slot of an optimizer, and returns the new array.
     """
-    try:
-        matching = [path for path in weights if re.fullmatch(pattern, key_path(path))]
-    except re.error as error:
-        raise UserError(f'config.surgery: {operation}: {error}') from error
-    if not matching:
-        raise no_match_error(operation, weights)
+    where, paths = f'config.surgery: {operation}', _key_paths(weights)
+    patterns.check_used([pattern], paths, where, 'no array')
+    matching = [path for path in weights if patterns.matches([pattern], key_path(path))]
     new = dict(weights)
     for path in matching:
         array = read_array(weights[path])
@@ -322,10 +320,12 @@ def _check_result(array: Array, path: str, weights: Weights) -> None:
         )
 
 
-def no_match_error(operation: Operation, weights: Weights) -> UserError:
-    """Returns the error of an operation that applies to nothing, listing the available paths."""
-    paths = dict.fromkeys(key_path(path) for path in weights)
-    return UserError(
-        f'config.surgery: {operation} matches nothing. Available:\n'
-        f'{indented_list(filter(None, paths))}'
-    )
+def no_match_error(operation: Operation, pattern: str, weights: Weights) -> UserError:
+    """Returns the error of an operation whose pattern, for parts of paths, matches none of them."""
+    where, paths = f'config.surgery: {operation}', _key_paths(weights)
+    return patterns.no_match_error(where, [pattern], paths, 'no array', is_whole=False)
+
+
+def _key_paths(weights: Weights) -> list[str]:
+    # Slots have the key paths of their parameters, and a count beside the slots has none.
+    return [path for path in dict.fromkeys(map(key_path, weights)) if path]

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.errors import UserError, indented_list
+from trainer.config.errors import UserError
+from trainer.modules import patterns
 from trainer.weights import torch_recurrent
 from trainer.weights.leaves import HostLeaf, Weights
 
@@ -115,13 +116,8 @@ def _check_flatten(flatten: Sequence[Flatten], wanted: Mapping[str, Any], where:
         for keys, shape in ((path.split('/'), shape) for path, shape in wanted.items())
         if keys[-1] == 'kernel'
     }
-    for pattern, _ in flatten:
-        if not any(re.fullmatch(pattern, module) for module in kernels):
-            dense = [module for module, shape in kernels.items() if len(shape) == 2]
-            raise UserError(
-                f'{where}: the pattern {pattern!r} matches no dense layer. A pattern must match '
-                f'a whole path; available:\n{indented_list(dense)}'
-            )
+    dense = [module for module, shape in kernels.items() if len(shape) == 2]
+    patterns.check_used([pattern for pattern, _ in flatten], dense, where, 'no dense layer')
 
 
 def _convert_kernel(

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from jax.sharding import Mesh
 
+from trainer.config.columns import align_columns
 from trainer.modes.command import Command
 from trainer.modes.plan import collectives
 from trainer.modes.plan.collectives import Collective
@@ -135,17 +136,18 @@ def describe(plan: Plan, kind: str | None = None) -> str:
     if kind is not None:
         lines += [*_fit_lines(plan, kind, KINDS[kind]), '']
     whole = sum(plan.state.values())
-    lines.append(f'train state  {human_bytes(whole)} per device')
-    lines += [f' {name:<12}{human_bytes(size)}' for name, size in plan.state.items()]
-    lines.append(f' total       {human_bytes(plan.unsharded_state)} unsharded')
-    per_device = plan.batch_size // plan.shards
-    size = f'batch size {plan.batch_size:,}, {per_device:,} per device'
-    lines.append(f'batch        {human_bytes(plan.batch)} per device ({size})')
+    size = f'batch size {plan.batch_size:,}, {plan.batch_size // plan.shards:,} per device'
     temporaries = 'unknown' if plan.temporaries is None else human_bytes(plan.temporaries)
-    lines.append(f"temporaries  {temporaries} per device (CPU compiler's estimate)")
     each = plan.flops / plan.devices
-    lines.append(f'compute      {plan.flops:.3g} FLOPs per step, {each:.3g} per device')
-    lines.append('')
+    rows = [
+        ('train state', f'{human_bytes(whole)} per device'),
+        *((f' {name}', human_bytes(size)) for name, size in plan.state.items()),
+        (' total', f'{human_bytes(plan.unsharded_state)} unsharded'),
+        ('batch', f'{human_bytes(plan.batch)} per device ({size})'),
+        ('temporaries', f"{temporaries} per device (CPU compiler's estimate)"),
+        ('compute', f'{plan.flops:.3g} FLOPs per step, {each:.3g} per device'),
+    ]
+    lines += [*align_columns(rows), '']
     lines += _traffic_lines(plan)
     lines.append(f'Compiled in {plan.compile_secs:.1f} s for virtual CPU devices.')
     return '\n'.join(lines)
@@ -155,11 +157,11 @@ def _traffic_lines(plan: Plan) -> Iterator[str]:
     if not plan.collectives:
         yield 'no collectives: the devices do not communicate'
         return
-    yield f'{"collective":<20}{"axis":<16}{"devices":>7}{"per step":>11}{"bytes":>11}{"sent":>11}'
+    rows = [('collective', 'axis', 'devices', 'per step', 'bytes', 'sent')]
     for each in plan.collectives:
-        axis, sent = '+'.join(each.axes), human_bytes(each.sent_bytes)
-        counts = f'{each.group:>7,}{each.count:>11,}'
-        yield f'{each.kind:<20}{axis:<16}{counts}{human_bytes(each.nbytes):>11}{sent:>11}'
+        sizes = human_bytes(each.nbytes), human_bytes(each.sent_bytes)
+        rows.append((each.kind, '+'.join(each.axes), f'{each.group:,}', f'{each.count:,}', *sizes))
+    yield from align_columns(rows, right=(2, 3, 4, 5))
     sent = human_bytes(plan.sent_bytes)
     yield f'Each device sends {sent} per step (ring collectives assumed).'
     if not plan.is_exact:
