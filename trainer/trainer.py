@@ -69,7 +69,7 @@ class Trainer:
         """Prepares a run; nothing is compiled before a method is called.
 
         Args:
-            experiment: from `trainer.experiment.build`.
+            experiment: what `trainer.experiment.build` returned.
             workdir: where checkpoints, metrics and results go; None for a run that writes no files.
             mesh: used instead of that of `config.mesh`, which covers all devices.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the
@@ -444,7 +444,7 @@ class Trainer:
         """Returns the parameters to evaluate, as given by `config.optimizer.eval_params`.
 
         Args:
-            state: for an ensemble, the state of all members.
+            state: train state; for an ensemble, that of all members.
         """
         return setup.eval_params(self.experiment, self.set_up().programs, state)
 
