@@ -67,7 +67,7 @@ class Trainer(Predictor):
         """Prepares a run; nothing is compiled before a method is called.
 
         Args:
-            experiment: from `trainer.experiment.build`.
+            experiment: what `trainer.experiment.build` returned.
             workdir: where checkpoints, metrics and results go; None for a run that writes no files.
             mesh: used instead of that of `config.mesh`, which covers all devices.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the

@@ -37,7 +37,7 @@ class Predictor:
         """Opens a run; nothing is compiled before a method is called.
 
         Args:
-            experiment: from `trainer.experiment.build`.
+            experiment: what `trainer.experiment.build` returned.
             workdir: where its checkpoints are; None without any.
             mesh: used instead of that of `config.mesh`, which covers all devices.
         """
@@ -104,7 +104,7 @@ class Predictor:
         """Returns the parameters to evaluate, as given by `config.optimizer.eval_params`.
 
         Args:
-            state: for an ensemble, the state of all members.
+            state: train state; for an ensemble, that of all members.
         """
         return setup.eval_params(self.experiment, self.set_up().programs, state)
 
