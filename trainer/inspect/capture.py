@@ -36,8 +36,8 @@ class CaptureResult:
 
     Attributes:
         row: flat name to value.
-        histograms: by flat name.
-        message: for the user, or None.
+        histograms: histograms by flat name.
+        message: text to print, or None.
     """
 
     row: dict[str, float]
@@ -54,7 +54,7 @@ class Captures:
         """Compiles and writes nothing yet.
 
         Args:
-            captures: by name.
+            captures: settings of each capture, by name.
             forward: the forward pass of the train step.
             directory: where files go; None to write none.
         """
@@ -68,8 +68,8 @@ class Captures:
         """Checks that every pattern matches something.
 
         Args:
-            state: shapes.
-            batch: shapes.
+            state: shapes and dtypes of the train state.
+            batch: shapes and dtypes of a batch.
 
         Raises:
             UserError: for a pattern without a match, naming the paths that exist.
@@ -101,10 +101,10 @@ class Captures:
         """Runs captures and writes their files.
 
         Args:
-            names: of the captures.
+            names: names of the captures that are due.
             step: number of completed updates.
-            state: at this step.
-            batch: of this step.
+            state: train state after this step.
+            batch: the batch that this step consumed.
             stacked: whether `batch` is a stack of the batches of several fused steps.
         """
         # One transfer for everything: the results are replicated, so each device has all of them.

@@ -97,7 +97,7 @@ def write(
     Args:
         evaluator: determines the task, the fields of a batch, and whether the parameters are the
             moving average.
-        state: state of a checkpoint.
+        state: train state of a checkpoint.
         directory: created if missing; files of an earlier export are replaced.
         axes: names of the run's mesh axes, which the model may mention.
         platforms: platforms that the function is compiled for.

@@ -131,7 +131,7 @@ def check_agreement(items: Mapping[str, Any]) -> None:
     """Checks that all processes have equal items; all of them must call it.
 
     Args:
-        items: by name; compared as `json.dumps` writes them.
+        items: values by name; compared as `json.dumps` writes them.
 
     Raises:
         UserError: in every process, naming the processes that differ from process 0, and the
@@ -209,8 +209,8 @@ def exit_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
     A normal exit would wait for the other processes, which wait for this one in a collective.
 
     Args:
-        watch: from `join`.
-        stop: of the run.
+        watch: what `join` returned.
+        stop: stop request of the run.
     """
     try:
         yield

@@ -34,7 +34,7 @@ def make_evaluator(experiment: Experiment, name: str, mesh: Mesh, params: Params
 
     Args:
         experiment: what is evaluated.
-        name: of the entry.
+        name: name of the entry in `config.evals`.
         mesh: the device mesh.
         params: returns the parameters of a state to evaluate.
 
@@ -66,7 +66,7 @@ class OtherData:
         """Returns the metrics over the data.
 
         Args:
-            state: the state to evaluate.
+            state: train state to evaluate.
             data: a dict of arrays (examples, ...), or a source.
             evaluation: the one whose task, transforms and batch size are used; None for the only
                 one, or those of training if there is none.
@@ -143,9 +143,9 @@ def run_for_row(
     """Runs an evaluation of a run and opens its row; returns whether it ran to its end.
 
     Args:
-        evaluator: of an entry of `config.evals`.
+        evaluator: evaluator of an entry of `config.evals`.
         step: number of completed updates.
-        state: at this step.
+        state: train state after this step.
         report: gets the row and the time.
         profile: annotates the evaluation.
         should_stop: asked before each batch.
@@ -183,7 +183,7 @@ def bind_model(
 
     Args:
         experiment: what was trained.
-        state: with all members, for an ensemble.
+        state: train state; for an ensemble, that of all members.
         params: returns the parameters of a state to evaluate.
         member: index of the member, for an ensemble.
 

@@ -95,7 +95,7 @@ def open_run(experiment: Experiment, workdir: str | None) -> Run:
     """Returns the run of an experiment; reads the metadata of its newest checkpoint.
 
     Args:
-        experiment: from `trainer.experiment.build`.
+        experiment: what `trainer.experiment.build` returned.
         workdir: where checkpoints, metrics and results go; None writes nothing.
     """
     directory = None if workdir is None else Workdir(workdir)
@@ -168,7 +168,7 @@ def prepare_evaluators(
 
     Args:
         experiment: names the metrics that must exist.
-        evaluators: by name.
+        evaluators: evaluators by name.
         state: the shapes of the train state.
 
     Raises:

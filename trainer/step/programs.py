@@ -50,7 +50,7 @@ class Program:
     """A function compiled ahead of time for given shapes, in the background.
 
     Attributes:
-        name: name in messages.
+        name: what messages call it, such as 'step'.
         compile_secs: seconds of tracing and compiling; complete after `executable()`.
         late_secs: the part of it that was spent in calls, after the first compilation.
         compiles: number of compilations so far.
@@ -68,8 +68,8 @@ class Program:
         """Prepares the program; `start` or the first call compiles it.
 
         Args:
-            name: name in messages.
-            fn: the function.
+            name: what messages call it, such as 'step'.
+            fn: function to compile.
             arguments: arrays, or their shapes, dtypes and shardings.
             tracing: returns the context in which `fn` is traced.
             **jit: options of `jax.jit`.
@@ -194,7 +194,7 @@ class ProgramPerShape(Program):
         """Prepares the program for one shape of the batch.
 
         Args:
-            name: name in messages.
+            name: what messages call it, such as 'step'.
             *args: as for `Program`.
             num_shapes: how many shapes there may be.
             where: config path of the data, for messages.
@@ -255,8 +255,8 @@ def make_program(
     """Returns the program of a function whose last argument is a batch.
 
     Args:
-        name: name in messages.
-        fn: the function.
+        name: what messages call it, such as 'step'.
+        fn: function to compile.
         arguments: as for `Program`.
         num_shapes: how many shapes the batches may have; None for one.
         where: config path of the data, for messages.
@@ -341,7 +341,7 @@ class Programs:
             train_step: the functions of the step.
             spec: shape and dtype of each field of a global batch from the loader.
             mesh: the device mesh.
-            structure: of nested batches; None for a dict of arrays.
+            structure: tree structure of nested batches; None for a dict of arrays.
             sharding: rules that shard parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
             num_shapes: how many shapes whole batches may have; None for batches of rows.

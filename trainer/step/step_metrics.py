@@ -31,9 +31,9 @@ def measure(output: TaskOutput, sums: Any, task: TaskRunner) -> dict[str, Any]:
     """Returns the metrics and findings of a forward pass.
 
     Args:
-        output: the output of the task.
+        output: what the task returned for the batch.
         sums: the weighted sum of each loss, and the sum of the penalties.
-        task: the task.
+        task: runner of the task.
     """
     label, value = run_checks(output.checks, output.weights)
     penalties = output.penalties.items()
@@ -153,10 +153,10 @@ def norms(
         updates: the updates that were added to the parameters.
         old: the parameters before the update.
         new: the parameters after the update.
-        frozen: for each parameter whether to leave it out of 'grad' and 'update'.
+        frozen: tree of bools: whether 'grad' and 'update' leave a parameter out.
         due: bool scalar, whether the norms of this step are needed; if not, they are 0 and cost
             almost nothing. None always computes them.
-        replicated: for each parameter whether every device has all of it; None if unknown.
+        replicated: tree of bools: whether every device has all of a parameter; None if unknown.
     """
     trees = (grads, updates, old, new, frozen)
     leaves = [_Leaf(*x) for x in zip(*map(jax.tree.leaves, trees), strict=True)]

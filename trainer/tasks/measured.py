@@ -44,7 +44,7 @@ class MetricValues(dict[str, float]):
         """Adds a value under a name; the values of a (nested) dict under 'name/key'.
 
         Args:
-            name: flat name.
+            name: name with '/' between its parts.
             value: a number, an array, a summary, or a dict of these. An array of one element is a
                 number.
 

@@ -74,8 +74,8 @@ class TaskRunner:
             output of the task is checked in that first trace.
         collecting: names and classes of the metrics that need all examples at once, on the host:
             `clu.metrics.CollectingMetric`. They are not in `metrics`.
-        structure: of nested batches, which the task sees as the loader returns them; None for a
-            dict of arrays. All other code sees the arrays by name.
+        structure: tree structure of nested batches, which the task sees as the loader returns them;
+            None for a dict of arrays. All other code sees the arrays by name.
         path: the config path of the task, for messages.
     """
 
@@ -137,7 +137,7 @@ class TaskRunner:
         A nested batch whose top is no dict has no place for the mask.
 
         Args:
-            batch: arrays (batch, ...).
+            batch: arrays (batch, ...) by field name.
             reader: description of that code, for messages.
         """
         fields = device_fields(batch)
@@ -179,7 +179,7 @@ class TaskRunner:
         """Returns the batch as the task sees it: without the mask, and transformed.
 
         Args:
-            batch: arrays (batch, ...).
+            batch: arrays (batch, ...) by field name.
             keys: the random keys of this step or evaluation batch, for the transforms.
             passing: whether the task may return fields that stay on the host; it cannot compute
                 with them.
@@ -349,7 +349,7 @@ class TaskRunner:
         """Returns empty accumulators for outputs of these shapes.
 
         Args:
-            output: the shapes of an output.
+            output: shapes of what the task returns.
 
         Raises:
             UserError: naming a metric whose accumulators change shape.
@@ -365,7 +365,7 @@ class TaskRunner:
         """Returns the metrics of one batch.
 
         Args:
-            output: of the task.
+            output: what the task returned.
             collection: other metrics than those of the task that accumulate on the devices.
 
         Raises:

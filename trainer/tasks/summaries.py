@@ -23,7 +23,7 @@ def check_summaries(summaries: Mapping[str, Any], size: int) -> None:
     """Checks the summaries of a task, from shapes.
 
     Args:
-        summaries: by name.
+        summaries: what the task returned as summaries, by name.
         size: number of examples of the batch.
 
     Raises:
@@ -56,7 +56,7 @@ def create_summaries(summaries: Mapping[str, Any], mask: np.ndarray) -> dict[str
     """Returns the summaries of a task without the entries of padding.
 
     Args:
-        summaries: by name, with numpy arrays.
+        summaries: summaries by name, with numpy arrays.
         mask: bool (batch,), False for padding.
     """
     created: dict[str, Summary] = {}

@@ -75,7 +75,7 @@ def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:
     """Converts a task's result to a TaskOutput, and checks it.
 
     Args:
-        result: the result of the task.
+        result: what the task returned: a loss, a pair or a `TaskOutput`.
         averaged: whether its metrics are averaged and reported under their names; otherwise they
             are the inputs of the task's own collection.
 
