@@ -19,6 +19,7 @@ from trainer.modules.rng import Keys
 from trainer.step.health import FINDINGS, Findings, Health
 from trainer.tasks.default_prediction import (
     ScoredTask,
+    flatten_outputs,
     has_predict,
     predict_by_call,
     select_output,
@@ -166,7 +167,7 @@ class EvalStep:
             else:
                 outputs = task.predict(model, fields)
         # The caller removes the padding on the host: the number of real examples is not static.
-        return {**outputs, MASK: batch[MASK]}
+        return {**flatten_outputs(outputs), MASK: batch[MASK]}
 
     def _bind(self, variables: Mapping[str, Any], keys: Keys, batch: Any) -> BoundModel:
         own = self.variables_of_one(variables)
