@@ -391,9 +391,11 @@ def test_two_processes(line: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_no_other_text_is_a_command() -> None:
-    """Two commands with placeholders are run above; all others must be in a block that runs."""
+    """Two commands with placeholders are run above, and one downloads; the others are in blocks."""
     shown = [text for text in TEXTS if text.startswith(('python ', 'launch/'))]
     fine_tuning = [text for text in shown if '=DIRECTORY' in text]
     two_processes = [text for text in shown if '--coordinator' in text]
+    downloads = [text for text in shown if 'download_and_prepare' in text]
     assert fine_tuning and two_processes
-    assert len(shown) == len(fine_tuning) + len(two_processes)
+    assert len(shown) == len(fine_tuning) + len(two_processes) + len(downloads)
+    assert len(downloads) <= 1
