@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import nested
+from .collate import stack_batches
 from .compat import worker_death_cause
 from .loader import Block, TrainLoader
 from .nested import Tree
@@ -66,7 +67,8 @@ class GrainLoader:
                 most of the work releases the interpreter lock (reading files, decoding images).
             threads: threads per process; by default 8 without workers, and 0 in a worker (its main
                 thread does the work).
-            task_rows: rows that are read and transformed at once.
+            task_rows: rows that are read and transformed at once; all rows of a batch if the
+                source collates.
             ahead: number of batches to prefetch.
 
         Raises:
@@ -99,6 +101,16 @@ class GrainLoader:
     def examples(self) -> int:
         """Number of examples of the source."""
         return self._loader.examples
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of a batch: see `TrainLoader.rows`."""
+        return self._loader.rows
+
+    @property
+    def num_shapes(self) -> int | None:
+        """See `trainer.input.loader.Collated`."""
+        return self._loader.num_shapes
 
     @property
     def marks(self) -> Marks:
@@ -135,8 +147,11 @@ class GrainLoader:
         Raises:
             WorkerError: if a worker failed or died; the message names the example.
         """
-        # As indices, so that two requests for the same rows compare equal.
-        wanted = np.arange(self.batch_size)[rows]
+        # As indices, so that two requests for the same rows compare equal. Batches of a source that
+        # collates are always whole.
+        wanted = np.arange(self.batch_size)
+        if self.num_shapes is None:
+            wanted = wanted[rows]
         stream = self._stream
         # A jump happens once, when a run starts or resumes; afterwards blocks follow each other.
         if stream is None or not stream.is_at(start, wanted):
@@ -160,7 +175,8 @@ class GrainLoader:
     def _open(self, step: int, rows: np.ndarray) -> _Stream:
         import grain.python as grain
 
-        tasks = _Tasks(self._loader, rows, self._task_rows, step, in_worker=self._workers > 0)
+        task_rows = self._task_rows if self.num_shapes is None else len(rows)
+        tasks = _Tasks(self._loader, rows, task_rows, step, in_worker=self._workers > 0)
         num_tasks = self._ahead * tasks.per_step
         # At least one task per thread, or some threads would idle; otherwise what covers `ahead`
         # batches, divided among the workers.
@@ -257,6 +273,10 @@ class _Stream:
         for _ in range(count * self.tasks.per_step):
             parts.append(next(self.elements))
             self.num_taken += 1
+        if self.tasks.loader.num_shapes is not None:
+            # Whole batches, whose arrays need not have a row for each example.
+            arrays = stack_batches([part['arrays'] for part in parts])
+            return Block(arrays, np.stack([part['ids'] for part in parts]))
         shape = (count, len(self.tasks.rows))
 
         def join(*pieces: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from . import nested
 from . import transforms as transforms_lib
+from .collate import Collator, is_collating, padding_rows
 from .foreign import as_transforms
 from .nested import Tree
 from .order import PADDING, Marks, Order, replay_batch_sizes
@@ -28,7 +29,8 @@ class Block:
     """The batches of consecutive steps.
 
     Attributes:
-        arrays: each field as (steps, rows, ...); a dict, or another tree (`data.nested`).
+        arrays: each field as (steps, rows, ...); a dict, or another tree (`data.nested`). Of a
+            source that collates, whole batches, (steps, ...).
         ids: int64 (steps, rows), the example in each row; -1 is padding.
         states: for a stream, its state after each batch, as JSON values; None for other loaders.
     """
@@ -82,7 +84,8 @@ class TrainLoader:
         """
         if repeat_batch is not None and repeat_batch < 1:
             raise ValueError(f'repeat_batch: {repeat_batch} batches; expected at least 1, or None')
-        check_source(source)
+        self._transforms = as_transforms(transforms)
+        self._collator = _make_collator(source, self._transforms, seed, batch_size)
         if not len(source):
             raise ValueError(
                 f'the source {type(source).__name__} is empty; name a split or files that have '
@@ -90,7 +93,6 @@ class TrainLoader:
             )
         self.batch_size = batch_size
         self._source = source
-        self._transforms = as_transforms(transforms)
         self._seed = seed
         self._repeat = repeat_batch
         self._order = Order(
@@ -99,6 +101,7 @@ class TrainLoader:
             seed=seed,
             shuffle=shuffle,
             remainder=remainder,
+            arrange=None if self._collator is None else getattr(source, 'arrange', None),
         )
         self.steps_per_epoch: Fraction = self._order.steps_per_epoch
 
@@ -108,16 +111,33 @@ class TrainLoader:
         return len(self._source)
 
     @property
+    def rows(self) -> int:
+        """Number of rows of a batch: more than `batch_size` for a source with `padding_rows`."""
+        return self.batch_size if self._collator is None else self._collator.rows
+
+    @property
+    def num_shapes(self) -> int | None:
+        """See `trainer.input.loader.Collated`."""
+        return None if self._collator is None else self._collator.num_shapes
+
+    @property
     def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
         # The first batch that exists: an order does not support steps before its last change of the
         # batch size.
-        block = self.block(self._order.resized_at.step, 1, rows=slice(0, 1))
-        return _spec(block, self.batch_size)
+        start = self._order.resized_at.step
+        if self._collator is not None:
+            return _spec_of_whole(self.block(start, 1))
+        return _spec(self.block(start, 1, rows=slice(0, 1)), self.batch_size)
 
     @property
     def first(self) -> Tree:
-        """The first example of the source, as in epoch 0, each field as (1, ...)."""
+        """The first example of the source, as in epoch 0, each field as (1, ...).
+
+        Of a source that collates, a batch with this example alone.
+        """
+        if self._collator is not None:
+            return self._collator.first()
         first = np.zeros((1, 1), np.int64)
         arrays = _read(self._source, self._transforms, self._seed, first, first, first[0])
         return nested.map_arrays(lambda x: x[0], arrays)
@@ -157,9 +177,12 @@ class TrainLoader:
         Args:
             start: position of the first batch.
             count: number of batches.
-            rows: which rows of each global batch; all by default.
+            rows: which rows of each global batch; all by default. Batches of a source that
+                collates are always whole.
         """
         ids, epochs = self.order(start, count)
+        if self._collator is not None:
+            return _collate(self._collator, ids, epochs)
         # The filler is taken from the whole batch: each process reads only some rows, but padding
         # must not depend on which.
         first, ids, epochs = ids[:, 0], ids[:, rows], epochs[:, rows]
@@ -203,18 +226,24 @@ class EvalLoader:
         """
         if batch_size < 1:
             raise ValueError(f'batch_size: {batch_size} examples; expected a positive number')
-        check_source(source)
+        self._transforms = as_transforms(transforms)
+        self._collator = _make_collator(source, self._transforms, 0, batch_size, padded_to)
         self.examples = len(source)
         self.num_batches = -(-self.examples // batch_size)
         self._source = source
         self._batch_size = batch_size
-        self.rows = max(batch_size, padded_to or 0)
-        self._transforms = as_transforms(transforms)
+        self.rows = max(batch_size + padding_rows(source), padded_to or 0)
+
+    @property
+    def num_shapes(self) -> int | None:
+        """See `trainer.input.loader.Collated`."""
+        return None if self._collator is None else self._collator.num_shapes
 
     @property
     def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a batch."""
-        return _spec(self.block(0, 1), self.rows)
+        block = self.block(0, 1)
+        return _spec(block, self.rows) if self._collator is None else _spec_of_whole(block)
 
     def block(self, start: int, count: int, rows: slice | np.ndarray = slice(None)) -> Block:
         """Returns the batches [start, start + count), `_mask` among the arrays.
@@ -222,18 +251,37 @@ class EvalLoader:
         Args:
             start: number of the first batch.
             count: number of batches.
-            rows: which rows of each global batch; all by default.
+            rows: which rows of each global batch; all by default. Batches of a source that
+                collates are always whole.
         """
         first = np.arange(start, start + count)[:, None] * self._batch_size
         row = np.arange(self.rows)[None, :]
         ids = first + row
         # Rows beyond the batch size exist only so that the batch divides evenly over the devices.
         ids = np.where((row < self._batch_size) & (ids < self.examples), ids, PADDING)
+        if self._collator is not None:
+            return _collate(self._collator, ids, np.zeros_like(ids))
         # Batches after the last one have no first row: any example can fill them.
         filler, ids = np.maximum(ids[:, 0], 0), ids[:, rows]
         epochs = np.zeros_like(ids)
         arrays = _read(self._source, self._transforms, 0, ids, epochs, filler)
         return Block(_with_mask(arrays, ids), ids)
+
+
+def _make_collator(
+    source: Any, transforms: Any, seed: int, batch_size: int, padded_to: int | None = None
+) -> Collator | None:
+    """Checks a source; returns what makes its batches, None for rows of its `gather`."""
+    if not is_collating(source):
+        check_source(source)
+        return None
+    rows = max(batch_size + padding_rows(source), padded_to or 0)
+    return Collator(source, transforms, seed, rows)
+
+
+def _collate(collator: Collator, ids: np.ndarray, epochs: np.ndarray) -> Block:
+    batches, ids = collator.batches(ids, epochs)
+    return Block(_with_mask(batches, ids), ids)
 
 
 def _read(
@@ -308,6 +356,10 @@ def _with_mask(arrays: Tree, ids: np.ndarray) -> Tree:
             'with trainer.data.transforms:Rename'
         )
     return {**arrays, MASK: ids != PADDING}
+
+
+def _spec_of_whole(block: Block) -> Tree:
+    return nested.map_arrays(lambda x: ArraySpec(x.shape[1:], x.dtype), block.arrays)
 
 
 def _spec(block: Block, rows: int) -> Tree:

@@ -77,6 +77,8 @@ class Order:
         remainder: 'carry' lets batches cross epoch borders, 'pad' fills the last batch of an epoch
             with padding, 'drop' leaves it out.
         resized_at: where batches of this size begin; steps before it are not supported.
+        arrange: rearranges the shuffled examples of an epoch: see
+            `trainer.data.collate.CollatingSource`.
     """
 
     examples: int
@@ -85,6 +87,7 @@ class Order:
     shuffle: bool = True
     remainder: str = 'carry'
     resized_at: ResizePoint = ResizePoint()
+    arrange: Callable[[np.ndarray, int, int], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if self.remainder not in ('carry', 'pad', 'drop'):
@@ -184,6 +187,8 @@ class Order:
         def ids(epoch: int) -> np.ndarray:
             if self.shuffle:
                 order = epoch_order(self.examples, self.seed, epoch)
+                if self.arrange is not None:
+                    order = _check_permutation(self.arrange(order, self.seed, epoch), order)
             else:
                 order = np.arange(self.examples)
             rows = self._rows_per_epoch
@@ -207,6 +212,15 @@ class Order:
     def __getstate__(self) -> dict[str, Any]:
         # The cache and its lock are not sent to other processes.
         return {name: value for name, value in self.__dict__.items() if name != '_epoch'}
+
+
+def _check_permutation(arranged: np.ndarray, order: np.ndarray) -> np.ndarray:
+    if not np.array_equal(np.sort(arranged), np.arange(len(order))):
+        raise ValueError(
+            'the arrange of the source must return all examples of the order that it gets, each '
+            'once'
+        )
+    return arranged
 
 
 def replay_batch_sizes(order: Order, batch_sizes: Sequence[tuple[int, int]]) -> tuple[Order, Marks]:

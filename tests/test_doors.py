@@ -15,7 +15,7 @@ import trainer
 from tests import command
 from tests.command import ROOT
 
-DOORS = ('sharding', 'schedules', 'metrics', 'summaries')
+DOORS = ('sharding', 'schedules', 'metrics', 'scores', 'summaries', 'device_transforms')
 PUBLIC = [
     'trainer:Experiment',
     'trainer:TaskOutput',
@@ -24,12 +24,15 @@ PUBLIC = [
     'trainer:load_and_build',
     'trainer:pad_shard_unpad',
     'trainer:precompute',
+    'trainer.device_transforms:Mixup',
+    'trainer.device_transforms:Resize',
     'trainer.ensemble:member_state',
     'trainer.metrics:AUC',
     'trainer.metrics:F1',
     'trainer.metrics:WeightedMean',
     'trainer.metrics:auc',
     'trainer.schedules:rsqrt',
+    'trainer.scores:LinearProbe',
     'trainer.sharding:ByName',
     'trainer.summaries:Histogram',
     'trainer.summaries:image_of_figure',

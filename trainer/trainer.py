@@ -69,7 +69,7 @@ class Trainer:
         """Prepares a run; nothing is compiled before a method is called.
 
         Args:
-            experiment: from `trainer.experiment.build`.
+            experiment: what `trainer.experiment.build` returned.
             workdir: where checkpoints, metrics and results go; None for a run that writes no files.
             mesh: used instead of that of `config.mesh`, which covers all devices.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the
@@ -200,6 +200,7 @@ class Trainer:
         """Runs the events due after this step, in the order log, monitors, eval, hooks, save."""
         # First: a trace covers whole steps, and none of the events after them.
         self._print(self._profile.update(step, state))
+        self.report.count_compilations(self.set_up().programs.step.late_secs)
         log_due = self._events.log.is_due(step)
         if log_due or step == self._events.total_steps:
             # Does not wait for the step: Reporter fetches the values once they are computed.
@@ -443,7 +444,7 @@ class Trainer:
         """Returns the parameters to evaluate, as given by `config.optimizer.eval_params`.
 
         Args:
-            state: for an ensemble, the state of all members.
+            state: train state; for an ensemble, that of all members.
         """
         return setup.eval_params(self.experiment, self.set_up().programs, state)
 
@@ -520,11 +521,12 @@ class Trainer:
 
         Returns:
             For a split, an iterator over the predictions of each batch, padding removed. For other
-            data, the predictions for all of its rows, by name.
+            data, the predictions for all of its examples, by name. Of several processes, only the
+            main process gets fields of the batch that `predict` returns unchanged.
 
         Raises:
             UserError: if a task without a method `predict` calls the model not exactly once, or its
-                output has not one row for each example.
+                output has not one entry for each example.
         """
         state = self._resolve_state(state, 'predict(state)')
         if isinstance(data, str):

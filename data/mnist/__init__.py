@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import functools
-import gzip
-import hashlib
 import os
 import pathlib
-import zlib
 
 import numpy as np
 
+from .. import idx
 from ..sources import ArraySource
 
 _DIRECTORY = pathlib.Path(__file__).parent
@@ -47,23 +45,15 @@ class MNIST(ArraySource):
             raise ValueError(f'split: {split!r} is none of {", ".join(_FILES)}')
         root = _DIRECTORY if directory is None else pathlib.Path(os.path.expanduser(directory))
         read = _read_cached if directory is None else _read
-        images = read(root / f'{_FILES[split]}-images-idx3-ubyte.gz', header=16)
-        labels = read(root / f'{_FILES[split]}-labels-idx1-ubyte.gz', header=8)
+        images = read(root / f'{_FILES[split]}-images-idx3-ubyte.gz')
+        labels = read(root / f'{_FILES[split]}-labels-idx1-ubyte.gz')
         super().__init__(
-            {'image': images.reshape(-1, 28, 28, 1), 'label': labels.astype(np.int32)}, limit=limit
+            {'image': images[..., None], 'label': labels.astype(np.int32)}, limit=limit
         )
 
 
-def _read(path: pathlib.Path, header: int) -> np.ndarray:
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f'{path} cannot be read: {error}') from error
-    found = hashlib.sha256(content).hexdigest()
-    expected = _SHA256[path.name.removesuffix('.gz')]
-    if found != expected:
-        raise ValueError(f'{path} is damaged: its content has sha256 {found}, not {expected}')
-    return np.frombuffer(content, np.uint8, offset=header)
+def _read(path: pathlib.Path) -> np.ndarray:
+    return idx.read(path, _SHA256[path.name.removesuffix('.gz')])
 
 
 # All readers of the files beside this one share what was unpacked (55 MB; nobody can write to it).

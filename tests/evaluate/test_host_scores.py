@@ -258,11 +258,11 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     call = scored.Net.__call__
 
-    def counted(self: Any, x: Any) -> Any:
+    def count_call(self: Any, x: Any) -> Any:
         found.append(x)
         return call(self, x)
 
-    monkeypatch.setattr(scored.Net, '__call__', counted)
+    monkeypatch.setattr(scored.Net, '__call__', count_call)
     return found
 
 

@@ -118,7 +118,7 @@ def test_violations_of_the_protocol_are_named(loader: Any, message: str) -> None
 
 
 def test_a_training_loader_is_refused_for_evaluation() -> None:
-    expected = 'TrainLoader has no `num_batches`, `rows`; .*: see trainer.input.loader.EvalLoader'
+    expected = 'TrainLoader has no `num_batches`; .*: see trainer.input.loader.EvalLoader'
     with pytest.raises(UserError, match=expected):
         EvalData.from_loader(
             TrainLoader(source=source(), batch_size=4), 'config.evals.test.data.loader'

@@ -20,12 +20,16 @@ from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
 from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
 from trainer.models.generation import generate
+from trainer.models.mixer import Mixer
+from trainer.models.mixer_nnx import Mixer as NNXMixer
 from trainer.models.mlp import MLP
 from trainer.models.mlp_nnx import MLP as NNXMLP
 from trainer.models.norm import GroupedBatchNorm
 from trainer.models.recurrent import Seq2Seq
 from trainer.models.resnet import ResNet
 from trainer.models.transformer import Transformer
+from trainer.models.vit import ViT
+from trainer.models.vit_nnx import ViT as NNXViT
 from trainer.modules.functional import as_functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
@@ -224,6 +228,28 @@ def test_resnet(block: Any, stem: Any, groups: int, way: str) -> None:
     model = ResNet(block=block, stem=stem, norm_groups=groups, **sizes, **own)
     for mode in ('train', 'eval'):
         assert dtypes(model, precision, images(16, 3), mode=mode) == {half}
+
+
+PATCHES: dict[str, Any] = dict(num_classes=3, patch_size=4, layers=1, width=8, dropout_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    # Not with half-precision parameters alone: the dtype of the images would decide.
+    'way',
+    [x for x in SOME if x.values[0] != 'kept-bfloat16'],
+)
+def test_models_of_patches(way: str) -> None:
+    """Transformers and mixers, in Linen and in NNX."""
+    precision, own, half = WAYS[way]
+    options = {**PATCHES, **own}
+    models = (
+        ViT(heads=2, **options),
+        Mixer(**options),
+        lambda rngs: NNXViT(heads=2, size=8, channels=1, rngs=rngs, **options),
+        lambda rngs: NNXMixer(size=8, channels=1, rngs=rngs, **options),
+    )
+    for model in models:
+        assert dtypes(model, precision, images()) == {half}
 
 
 class Normed(nn.Module):

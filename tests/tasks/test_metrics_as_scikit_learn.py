@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import scipy.special
 import scipy.stats
 
 from trainer import metrics
+from trainer.config.errors import UserError
 
 theirs = pytest.importorskip('sklearn.metrics')
 calibration_curve = pytest.importorskip('sklearn.calibration').calibration_curve
@@ -155,6 +157,46 @@ def test_auc_and_average_precision(average: Any, ties: bool, weighted: bool) -> 
         want = theirs.average_precision_score(labels, scores, **options)
         got = compute(metrics.AveragePrecision(average=average), found)
         np.testing.assert_allclose(np.squeeze(got), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('average', ['macro', 'weighted'])
+@pytest.mark.parametrize('ties', [False, True])
+@pytest.mark.parametrize('weighted', [False, True])
+def test_auc_of_pairs_of_classes(average: Any, ties: bool, weighted: bool) -> None:
+    found = data('multiclass', ties=ties)
+    scores = scipy.special.softmax(found['logits'].astype(np.float64), -1)
+    times = np.ones(len(scores), int)
+    if weighted:  # scikit-learn takes no weights here: an example of weight 2 is there twice.
+        times = np.arange(len(scores)) % 3
+    found['weights'] = times.astype(np.float32)
+    labels, scores = np.repeat(found['labels'], times), np.repeat(scores, times, 0)
+    want = theirs.roc_auc_score(labels, scores, multi_class='ovo', average=average)
+    got = compute(metrics.AUC(average=average, multi_class='ovo'), found)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def test_pairs_with_a_class_that_never_occurs() -> None:
+    found = data('multiclass', absent=True)
+    found.pop('weights')
+    scores = scipy.special.softmax(found['logits'].astype(np.float64), -1)
+    assert np.isnan(compute(metrics.AUC(multi_class='ovo'), found))
+    present = np.unique(found['labels'])
+    pairs = []
+    for one, two in itertools.combinations(present, 2):
+        kept = np.isin(found['labels'], [one, two])
+        yes, part = found['labels'][kept], scores[kept]
+        pairs += [theirs.roc_auc_score(yes == i, part[:, i]) for i in (one, two)]
+    got = compute(metrics.AUC(multi_class='ovo', skip_absent=True), found)
+    assert got == pytest.approx(np.mean(pairs), abs=1e-6)
+
+
+def test_pairs_need_classes() -> None:
+    with pytest.raises(ValueError, match="expected average='macro' or 'weighted', got 'micro'"):
+        metrics.AUC(multi_class='ovo', average='micro')
+    with pytest.raises(ValueError, match="multi_class: expected 'ovr' or 'ovo', got 'ova'"):
+        metrics.AUC(multi_class='ova')  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="with multi_class='ovo' compares classes, but 'logits'"):
+        compute(metrics.AUC(multi_class='ovo'), data('multilabel'))
 
 
 def test_labels_that_never_occur() -> None:

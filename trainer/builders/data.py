@@ -72,20 +72,23 @@ def _evaluation(
     path = f'config.evals.{name}'
     if section.ema and sections.ema is None:
         raise UserError(f'{path}.ema: this run has no moving average; set config.ema.decay')
+    task_path = 'config.task'
     if section.task is not None:
-        task = targets.instantiate(section.task, f'{path}.task')
+        task_path = f'{path}.task'
+        task = targets.instantiate(section.task, task_path)
     source = targets.instantiate(section.data.source, f'{path}.data.source')
     transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
     batch_size = section.data.batch_size or sections.data.batch_size
 
     # Later, because the number of examples to pad to depends on the number of devices.
-    def build_data(padded_to: int, other: Any = None) -> EvalData:
+    def build_data(shards: int, other: Any = None) -> EvalData:
+        read = source if other is None else other
         node = {
             **section.data.loader,
-            'source': source if other is None else other,
+            'source': read,
             'transforms': transforms,
             'batch_size': batch_size,
-            'padded_to': padded_to,
+            'padded_to': _padded_size(batch_size, read, shards),
         }
         loader = targets.instantiate(node, f'{path}.data')
         return EvalData.from_loader(loader, f'{path}.data.loader')
@@ -94,7 +97,9 @@ def _evaluation(
         every=section.every,
         final=section.final,
         ema=section.ema,
-        task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
+        task=TaskRunner.from_task(
+            task, build_device_transforms(section.data, f'{path}.data'), task_path
+        ),
         model=build_model(sections, section.model, f'{path}.model') if section.model else None,
         score=None if section.score is None else _build_score(section.score, f'{path}.score'),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
@@ -112,14 +117,14 @@ def build_default_evaluation(sections: Sections, task: TaskRunner) -> Evaluation
     data, path = sections.data, 'config.data'
     batch_size = check_positive(data.batch_size, f'{path}.batch_size')
 
-    def build_data(padded_to: int, other: Any = None) -> EvalData:
+    def build_data(shards: int, other: Any = None) -> EvalData:
         transforms = targets.instantiate(data.transforms, f'{path}.transforms')
         node = {
             'target': 'trainer.data.loader:EvalLoader',
             'source': other,
             'transforms': transforms,
             'batch_size': batch_size,
-            'padded_to': padded_to,
+            'padded_to': _padded_size(batch_size, other, shards),
         }
         return EvalData.from_loader(targets.instantiate(node, path), path)
 
@@ -146,12 +151,19 @@ def as_source(data: Any, path: str) -> Any:
     if isinstance(data, Mapping):
         node = {'target': 'trainer.data.sources:ArraySource', 'args': (data,)}
         return targets.instantiate(node, path)
-    if not hasattr(data, 'gather'):
+    if not hasattr(data, 'gather') and not hasattr(data, 'collate'):
         raise UserError(
-            f'{path}: expected a dict of arrays, each with one row per example, or a source (an '
-            f'object with __len__, spec and gather), got a {type(data).__name__}'
+            f'{path}: expected a dict of arrays, each with one entry per example, or a source (an '
+            f'object with __len__, spec and gather, or with collate), got a {type(data).__name__}'
         )
     return data
+
+
+def _padded_size(batch_size: int, source: Any, shards: int) -> int:
+    """Returns the number of examples of a batch with padding: a multiple of the shards."""
+    # A source that collates may need places for padding in every batch.
+    places = batch_size + getattr(source, 'padding_rows', 0)
+    return -(-places // shards) * shards
 
 
 def _build_score(section: ScoreSection, path: str) -> Score:

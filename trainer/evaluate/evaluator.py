@@ -32,9 +32,10 @@ from trainer.observe.summaries import Summary
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_sharding, replicated_sharding
+from trainer.parallel.messages import Messages
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import FINDINGS
-from trainer.step.programs import Program
+from trainer.step.programs import Program, make_program
 from trainer.step.state import TrainState
 from trainer.tasks.bad_values import describe_bad_value
 from trainer.tasks.batch import record_reads
@@ -121,7 +122,7 @@ class Evaluator:
         self._score = score
         self._own_model = own_model
         if score is not None:
-            check_fields(score, data.spec)
+            check_fields(score, data.spec, data.rows)
 
     def prepare(self, state: TrainState) -> None:
         """Prepares `run`, so that mistakes are found before training starts.
@@ -147,6 +148,8 @@ class Evaluator:
         )
         # From shapes alone: a metric that cannot be computed is found before training starts.
         self._trial_metrics = self._check_metrics()
+        with self._add_name_to_errors():
+            jax.eval_shape(self.step.task.collect, ensemble_output)
         if self._score is not None:
             prediction = self._trace_prediction(state)
             check_names(self._score, prediction.computed, prediction.unchanged)
@@ -164,10 +167,15 @@ class Evaluator:
         try:
             yield
         except UserError as error:
-            raise UserError(f'{self.path}: {error}') from error
+            raise self._with_path(error) from error
         except Exception as error:
             error.add_note(f'This happened in the metrics of {self.path}')
             raise
+
+    def _with_path(self, error: UserError) -> UserError:
+        """Returns the error with the path of the evaluation, once."""
+        text = str(error)
+        return UserError(text if text.startswith(f'{self.path}.') else f'{self.path}: {text}')
 
     def _output_shapes(self, state: TrainState) -> Any:
         shapes = None
@@ -184,7 +192,7 @@ class Evaluator:
                 if self._own_model:
                     step = self._with_fresh_collections(step, variables, shapes)
                 output = step.output_shapes(variables, shapes)
-            self._fields = fields.with_sent(reads.names)
+            self._fields = fields.with_read(reads.names, self.data.num_shapes, task.transforms)
             task = task.with_host_fields(self._fields.host_fields(), reads.weighted)
             self._run_step = dataclasses.replace(step, task=task)
             return output
@@ -316,10 +324,12 @@ class Evaluator:
         """Returns the summaries of the task for a batch, without padding; all processes call it."""
         if members not in self._summarizers:
             # A program of its own: in that of the metrics, every batch would compute them.
-            self._summarizers[members] = Program(
+            self._summarizers[members] = make_program(
                 f'the summaries of evaluation {self.name!r}',
                 self._run_step.summarize,
                 args,
+                num_shapes=self.data.num_shapes,
+                where=self._data_path,
                 tracing=self._tracing,
                 # All processes have all rows: those of one batch are few.
                 out_shardings=replicated_sharding(self._mesh),
@@ -387,14 +397,14 @@ class Evaluator:
         """Yields the task's predictions for each batch, without padding.
 
         A batch field that the task returns unchanged comes from the loader as it is, including text
-        and 64-bit integers.
+        and 64-bit integers. Of several processes, only the main process gets such fields.
 
         Raises:
             UserError: if a task without a method `predict` has no output of the model to predict.
         """
         variables, prediction = self.variables(state), self.prediction(state)
         # Several outputs may be the same field.
-        host = tuple(set(prediction.unchanged.values()))
+        host, messages = tuple(set(prediction.unchanged.values())), Messages()
         with self._batches(fields=prediction.fields, host=host) as batches:
             for batch in self._read_to_end(batches):
                 args = (variables, state.step, np.int32(batch.start), batch.arrays)
@@ -403,10 +413,11 @@ class Evaluator:
                 # One transfer for all outputs, in every process: they are replicated.
                 outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
-                outputs.update(prediction.gather_unchanged(batch.host, batch.rows))
+                whole = {name: x[mask] for name, x in outputs.items()}
+                whole.update(prediction.gather_unchanged(messages, batch))
                 # Sorted, so that files and messages list them in the same order whatever the task
                 # does.
-                yield {name: outputs[name][mask] for name in sorted(outputs)}
+                yield {name: whole[name] for name in sorted(whole)}
 
     def prediction(self, state: TrainState) -> Prediction:
         """Returns the traced `predict` of the task.
@@ -463,10 +474,12 @@ class Evaluator:
 
     def _compile(self, args: tuple[Any, ...], prediction: Prediction | None) -> Program:
         name = f'the step of evaluation {self.name!r}'
-        return Program(
+        return make_program(
             name,
             StepWithRows(self._run_step, prediction),
             args,
+            num_shapes=self.data.num_shapes,
+            where=self._data_path,
             tracing=self._tracing,
             donate_argnums=0,
             # Rows stay where they are: no device needs those of the others.
@@ -485,7 +498,15 @@ class Evaluator:
         limits = [n for n in (self.data.num_batches, max_batches) if n is not None]
         calls = itertools.repeat(1, min(limits)) if limits else itertools.repeat(1)
         data = self.data
-        return Prefetcher(data.block, calls, self._mesh, data.rows, release=data.close, **options)
+        return Prefetcher(
+            data.block,
+            calls,
+            self._mesh,
+            data.rows,
+            num_shapes=data.num_shapes,
+            release=data.close,
+            **options,
+        )
 
     def _read_to_end(self, batches: Prefetcher) -> Iterator[LoadedBatch]:
         """Yields the batches; for data without a length, until no process has any example left.

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.evaluate.host_rows import join_parts
+from trainer.evaluate.host_rows import gather_rows
 from trainer.evaluate.step import EvalStep
+from trainer.input.batch import LoadedBatch
 from trainer.input.fields import MASK, Fields
 from trainer.input.host_field import HostField, HostFieldError
 from trainer.modules.shapes import describe
-from trainer.parallel import processes
-from trainer.parallel.mesh import LocalExamples
+from trainer.parallel.messages import Messages
 from trainer.tasks.batch import record_reads
 from trainer.tasks.default_prediction import has_predict, shape_message
 
@@ -104,24 +104,25 @@ class Prediction:
         unchanged = self._find_unchanged(outputs, batch)
         return {name: x for name, x in outputs.items() if name not in unchanged}
 
-    def gather_unchanged(
-        self, rows: Mapping[str, np.ndarray], process_rows: LocalExamples | None
-    ) -> dict[str, np.ndarray]:
-        """Returns the outputs that are unchanged fields, for all examples of a global batch.
+    def gather_unchanged(self, messages: Messages, batch: LoadedBatch) -> dict[str, np.ndarray]:
+        """Brings the outputs that are unchanged fields to the main process, without padding.
 
         All processes must call it.
 
         Args:
-            rows: these fields, as this process has read them.
-            process_rows: indices of these rows, None for all.
+            messages: those of this pass over the data.
+            batch: its host fields are those that this process has read.
+
+        Returns:
+            In the main process the outputs by name, of all examples of the global batch; in the
+            others, nothing.
         """
-        if process_rows is None or not self.unchanged:
-            return {output: rows[field] for output, field in self.unchanged.items()}
-        # An example that several processes hold comes from its owner only.
-        owned = process_rows.is_owned
-        own_rows = (process_rows.indices[owned], {name: x[owned] for name, x in rows.items()})
-        whole = join_parts(processes.gather_objects(own_rows))
-        return {output: whole[field] for output, field in self.unchanged.items()}
+        if not self.unchanged:
+            return {}
+        gathered = gather_rows(messages, {}, batch.host, batch)
+        if gathered is None:
+            return {}
+        return {output: gathered[1][field] for output, field in self.unchanged.items()}
 
     def _trace(self, variables: Any) -> tuple[frozenset[str], dict[str, str]]:
         unchanged: dict[str, str] = {}
@@ -143,6 +144,12 @@ class Prediction:
                 raise UserError(
                     f"the task's predict returned {name!r} as {describe(x)}; expected an array "
                     f'with one row for each of the {rows[0]} examples of a batch'
+                )
+        for name, field in unchanged.items():
+            if tuple(self.fields.spec[field].shape[:1]) != rows:
+                raise UserError(
+                    f"the task's predict returned the field {field!r} unchanged as {name!r}, which "
+                    f'has not one entry for each of the {rows[0]} examples of a batch'
                 )
         return frozenset(shapes), unchanged
 

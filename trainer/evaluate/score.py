@@ -84,15 +84,25 @@ def check_names(score: Score, computed: Iterable[str], unchanged: Mapping[str, s
             )
 
 
-def check_fields(score: Score, spec: Mapping[str, Any]) -> None:
+def check_fields(score: Score, spec: Mapping[str, Any], rows: int) -> None:
     """Checks that the batches have the fields that a score asks for.
 
+    Args:
+        score: the score.
+        spec: shapes of the fields.
+        rows: number of examples of a batch.
+
     Raises:
-        UserError: naming the first that they lack, and a similar one.
+        UserError: naming the first that they lack, or that has not one entry for each example.
     """
     for name in score.fields:
         if name not in spec:
             raise UserError(
                 f'{score.path}.fields: the batches have no field {name!r}; they have '
                 f'{", ".join(sorted(spec.keys() - {MASK}))}'
+            )
+        if tuple(spec[name].shape[:1]) != (rows,):
+            raise UserError(
+                f'{score.path}.fields: {name!r} has the shape {list(spec[name].shape)} in a batch '
+                f'of {rows} examples; a score only gets fields with one entry for each example'
             )

@@ -24,8 +24,8 @@ class Evaluation:
         ema: whether it evaluates the moving average of the parameters.
         task: computes the metrics.
         batch_size: examples in a batch.
-        data: returns the data of the split in batches padded to the given size, which depends on
-            the number of devices; its second argument is a source to read instead, or None.
+        data: returns the data of the split, in batches padded so that they divide evenly over the
+            given number of shards; its second argument is a source to read instead, or None.
         model: the form of the model that it evaluates, with the same variables; None for that of
             training.
         score: computed on the host from the predictions for all examples, or None.

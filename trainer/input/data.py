@@ -50,6 +50,7 @@ class LoadedBlock:
 
     Attributes:
         arrays: each field, (steps, rows, ...); nested ones by path (`trainer.input.structure`).
+            Whole batches are (steps, ...).
         ids: int64 (steps, rows), the example in each row; -1 is padding.
         states: state of a stream after each step; None for other data.
     """
@@ -115,6 +116,14 @@ class _Common:
             rows = getattr(self.loader, 'rows', next(iter(spec.values())).shape[0])
             spec[MASK] = jax.ShapeDtypeStruct((rows,), np.dtype(bool))
         return spec, structure
+
+    @property
+    def num_shapes(self) -> int | None:
+        """How many shapes batches may have, if the loader returns whole ones; None for rows.
+
+        See `trainer.input.loader.Collated`.
+        """
+        return getattr(self.loader, 'num_shapes', None)
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> LoadedBlock:
         """Returns the batches [start, start + count), of the given rows of each global batch."""
@@ -223,6 +232,11 @@ class TrainData(_Common):
             return super().block(start, count, rows)
         block = self.stream.block(start, count, rows=rows)
         return LoadedBlock(self._flatten(block), block.ids, block.states)
+
+    def rows(self, batch_size: int) -> int:
+        """Returns the number of examples of a global batch, padding included."""
+        loader: Any = self.loader
+        return batch_size if self.num_shapes is None else loader.rows
 
     def restore(self, position: int, state: Any) -> None:
         """Moves a stream to a position; does nothing for other data.

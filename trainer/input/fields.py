@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,22 @@ class Fields:
     def with_sent(self, names: Iterable[str]) -> Fields:
         """Returns the fields with only these, and the mask, sent to the devices."""
         return dataclasses.replace(self, sent=self.sent & {*names, MASK})
+
+    def with_read(
+        self, names: Iterable[str], num_shapes: int | None, transforms: Sequence[Any]
+    ) -> Fields:
+        """Returns the fields with only those sent that a task reads.
+
+        Args:
+            names: the fields that it reads, directly or through device transforms.
+            num_shapes: how many shapes whole batches may have; None for batches of rows.
+            transforms: the device transforms.
+        """
+        # Transforms see zeros in place of fields that are not sent, with as many rows as the others
+        # have. Arrays of whole batches may have any number.
+        if transforms and num_shapes is not None:
+            return self
+        return self.with_sent(names)
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -125,14 +141,17 @@ class Fields:
         self, name: str, x: np.ndarray, wrong: np.ndarray, to: np.dtype[Any], ids: np.ndarray
     ) -> None:
         indices = np.argwhere(wrong)
-        # Padding repeats a real example: name that one.
-        is_real = ids[tuple(indices[:, : ids.ndim].T)] >= 0
-        index = tuple(indices[is_real.argmax()])
+        index, whose = tuple(indices[0]), 'a batch'
+        if x.shape[: ids.ndim] == ids.shape:
+            # Padding repeats a real example: name that one.
+            is_real = ids[tuple(indices[:, : ids.ndim].T)] >= 0
+            index = tuple(indices[is_real.argmax()])
+            whose = f'example {ids[index[: ids.ndim]]}'
         limits = np.iinfo(to) if to.kind in 'iu' else np.finfo(to)
         hint = ' (a 64-bit id or hash to two 32-bit fields)' if to.kind in 'iu' else ''
         raise UserError(
-            f'{self.where}: the field {name!r} of example {ids[index[: ids.ndim]]} has the value '
-            f'{x[index]}, but devices store {x.dtype} as {to} ({limits.min} to {limits.max}). '
+            f'{self.where}: the field {name!r} of {whose} has the value {x[index]}, but devices '
+            f'store {x.dtype} as {to} ({limits.min} to {limits.max}). '
             f"Convert it in the data's `transforms`{hint}, or do not read it in the task: fields "
             'that are not read stay on the host unchanged'
         )

@@ -285,3 +285,23 @@ class Resizable(TrainLoader, Protocol):
             ValueError: if the run cannot resume this way; the message says why.
         """
         ...
+
+
+class Collated(Protocol):
+    """A loader of whole batches, whose arrays need not have one row for each example.
+
+    `block` ignores its argument `rows`: it returns the global batch in every process, arrays
+    (steps, ...) of any shape and all `ids`. So each process reads all examples. An array whose
+    first dimension is `rows` has one entry for each example. Every batch needs `_mask`, unless it
+    is no dict. If there are several shapes, `block` is called for one batch at a time.
+    """
+
+    @property
+    def num_shapes(self) -> int | None:
+        """How many shapes batches may have, at most; None for a loader of rows."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Number of examples of a batch, padding included."""
+        ...

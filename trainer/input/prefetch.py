@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from trainer.input.batch import LoadedBatch
 from trainer.input.fields import Fields
 from trainer.input.loader import Block, StreamBlock
-from trainer.parallel.mesh import LocalExamples, batch_sharding
+from trainer.parallel.mesh import LocalExamples, batch_sharding, whole_batch_sharding
 
 # Limits of a block. One gather serves many steps because of Python's overhead per call. But a block
 # larger than the CPU caches is slower, and both the loop and `close` have to wait for a slow one.
@@ -57,13 +57,14 @@ class Prefetcher:
         *,
         fields: Fields | None = None,
         host: Sequence[str] = (),
+        num_shapes: int | None = None,
         start: int = 0,
         depth: int = 2,
         release: Callable[[], None] | None = None,
     ):
         """Starts the thread; if no transfer is needed, the iteration starts it when it pays off.
 
-        Each process reads the rows of its own devices.
+        Each process reads the rows of its own devices; whole batches are read by all.
 
         Args:
             block: method of the data: `block(start, count, rows=...)`.
@@ -72,10 +73,15 @@ class Prefetcher:
             batch_rows: rows of a global batch.
             fields: which fields are sent to the devices; None for all.
             host: names of fields to keep on the host too, in the dtypes of the loader.
+            num_shapes: how many shapes whole batches may have; None for batches of rows.
             start: step of the first batch.
             depth: number of blocks to prefetch.
             release: called by `close` after the last call of `block`.
         """
+        self._mesh = mesh
+        self._is_whole = num_shapes is not None
+        # Batches of different shapes cannot be stacked in one block.
+        self._most_steps = 1 if self._is_whole else _BLOCK_STEPS
         self._sharding = batch_sharding(mesh)
         self._stacked = batch_sharding(mesh, leading_dims=1)
         self._rows = LocalExamples.from_mesh(mesh, batch_rows) if jax.process_count() > 1 else None
@@ -85,7 +91,9 @@ class Prefetcher:
         self._fields = fields
         self._host = tuple(host)
         # A single CPU device shares the host's memory: compiled code reads numpy arrays directly,
-        # and transfers would only compete with the loop for the interpreter lock.
+        # and transfers would only compete with the loop for the interpreter lock. Without the
+        # thread alone, a step of the MLP takes 1.00 [0.86, 1.23] of the CPU time
+        # (`tests/benchmarks/beside.py OTHER mlp`, 11 pairs, jax 0.10.2).
         devices = mesh.devices
         self._on_host = devices.size == 1 and devices.flat[0].platform == 'cpu'
         self._items = self._prepare(start, iter(calls))
@@ -174,7 +182,7 @@ class Prefetcher:
             # The size adapts to the last block, because the cost of an example may change, as where
             # a source moves from one file to the next.
             max_steps = min(_BLOCK_BYTES // _batch_bytes(block), int(steps_in_time))
-            limit = min(2 * limit, _BLOCK_STEPS, max(1, max_steps))
+            limit = min(2 * limit, self._most_steps, max(1, max_steps))
 
     def _divide(self, start: int, block: StreamBlock, counts: list[int]) -> list[LoadedBatch]:
         """Returns the batches of a block, one per entry of `counts`."""
@@ -186,15 +194,20 @@ class Prefetcher:
         # An integer index removes the dimension of steps from a batch of one step.
         parts = [span if n > 1 else span.start for n, span in zip(counts, spans, strict=True)]
         on_devices = self._put([{k: x[part] for k, x in arrays.items()} for part in parts], counts)
+        ids, host = block.ids, {name: block.arrays[name] for name in self._host}
+        if self._is_whole and self._rows is not None:
+            # What stays on the host is divided over the processes, as everywhere.
+            local = self._rows.indices
+            ids, host = ids[:, local], {name: x[:, local] for name, x in host.items()}
         return [
             LoadedBatch(
                 start + span.start,
                 count,
                 sent,
-                block.ids[span],
+                ids[span],
                 self._rows,
                 block.states[span.stop - 1] if block.states else None,
-                {name: block.arrays[name][part] for name in self._host},
+                {name: x[part] for name, x in host.items()},
             )
             for count, span, part, sent in zip(counts, spans, parts, on_devices, strict=True)
         ]
@@ -203,6 +216,8 @@ class Prefetcher:
         """Puts the batches of a block on the devices, with one transfer."""
         if self._on_host:
             return batches
+        if self._is_whole:
+            return [self._put_whole(*each) for each in zip(batches, counts, strict=True)]
         shardings = [self._sharding if n == 1 else self._stacked for n in counts]
         pairs = list(zip(batches, shardings, strict=True))
         if self._rows is not None:
@@ -211,6 +226,20 @@ class Prefetcher:
         # One call for the whole block: the overhead of a call exceeds the transfer of a small
         # batch.
         return jax.device_put(batches, [dict.fromkeys(batch, to) for batch, to in pairs])
+
+    def _put_whole(self, batch: Arrays, count: int) -> Arrays:
+        """Puts a batch on the devices that this process has all of."""
+        leading_dims = 0 if count == 1 else 1
+        shardings = {
+            name: whole_batch_sharding(self._mesh, x.shape, leading_dims=leading_dims)
+            for name, x in batch.items()
+        }
+        if self._rows is None:
+            return jax.device_put(batch, shardings)
+        return {
+            name: jax.make_array_from_callback(x.shape, shardings[name], x.__getitem__)
+            for name, x in batch.items()
+        }
 
 
 class _Cost:

@@ -43,7 +43,7 @@ class ReplayStart:
     Attributes:
         step: number of completed updates.
         state: a copy of the state, or None if only the position in the data is known.
-        position: of a stream; None for data that is a function of the step.
+        position: position of a stream; None for data that is a function of the step.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Reader:
     """Rereads batches that a run has read before.
 
     Attributes:
-        data: the training data.
+        data: loader of the training data, and what is known of it.
         mesh: the device mesh.
         batch_size: examples of the global batch.
         fields: the batch fields that are sent to the devices.
@@ -79,8 +79,9 @@ class Reader:
             self.data.block,
             itertools.repeat(1, stop - start),
             self.mesh,
-            self.batch_size,
+            self.data.rows(self.batch_size),
             fields=self.fields,
+            num_shapes=self.data.num_shapes,
             start=start,
             # During the run the loader is still in use by the run's own prefetcher.
             release=self.data.close if ends else None,

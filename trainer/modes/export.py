@@ -95,7 +95,7 @@ def write(
     Args:
         evaluator: determines the task, the fields of a batch, and whether the parameters are the
             moving average.
-        state: state of a checkpoint.
+        state: train state of a checkpoint.
         directory: created if missing; files of an earlier export are replaced.
         axes: names of the run's mesh axes, which the model may mention.
         platforms: platforms that the function is compiled for.
@@ -203,11 +203,13 @@ def _export(
         spec: shapes and dtypes of the fields of a batch.
         platforms: platforms to compile for.
     """
-    # Read from the jaxpr, and not from the task: a field that a transform reads may still not reach
-    # any output.
+    # Read from the jaxpr, and not from the task: a field that is read, by a transform or for a
+    # loss, may still not reach any output.
     traced = jax.make_jaxpr(predict)(*leading, dict(spec)).jaxpr
-    used_vars = {id(x) for equation in traced.eqns for x in equation.invars}
-    used_vars |= {id(x) for x in traced.outvars}
+    used_vars = {id(x) for x in traced.outvars}
+    for equation in reversed(traced.eqns):
+        if any(id(x) in used_vars for x in equation.outvars):
+            used_vars |= {id(x) for x in equation.invars}
     fields = traced.invars[len(jax.tree.leaves(leading)) :]
     used = [
         name for name, x in zip(sorted(spec), fields, strict=True) if id(x) in used_vars

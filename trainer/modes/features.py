@@ -20,14 +20,16 @@ def precompute(
     """Writes the predictions of an evaluation to an .npz file, for `trainer.data.npz:Npz`.
 
     Args:
-        trainer: of the run; all processes must call this function, and the main process writes.
+        trainer: trainer of the run; all processes must call this function, and the main process
+            writes.
         evaluation: its name in the config; its task is `trainer.tasks:Features` or has `predict`.
-        path: path of the file.
+        path: the .npz file to write.
         state: state to predict with; by default that of a fresh run, with the weights of
             `config.init_from`.
 
     Returns:
-        The arrays of the file, by name.
+        The arrays of the file, by name; in processes other than the main process, without fields
+        that `predict` returns unchanged.
 
     Raises:
         UserError: if there is no such evaluation, or its task cannot predict.

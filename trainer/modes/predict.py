@@ -10,6 +10,7 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.modes.command import Command, restore, workdir_of, write_arrays
 from trainer.observe import logfile
+from trainer.parallel import processes
 from trainer.parallel.signals import StopRequest
 from trainer.trainer import Trainer
 
@@ -22,14 +23,18 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     if not trainer.experiment.evals:
         raise UserError('--mode=predict needs at least one evaluation in config.evals')
     for name in trainer.experiment.evals:
-        batches = list(trainer.predict(name, state))
+        batches = []
+        # All processes compute, and only the main process needs the memory for all predictions.
+        for batch in trainer.predict(name, state):
+            batches.append(batch if processes.is_main_process() else {})
         if not batches:
             raise UserError(f'config.evals.{name}.data: the stream has no examples')
         arrays: dict[str, Any] = {
             key: np.concatenate([b[key] for b in batches]) for key in batches[0]
         }
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
-        write_arrays(path, arrays)
-        num_examples = len(next(iter(arrays.values())))
-        print(f'{path}: {", ".join(arrays)} of {num_examples:,} examples')
+        if processes.is_main_process():
+            write_arrays(path, arrays)
+            num_examples = len(next(iter(arrays.values())))
+            print(f'{path}: {", ".join(arrays)} of {num_examples:,} examples')
     return 0

@@ -36,7 +36,7 @@ class Linen:
     """A Linen module for the step functions.
 
     Attributes:
-        module: the module.
+        module: an unbound Linen module.
         precision: the dtypes of its parameters, its computation and its output.
         pmap_axes: omits axes of `jax.pmap` in its normalization layers.
         modes: the module with its training flags set, for False and for True.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,23 @@ def batch_sharding(mesh: Mesh, *, leading_dims: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading_dims, axes or None))
 
 
+def whole_batch_sharding(
+    mesh: Mesh, shape: Sequence[int], *, leading_dims: int = 0
+) -> NamedSharding:
+    """Returns the sharding of an array of a batch that need not have one entry per example.
+
+    Over `BATCH_AXES` if its first dimension divides evenly, otherwise the array is replicated.
+
+    Args:
+        mesh: the device mesh.
+        shape: shape of the array.
+        leading_dims: number of dimensions before the first one of the batch.
+    """
+    if len(shape) > leading_dims and shape[leading_dims] % batch_shards(mesh) == 0:
+        return batch_sharding(mesh, leading_dims=leading_dims)
+    return replicated_sharding(mesh)
+
+
 @dataclasses.dataclass(frozen=True)
 class LocalExamples:
     """The examples of a global batch that are on the devices of one process.
@@ -84,13 +101,14 @@ class LocalExamples:
 
     @classmethod
     def from_mesh(cls, mesh: Mesh, batch_size: int) -> LocalExamples:
-        """Returns the examples of this process.
+        """Returns the examples of this process: all, if they do not divide over the devices.
 
         Args:
             mesh: the device mesh.
             batch_size: number of examples of the global batch.
         """
-        slices: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
+        sharding = whole_batch_sharding(mesh, (batch_size,))
+        slices: Mapping[Any, Any] = sharding.devices_indices_map((batch_size,))
         # The owner is the process with the lowest index. Each process computes the same owners from
         # the mesh, without communication.
         owner = np.full(batch_size, jax.process_count())
@@ -107,7 +125,7 @@ class LocalExamples:
         Args:
             x: (local examples, ...), or (steps, local examples, ...) for a sharding with leading
                 dimensions.
-            sharding: of the global array.
+            sharding: sharding of the global array.
         """
         before = len(sharding.spec) - 1
         shape = (*x.shape[:before], self.total, *x.shape[before + 1 :])

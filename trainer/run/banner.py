@@ -37,7 +37,7 @@ def summary(
         f'devices      {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), '
         f'mesh {axes}',
         f'train state  {human_bytes(bytes_per_device(state))} per device',
-        f'batch size   {batch_size} ({batch_size // shards} per device)',
+        f'batch size   {_batch_size(experiment, batch_size, shards)}',
         f'training     {_length(experiment)}',
         f'workdir      {directory}',
         _start(experiment, step),
@@ -52,6 +52,14 @@ def summary(
         members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
         lines += [f'ensemble     {ensemble.size} members', *(f'  {member}' for member in members)]
     return '\n'.join(lines)
+
+
+def _batch_size(experiment: Experiment, batch_size: int, shards: int) -> str:
+    number = experiment.data.num_shapes
+    if number is None:
+        return f'{batch_size} ({batch_size // shards} per device)'
+    shapes = 'one shape' if number == 1 else f'at most {number} shapes, each compiled once'
+    return f'{batch_size} (whole batches of {shapes})'
 
 
 def _length(experiment: Experiment) -> str:

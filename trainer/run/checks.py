@@ -33,6 +33,9 @@ def check_batch(experiment: Experiment, shards: int) -> None:
         UserError: naming the nearest batch sizes that are.
     """
     size, divisor = experiment.clock.batch_size, shards * experiment.training.accumulate
+    if experiment.data.num_shapes is not None:
+        _check_whole_batches(experiment, shards)
+        return
     if size % divisor == 0:
         return
     # 0 is a multiple too, but no batch size.
@@ -45,6 +48,39 @@ def check_batch(experiment: Experiment, shards: int) -> None:
         f'config.data.batch_size={size} is not divisible by {devices} x {micro_batches} '
         f'(config.accumulate); use {nearest}'
     )
+
+
+def _check_whole_batches(experiment: Experiment, shards: int) -> None:
+    """Checks what a run does with batches that its source collates.
+
+    Raises:
+        UserError: for fused steps with several shapes, and for micro-batches of batches that cannot
+            be divided.
+    """
+    data, training = experiment.data, experiment.training
+    rows, parts = data.rows(experiment.clock.batch_size), training.accumulate
+    if training.steps_per_call > 1 and (data.num_shapes or 1) > 1:
+        raise UserError(
+            f'config.steps_per_call={training.steps_per_call}: fused steps need batches of one '
+            f'shape, and those of this source may have {data.num_shapes}. Set '
+            '--config.steps_per_call=1, or let the source have one shape'
+        )
+    if parts > 1:
+        other = [f'{n} {list(x.shape)}' for n, x in data.spec.items() if x.shape[:1] != (rows,)]
+        if other or rows % (shards * parts):
+            why = f'{other[0]} has not one entry for each example' if other else f'{rows} examples'
+            raise UserError(
+                f'config.accumulate={parts}: a batch of this source cannot be divided into {parts} '
+                f'micro-batches on {shards} device{"s" if shards != 1 else ""}: {why}. Set '
+                '--config.accumulate=1, and a smaller config.data.batch_size to save memory'
+            )
+    if rows % shards:
+        _log.warning(
+            'config.data.batch_size: a batch has %d examples with padding, which do not divide '
+            'evenly over %d devices: arrays with one entry for each example are replicated. '
+            'Batch sizes such as %d do',
+            *(rows, shards, experiment.clock.batch_size + -rows % shards),
+        )
 
 
 def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> None:

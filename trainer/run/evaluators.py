@@ -34,7 +34,7 @@ def make_evaluator(experiment: Experiment, name: str, mesh: Mesh, params: Params
 
     Args:
         experiment: what is evaluated.
-        name: of the entry.
+        name: name of the entry in `config.evals`.
         mesh: the device mesh.
         params: returns the parameters of a state to evaluate.
 
@@ -42,7 +42,7 @@ def make_evaluator(experiment: Experiment, name: str, mesh: Mesh, params: Params
         UserError: if the split is empty.
     """
     spec = experiment.evals[name]
-    data = spec.data(_padded_size(spec, mesh), None)
+    data = spec.data(batch_shards(mesh), None)
     return _evaluator(experiment, spec, data, mesh, params, name=name, has_score=True)
 
 
@@ -50,7 +50,7 @@ class OtherData:
     """Evaluates and predicts data that the config does not have, as an evaluation of it would.
 
     One evaluator is kept for each evaluation, so that calls with arrays of the same shapes and
-    dtypes (the number of rows aside) compile once.
+    dtypes (the number of examples aside) compile once.
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh, params: Params):
@@ -66,7 +66,7 @@ class OtherData:
         """Returns the metrics over the data.
 
         Args:
-            state: the state to evaluate.
+            state: train state to evaluate.
             data: a dict of arrays (examples, ...), or a source.
             evaluation: the one whose task, transforms and batch size are used; None for the only
                 one, or those of training if there is none.
@@ -79,7 +79,7 @@ class OtherData:
     def predict(
         self, state: TrainState, data: Any, evaluation: str | None
     ) -> dict[str, np.ndarray]:
-        """Returns the predictions for all rows of the data, in their order.
+        """Returns the predictions for all examples of the data, in their order.
 
         Arguments and errors as for `evaluate`.
         """
@@ -94,7 +94,7 @@ class OtherData:
     ) -> Evaluator:
         spec = self._choose(evaluation, path)
         source = as_source(data, path)
-        loaded = spec.data(_padded_size(spec, self._mesh), source)
+        loaded = spec.data(batch_shards(self._mesh), source)
         key, fields = (evaluation, has_score), None
         if loaded.num_batches:
             fields = dict(loaded.spec), loaded.structure
@@ -143,9 +143,9 @@ def run_for_row(
     """Runs an evaluation of a run and opens its row; returns whether it ran to its end.
 
     Args:
-        evaluator: of an entry of `config.evals`.
+        evaluator: evaluator of an entry of `config.evals`.
         step: number of completed updates.
-        state: at this step.
+        state: train state after this step.
         report: gets the row and the time.
         profile: annotates the evaluation.
         should_stop: asked before each batch.
@@ -183,7 +183,7 @@ def bind_model(
 
     Args:
         experiment: what was trained.
-        state: with all members, for an ensemble.
+        state: train state; for an ensemble, that of all members.
         params: returns the parameters of a state to evaluate.
         member: index of the member, for an ensemble.
 
@@ -236,10 +236,3 @@ def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep
     return EnsembleEvalStep(
         model=model, task=spec.task, seed=seed, seeds=ensemble.seeds, axis=ensemble.axis(mesh)
     )
-
-
-def _padded_size(spec: Evaluation, mesh: Mesh) -> int:
-    """Returns the smallest multiple of the devices that is at least the batch size."""
-    # An evaluation pads its batches, so its batch size need not divide evenly over the devices.
-    shards = batch_shards(mesh)
-    return -(-spec.batch_size // shards) * shards

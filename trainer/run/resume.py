@@ -305,7 +305,7 @@ class Recovery:
 
         Args:
             step: number of completed updates.
-            state: at this step.
+            state: train state after this step.
             error: what ends the run; it gets a note if the save fails as well.
             is_finite: returns whether a state is finite.
         """
@@ -380,8 +380,8 @@ class Recovery:
         """Records how the run ends, just before the process exits.
 
         Args:
-            status: for `result.json`.
-            message: why.
+            status: how the run ended, as in `result.json`.
+            message: why it ended.
         """
         step = self._report.step
         self._record(status, {'type': None, 'message': message, 'where': None, 'step': step})
@@ -475,8 +475,9 @@ class Recovery:
         """Counts an evaluation for early stopping.
 
         Args:
-            evaluation: its name.
-            values: by name. Without the metric that early stopping watches, nothing is counted.
+            evaluation: name of the evaluation.
+            values: metrics of the evaluation by name. Without the metric that early stopping
+                watches, nothing is counted.
 
         Returns:
             A message if the run ends because of it, None otherwise.

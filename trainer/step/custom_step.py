@@ -253,7 +253,7 @@ def _findings(
 
     Args:
         state: the state before the step.
-        batch: the batch of the step.
+        batch: arrays (batch, ...) by field name.
         metrics: the metrics of the function; its losses are found among them by name.
         ctx: the context of the default step.
         labels: whether to check the labels by running the task. The model itself does not run,

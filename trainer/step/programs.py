@@ -16,18 +16,18 @@ from typing import Any, Protocol, Self
 import flax.linen as nn
 import jax
 from flax.core import meta
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from trainer import compat
 from trainer.config.errors import UserError, error_location
-from trainer.input.fields import Fields
+from trainer.input.fields import MASK, Fields
 from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.input.structure import Structure
 from trainer.modules import seen
 from trainer.modules.nnx_bridge import allow_names_for_rules
 from trainer.modules.rng import Keys
 from trainer.modules.shapes import changes, describe
-from trainer.parallel.mesh import batch_sharding, replicated_sharding
+from trainer.parallel.mesh import batch_sharding, replicated_sharding, whole_batch_sharding
 from trainer.parallel.sharding import Rule, named_axes, param_specs
 from trainer.step.context import Batch
 from trainer.step.health import Health
@@ -50,8 +50,9 @@ class Program:
     """A function compiled ahead of time for given shapes, in the background.
 
     Attributes:
-        name: name in messages.
+        name: what messages call it, such as 'step'.
         compile_secs: seconds of tracing and compiling; complete after `executable()`.
+        late_secs: the part of it that was spent in calls, after the first compilation.
         compiles: number of compilations so far.
     """
 
@@ -67,14 +68,15 @@ class Program:
         """Prepares the program; `start` or the first call compiles it.
 
         Args:
-            name: name in messages.
-            fn: the function.
+            name: what messages call it, such as 'step'.
+            fn: function to compile.
             arguments: arrays, or their shapes, dtypes and shardings.
             tracing: returns the context in which `fn` is traced.
             **jit: options of `jax.jit`.
         """
         self.name = name
         self.compile_secs = 0.0
+        self.late_secs = 0.0
         self.compiles = 0
         self._tracing = tracing
         # JAX hashes the function: a partial is hashable, a bound method of a module with a list
@@ -148,7 +150,9 @@ class Program:
                 raise
         _log.warning('%s compiles again, because its arguments changed: %s', self.name, changed)
         self._abstract = jax.tree.map(_shape_spec, args)
+        before = self.compile_secs
         self._compiled = self._compile(self._lower())
+        self.late_secs += self.compile_secs - before
         self._calls = 0
         return self._wait_if_due(self._compiled(*args))
 
@@ -178,6 +182,89 @@ class Program:
         self.compiles += 1
         self.compile_secs += time.perf_counter() - began
         return compiled
+
+
+class ProgramPerShape(Program):
+    """A program that is compiled once for each of a few shapes of its last argument, a batch.
+
+    It is prepared for one shape; a call with another one compiles it for that, and says so.
+    """
+
+    def __init__(self, name: str, *args: Any, num_shapes: int, where: str, **options: Any):
+        """Prepares the program for one shape of the batch.
+
+        Args:
+            name: what messages call it, such as 'step'.
+            *args: as for `Program`.
+            num_shapes: how many shapes there may be.
+            where: config path of the data, for messages.
+            **options: as for `Program`.
+        """
+        super().__init__(name, *args, **options)
+        self._num_shapes = num_shapes
+        self._where = where
+        fn, _ = args
+        self._prepare: Callable[[Any], Program] = lambda batch: Program(
+            name, fn, (*self._abstract[:-1], batch), **options
+        )
+        self._first_shapes = _shapes_of(self._abstract[-1])
+        self._others: dict[Any, Program] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the program for the shape of the batch.
+
+        Raises:
+            UserError: if there are more shapes than expected.
+        """
+        shapes = _shapes_of(args[-1])
+        if shapes == self._first_shapes:
+            return super().__call__(*args)
+        if shapes not in self._others:
+            self._others[shapes] = self._compile_for(args[-1])
+        return self._others[shapes](*args)
+
+    def _compile_for(self, batch: Any) -> Program:
+        number = len(self._others) + 2
+        fields = ', '.join(f'{n}: {describe(x)}' for n, x in batch.items() if n != MASK)
+        if number > self._num_shapes:
+            raise UserError(
+                f'{self._where}: the batches have more shapes than the {self._num_shapes} that '
+                f'their loader names in `num_shapes`; the newest is {fields}'
+            )
+        _log.warning(
+            '%s compiles for another shape of its batches (%d of at most %d): %s',
+            *(self.name, number, self._num_shapes, fields),
+        )
+        program = self._prepare(batch)
+        program.executable()
+        self.compiles += 1
+        self.compile_secs += program.compile_secs
+        self.late_secs += program.compile_secs
+        return program
+
+
+def make_program(
+    name: str,
+    fn: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    num_shapes: int | None,
+    where: str,
+    **options: Any,
+) -> Program:
+    """Returns the program of a function whose last argument is a batch.
+
+    Args:
+        name: what messages call it, such as 'step'.
+        fn: function to compile.
+        arguments: as for `Program`.
+        num_shapes: how many shapes the batches may have; None for one.
+        where: config path of the data, for messages.
+        **options: as for `Program`.
+    """
+    if num_shapes is None or num_shapes == 1:
+        return Program(name, fn, arguments, **options)
+    return ProgramPerShape(name, fn, arguments, num_shapes=num_shapes, where=where, **options)
 
 
 class StepKind(Protocol):
@@ -246,6 +333,7 @@ class Programs:
         structure: Structure | None = None,
         sharding: Sequence[Rule] = (),
         fused: int = 1,
+        num_shapes: int | None = None,
     ):
         """Traces the shapes; programs are compiled at their first use.
 
@@ -253,11 +341,13 @@ class Programs:
             train_step: the functions of the step.
             spec: shape and dtype of each field of a global batch from the loader.
             mesh: the device mesh.
-            structure: of nested batches; None for a dict of arrays.
+            structure: tree structure of nested batches; None for a dict of arrays.
             sharding: rules that shard parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
+            num_shapes: how many shapes whole batches may have; None for batches of rows.
         """
         self._mesh = mesh
+        self._num_shapes = num_shapes
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
         fields = Fields.from_spec(spec, 'config.data')
@@ -269,7 +359,7 @@ class Programs:
         # later traces are for batches with only those fields.
         with self._tracing(), record_reads() as reads:
             named = _init_shapes(self._first_step, self._shapes)
-        self.fields = fields.with_sent(reads.names)
+        self.fields = fields.with_read(reads.names, num_shapes, train_step.task.transforms)
         train_step = train_step.with_fields(self.fields.host_fields(), reads.weighted)
         shapes = meta.unbox(named)
         with allow_names_for_rules():
@@ -289,10 +379,12 @@ class Programs:
     @functools.cached_property
     def step(self) -> Program:
         """One update: `(state, batch) -> state`, donating the state."""
-        return Program(
+        return make_program(
             'the train step',
             self._train_step.update,
-            (self.abstract, self._batch(batch_sharding(self._mesh))),
+            (self.abstract, self._batch()),
+            num_shapes=self._num_shapes,
+            where=self.fields.where,
             tracing=self._tracing,
             donate_argnums=0,
             keep_unused=_keeps_unused_arguments(self._mesh),
@@ -307,12 +399,10 @@ class Programs:
             update = self._train_step.update
             return jax.lax.scan(lambda s, b: (update(s, b), None), state, batches)[0]
 
-        sharding = batch_sharding(self._mesh)
-        stacked = NamedSharding(self._mesh, PartitionSpec(None, *sharding.spec))
         return Program(
             f'the program of {self._fused_steps} train steps',
             run_steps,
-            (self.abstract, self._batch(stacked, (self._fused_steps,))),
+            (self.abstract, self._batch((self._fused_steps,))),
             tracing=self._tracing,
             donate_argnums=0,
             keep_unused=_keeps_unused_arguments(self._mesh),
@@ -397,7 +487,7 @@ class Programs:
         """
         step = self._train_step.with_context(model=model).update
         with self._tracing():
-            return jax.make_jaxpr(step)(self.abstract, self._batch(batch_sharding(self._mesh)))
+            return jax.make_jaxpr(step)(self.abstract, self._batch())
 
     @property
     def task(self) -> TaskRunner:
@@ -408,11 +498,15 @@ class Programs:
     def _shardings(self) -> Any:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
-    def _batch(self, sharding: NamedSharding, leading: tuple[int, ...] = ()) -> dict[str, Any]:
-        return {
-            name: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=sharding)
-            for name, s in self.fields.shapes.items()
-        }
+    def _batch(self, leading: tuple[int, ...] = ()) -> dict[str, Any]:
+        count = len(leading)
+        rows, batch = batch_sharding(self._mesh, leading_dims=count), {}
+        for name, s in self.fields.shapes.items():
+            shape, sharding = (*leading, *s.shape), rows
+            if self._num_shapes is not None:
+                sharding = whole_batch_sharding(self._mesh, shape, leading_dims=count)
+            batch[name] = jax.ShapeDtypeStruct(shape, s.dtype, sharding=sharding)
+        return batch
 
 
 def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
@@ -479,9 +573,10 @@ def _keeps_unused_arguments(mesh: Mesh) -> bool:
     move to other buffers, which costs copies and prevents the replay of CUDA graphs. CPUs have no
     such graphs.
     """
-    # On a CPU each argument costs time, too little to measure: without them, a step of the MLP
-    # takes 0.96 [0.83, 1.12] of the CPU time (`tests/benchmarks/beside.py OTHER mlp`, 11 pairs,
-    # jax 0.10.2). `tests/step/test_programs.py` checks the pairs of buffers.
+    # On accelerators only the pairs of buffers have been checked (`tests/step/test_programs.py`),
+    # not the time. On a CPU each argument costs time, too little to measure: without them, a step
+    # of the MLP takes 0.96 [0.83, 1.12] of the CPU time (`tests/benchmarks/beside.py OTHER mlp`, 11
+    # pairs, jax 0.10.2).
     return mesh.devices.flat[0].platform != 'cpu'
 
 
@@ -490,6 +585,10 @@ def _uses_virtual_devices(abstract: Any) -> bool:
     return any(
         len(s.device_set) > 1 and next(iter(s.device_set)).platform == 'cpu' for s in shardings
     )
+
+
+def _shapes_of(batch: Any) -> tuple[Any, ...]:
+    return tuple(x.shape for x in jax.tree.leaves(batch))
 
 
 def _shape_spec(x: Any) -> jax.ShapeDtypeStruct:

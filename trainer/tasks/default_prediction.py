@@ -20,7 +20,7 @@ OUTPUT = 'output'
 
 _ADVICE = (
     'Make the task a class with the methods __call__(model, batch) and predict(model, batch); '
-    'predict returns a dict of arrays with one row for each example'
+    'predict returns a dict of arrays with one entry for each example'
 )
 
 
@@ -57,10 +57,10 @@ def predict_by_call(task: Any, model: Any, batch: Any) -> dict[str, Any]:
 
 
 def shape_message(task: Any, name: str, value: Any, num_examples: int) -> str:
-    """Returns the error message for an output without one row for each example."""
+    """Returns the error message for an output without one entry for each example."""
     return (
-        f'{_explain(task)}. But its {name!r} is {describe(value)}, which has not one row for each '
-        f'of the {num_examples} examples of a batch. {_ADVICE}'
+        f'{_explain(task)}. But its {name!r} is {describe(value)}; expected one entry for each of '
+        f'the {num_examples} examples of a batch. {_ADVICE}'
     )
 
 

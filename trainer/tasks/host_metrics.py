@@ -6,6 +6,7 @@ Each function returns a `clu.metrics.CollectingMetric` class, for evaluations.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, get_args
 
@@ -16,13 +17,14 @@ from trainer.config.errors import UserError
 from trainer.modules.shapes import describe
 from trainer.tasks import scores as functions
 from trainer.tasks.decisions import read_output, read_scored, read_weights
-from trainer.tasks.scores import Average, check_average
+from trainer.tasks.scores import Average, MultiClass, check_average, check_multi_class
 from trainer.tasks.sums import configure
 
 
 def AUC(
     *,
     average: Average = 'macro',
+    multi_class: MultiClass = 'ovr',
     skip_absent: bool = False,
     from_logits: bool = True,
     scores: str = 'logits',
@@ -31,11 +33,13 @@ def AUC(
 ) -> type[clu.metrics.CollectingMetric]:
     """Returns the class of a metric: the area under the ROC curve, exact over all examples.
 
-    With scores for several classes, each class is compared with the rest, by its probability.
+    Several classes are compared by their probabilities.
 
     Args:
         average: over labels or classes: 'micro' pools them, 'macro' is their mean, 'weighted' by
             their number of examples, 'per_class' an array.
+        multi_class: for several classes, 'ovr' compares each with the rest; 'ovo' each with each of
+            the others, for the averages 'macro' and 'weighted'.
         skip_absent: whether means leave out labels without a positive or without a negative
             example; otherwise these are NaN.
         from_logits: whether scores of classes are logits, and not probabilities.
@@ -45,7 +49,9 @@ def AUC(
         weights: the task's output of weights, (batch,) or (batch, ...).
     """
     names = {'scores': scores, 'labels': labels, 'weights': weights}
-    return _configure_ranking('AUC', _AUC, average, skip_absent, from_logits, **names)
+    check_multi_class(multi_class, average)
+    base = _AUC if multi_class == 'ovr' else _PairwiseAUC
+    return _configure_ranking('AUC', base, average, skip_absent, from_logits, **names)
 
 
 def AveragePrecision(
@@ -144,6 +150,22 @@ class _Ranking(clu.metrics.CollectingMetric):
 
 class _AUC(_Ranking):
     function = staticmethod(functions.auc)
+
+
+class _PairwiseAUC(_Ranking):
+    function = staticmethod(functools.partial(functions.auc, multi_class='ovo'))
+
+    @classmethod
+    def from_model_output(cls, **outputs: Any) -> _Ranking:
+        """Returns the arrays of one batch by name, each (batch, ...)."""
+        found = read_scored(cls, outputs)
+        if found.kind != 'multiclass':
+            raise UserError(
+                f"the metric {cls.__name__} with multi_class='ovo' compares classes, but "
+                f'{cls.scores!r} is {describe(found.scores)} and {cls.labels!r} is '
+                f'{describe(found.labels)}; leave multi_class out for decisions'
+            )
+        return super().from_model_output(**outputs)
 
 
 class _AveragePrecision(_Ranking):

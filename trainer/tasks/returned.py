@@ -45,7 +45,7 @@ def require_array(output: Any, task: Any, what: str) -> jax.Array:
     """Returns the output of a model as an array.
 
     Args:
-        output: the output of the model.
+        output: what the model returned.
         task: the task that expects an array.
         what: such as 'logits', for the message.
 
@@ -111,7 +111,7 @@ def check_num_examples(loss: Any, mask: jax.Array) -> None:
     """Checks that dimension 0 of a loss is the batch, so that padding can be masked out.
 
     Args:
-        loss: the loss of the task.
+        loss: what the task returned as its loss.
         mask: bool (batch,), False for padding.
 
     Raises:
@@ -128,10 +128,10 @@ def warn_about_pairs(loss: Any, batch: Mapping[str, Any], task: Any) -> None:
     """Warns once about a loss with a value for each pair of examples, a mistake of broadcasting.
 
     Args:
-        loss: the loss of the task.
+        loss: what the task returned as its loss.
         batch: arrays (batch, ...). A loss (batch, batch) is not a mistake if examples are sequences
             of that length, or one longer, for next-token losses.
-        task: the task.
+        task: the task, for its name.
     """
     shapes = [jnp.shape(x) for x in batch.values()]
     size = next((shape[0] for shape in shapes if shape), 1)

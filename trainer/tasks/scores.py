@@ -6,12 +6,14 @@ They equal those of scikit-learn and scipy, in float64, and are exact for ties.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 Average = Literal['micro', 'macro', 'weighted', 'per_class']
+MultiClass = Literal['ovr', 'ovo']
 
 
 def auc(
@@ -21,27 +23,33 @@ def auc(
     *,
     average: Average = 'macro',
     skip_absent: bool = False,
+    multi_class: MultiClass = 'ovr',
 ) -> Any:
     """Returns the area under the ROC curve: how often a positive scores higher than a negative.
 
     Args:
         labels: 0 or 1 (examples,) or (examples, labels), or integers (examples,) for scores of
-            several classes, each of which is compared with the rest. A negative label or NaN does
-            not count.
+            several classes. A negative label or NaN does not count.
         scores: (examples,), (examples, labels) or (examples, classes).
         weights: (examples,), or the shape of the labels; None weighs all equally.
         average: over labels or classes: 'micro' pools them, 'macro' is their mean, 'weighted' by
             their number of examples, 'per_class' an array.
         skip_absent: whether means leave out labels without a positive or without a negative
             example.
+        multi_class: for several classes, 'ovr' compares each with the rest, and 'ovo' each with
+            each of the others (Hand and Till 2001, https://doi.org/10.1023/A:1010920819831). That
+            is a mean over pairs of classes: 'macro', or 'weighted' by their number of examples.
 
     Returns:
         A float; NaN if a label of the mean has no positive or no negative example. For 'per_class'
         an array (labels,).
 
     Raises:
-        ValueError: if shapes do not fit.
+        ValueError: if shapes do not fit, and for 'ovo' without classes or with another average.
     """
+    check_multi_class(multi_class, average)
+    if multi_class == 'ovo':
+        return _compare_pairs(labels, scores, weights, average, skip_absent)
     return _average(_binary_auc, labels, scores, weights, average, skip_absent)
 
 
@@ -75,8 +83,8 @@ def pearson(targets: Any, predictions: Any, weights: Any = None) -> float:
     """Returns the linear correlation of two arrays, NaN if one of them is constant.
 
     Args:
-        targets: (examples,).
-        predictions: (examples,).
+        targets: numbers (examples,) to predict.
+        predictions: predicted numbers (examples,).
         weights: (examples,); None weighs all equally.
 
     Raises:
@@ -98,8 +106,8 @@ def spearman(targets: Any, predictions: Any, weights: Any = None) -> float:
     An example of weight 2 counts as two of weight 1.
 
     Args:
-        targets: (examples,).
-        predictions: (examples,).
+        targets: numbers (examples,) to predict.
+        predictions: predicted numbers (examples,).
         weights: (examples,); None weighs all equally.
 
     Raises:
@@ -119,6 +127,50 @@ def check_average(average: Any, known: Sequence[str]) -> None:
     """
     if average not in known:
         raise ValueError(f'average: expected one of {", ".join(map(repr, known))}, got {average!r}')
+
+
+def check_multi_class(multi_class: Any, average: Any) -> None:
+    """Checks how an AUC compares classes.
+
+    Raises:
+        ValueError: for an unknown way, or one that has no such average.
+    """
+    known = get_args(MultiClass)
+    if multi_class not in known:
+        raise ValueError(
+            f'multi_class: expected {" or ".join(map(repr, known))}, got {multi_class!r}'
+        )
+    if multi_class == 'ovo' and average not in ('macro', 'weighted'):
+        raise ValueError(
+            "multi_class='ovo' is a mean over pairs of classes: expected average='macro' or "
+            f"'weighted', got {average!r}"
+        )
+
+
+def _compare_pairs(
+    labels: Any, scores: Any, weights: Any, average: Average, skip_absent: bool
+) -> float:
+    """Returns the mean over pairs of classes of the area within the examples of the two."""
+    if np.ndim(scores) != np.ndim(labels) + 1:
+        raise ValueError(
+            f"multi_class='ovo' compares classes: expected labels [examples] and scores [examples, "
+            f'classes], got {list(np.shape(labels))} and {list(np.shape(scores))}'
+        )
+    yes, scores, weights = _columns(labels, scores, weights)
+    if yes.shape[1] == 1:  # Two classes are one pair.
+        return _binary_auc(*(x.ravel() for x in (yes, scores, weights)))
+    rows = [np.flatnonzero(column & (w != 0)) for column, w in zip(yes.T, weights.T, strict=True)]
+    values, support = [], []
+    for one, two in itertools.combinations(range(len(rows)), 2):
+        if skip_absent and not (len(rows[one]) and len(rows[two])):
+            continue
+        both = np.concatenate([rows[one], rows[two]])
+        areas = [_binary_auc(yes[both, i], scores[both, i], weights[both, i]) for i in (one, two)]
+        values.append(sum(areas) / 2)
+        support.append(weights[both, one].sum())
+    if not values:
+        return float('nan')
+    return float(np.average(values, weights=support if average == 'weighted' else None))
 
 
 def _average(

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads IDX files, the format of MNIST and of data sets like it."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pathlib
+import zlib
+
+import numpy as np
+
+
+def read(path: pathlib.Path, sha256: str) -> np.ndarray:
+    """Returns the array of a gzip-compressed IDX file of bytes, uint8; it cannot be written to.
+
+    Args:
+        path: the file.
+        sha256: checksum of its unpacked content.
+
+    Raises:
+        ValueError: if the file cannot be read, or its content is another.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f'{path} cannot be read: {error}') from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ValueError(f'{path} is damaged: its content has sha256 {found}, not {sha256}')
+    # Two zeros, the type of the elements, the number of dimensions, and the size of each.
+    dims = content[3]
+    shape = np.frombuffer(content, '>i4', count=dims, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 * (dims + 1)).reshape(shape)

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of a whole split, for `config.evals.NAME.score`."""
+
+from trainer.evaluate.linear_probe import LinearProbe
+
+__all__ = ['LinearProbe']
