@@ -64,7 +64,7 @@ class ImageFolder:
         if missing := sorted(set(self.classes) - set(found)):
             raise ValueError(f'classes: {root} has no directory {", ".join(missing)}')
         self._root = root
-        names = self._walk() if files is None else self._listed(os.path.expanduser(files))
+        names = self._walk() if files is None else self._read_list(os.path.expanduser(files))
         if limit is not None and limit < 1:
             raise ValueError(f'limit: {limit} files; expected a positive number, or None for all')
         self._names = names[:limit]
@@ -88,7 +88,7 @@ class ImageFolder:
                 names += [f'{relative}/{file}' for file in sorted(files) if _has_image_suffix(file)]
         return names
 
-    def _listed(self, path: str) -> list[str]:
+    def _read_list(self, path: str) -> list[str]:
         with open(path, encoding='utf-8') as lines:
             names = [line.strip() for line in lines if line.strip()]
         for name in names:

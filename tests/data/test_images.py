@@ -36,7 +36,7 @@ def picture(height: int, width: int, seed: int = 0, channels: int = 3) -> np.nda
     return mixed.astype(np.uint8)
 
 
-def encoded(pixels: np.ndarray, kind: str, mode: str = 'RGB') -> bytes:
+def encode(pixels: np.ndarray, kind: str, mode: str = 'RGB') -> bytes:
     file = io.BytesIO()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert(mode)
     options = {'quality': 95} if kind == 'JPEG' else {}
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for i, name in enumerate(files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         kind = 'PNG' if name.endswith('png') else 'JPEG'
-        (root / name).write_bytes(encoded(picture(40 + 3 * i, 70 - 2 * i, i), kind))
+        (root / name).write_bytes(encode(picture(40 + 3 * i, 70 - 2 * i, i), kind))
     (root / 'dog' / 'notes.txt').write_text('no image')
     (root / '.cache').mkdir()
     return root
@@ -121,7 +121,7 @@ def test_mistakes(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
 def test_a_central_crop_is_that_of_pillow(decode: Any, kind: str, height: int) -> None:
     """Of images that are enlarged, shrunk, and shrunk by more than half."""
     pixels = picture(height, height + 40)
-    made = decode(size=64, crop='center', key='file')(contents(encoded(pixels, kind)), rng(1))
+    made = decode(size=64, crop='center', key='file')(contents(encode(pixels, kind)), rng(1))
     top, left, side, _ = central_box(height, height + 40, 0.875)
     part = Image.fromarray(pixels).crop((left, top, left + side, top + side))
     expected = np.asarray(part.resize((64, 64), Image.Resampling.BILINEAR), np.int32)
@@ -135,7 +135,7 @@ def test_a_central_crop_is_that_of_pillow(decode: Any, kind: str, height: int) -
 )
 @pytest.mark.parametrize('channels', [1, 3])
 def test_other_kinds_of_color(decode: Any, mode: str, kind: str, channels: int) -> None:
-    content = encoded(picture(32, 32), kind, mode)
+    content = encode(picture(32, 32), kind, mode)
     made = decode(size=32, crop='center', center=1.0, key='file', channels=channels)
     image = made(contents(content), rng(1))['image'][0]
     wanted = Image.open(io.BytesIO(content)).convert('RGB').convert('L' if channels == 1 else 'RGB')
@@ -166,7 +166,7 @@ def test_an_image_that_no_proposal_fits() -> None:
 
 
 def test_a_crop_follows_from_epoch_and_example(decode: Any) -> None:
-    batch = contents(*[encoded(picture(80, 90), 'JPEG')] * 3)
+    batch = contents(*[encode(picture(80, 90), 'JPEG')] * 3)
     transform = decode(size=32, crop='random', key='file')
     first, again, later = (transform(batch, rng(3, epoch))['image'] for epoch in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -180,7 +180,7 @@ def test_a_crop_follows_from_epoch_and_example(decode: Any) -> None:
 )
 def test_damaged_files_are_named(decode: Any, change: Any, tmp_path: pathlib.Path) -> None:
     (tmp_path / 'a').mkdir()
-    content = encoded(picture(80, 90), 'JPEG')
+    content = encode(picture(80, 90), 'JPEG')
     for i in range(6):
         (tmp_path / 'a' / f'{i}.jpg').write_bytes(change(content) if i == 4 else content)
     loader = EvalLoader(
