@@ -172,18 +172,30 @@ class Recovery:
                 f'directory is of step {latest:,}. Use another work directory, or none'
             )
         self._fingerprint_data()
-        paused = self._paused
-        if paused is not None and paused[1] == step:
-            self._consumed.resume(step)
-        else:
-            self._consumed.restart()
-            if step and self._run.experiment.data.is_stream:
-                message('fit(state): the data is a stream, and starts from its beginning.')
+        if not self._move_data_to(step, latest) and step and self._run.experiment.data.is_stream:
+            message('fit(state): the data is a stream, and starts from its beginning.')
         self._restore_early_stopping({})
         # The evaluations of this step are of another run, unless this Trainer has made them.
         names = [n for n in self._run.experiment.evals if self._report.has_eval(n, step)]
         self._report.restore(step, self._report.latest, names)
         return state, step
+
+    def _move_data_to(self, step: int, latest: int | None) -> bool:
+        """Moves the data to a step; returns whether it continues there, and does not restart.
+
+        Args:
+            step: that of a given state.
+            latest: that of the newest checkpoint of the work directory, or None.
+        """
+        if self._paused is not None and self._paused[1] == step:
+            self._consumed.resume(step)
+            return True
+        checkpoints = self._run.checkpoints
+        if checkpoints is not None and latest == step:
+            meta = checkpoints.meta(step, checked.RUN_KEYS)
+            return self._consumed.restore(step, meta, may_restart=True)
+        self._consumed.restart(step)
+        return False
 
     def open(self, step: int) -> None:
         """Opens the run's files, and writes the config and `run.json`.
