@@ -62,7 +62,7 @@ def test_more_shapes_than_announced_are_an_error() -> None:
     run = trainer(train_for='40 steps', data=data(batch_size=2))
     run.experiment.data.loader._collator.num_shapes = 2  # type: ignore[attr-defined]
     with pytest.raises(
-        UserError, match=r'more shapes than the 2 .* the newest is tokens: int32\[2'
+        UserError, match=r'num_shapes=2, but a batch has one more shape: tokens: int32\[2'
     ):
         run.fit()
 
