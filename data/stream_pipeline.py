@@ -153,7 +153,7 @@ class _Ordered:
             # Preferred to `gather`, which requires that all examples have one shape.
             if hasattr(self.source, '__getitem__'):
                 return nested.map_arrays(np.asarray, self.source[index])
-            return nested.map_arrays(lambda x: x[0], self.source.gather(np.array([index])))
+            return nested.take_row(self.source.gather(np.array([index])), 0)
         except Exception as error:
             error.add_note(f'while reading {describe(self.source, index)}')
             raise

@@ -142,15 +142,19 @@ def as_source(data: Any, path: str) -> Any:
     """Returns a source of arrays; any other source as it is.
 
     Args:
-        data: a dict of arrays (examples, ...), or a source.
+        data: a dict of arrays (examples, ...), a tuple or another tree of them, or a source.
         path: what messages name.
 
     Raises:
         UserError: for arrays of different lengths, and for any other object.
     """
-    if isinstance(data, Mapping):
-        node = {'target': 'trainer.data.sources:ArraySource', 'args': (data,)}
-        return targets.instantiate(node, path)
+    if isinstance(data, Mapping | list | tuple):
+        make = targets.instantiate({'ref': 'trainer.data.sources:ArraySource'}, path)
+        # Not in `instantiate`, which would look for objects to make in the tree.
+        try:
+            return make(data)
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{path}: {error}') from error
     if not hasattr(data, 'gather') and not hasattr(data, 'collate'):
         raise UserError(
             f'{path}: expected a dict of arrays, each with one entry per example, or a source (an '

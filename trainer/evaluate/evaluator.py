@@ -20,7 +20,7 @@ from trainer.config.errors import UserError
 from trainer.evaluate.host_scores import HostScores, StepWithRows
 from trainer.evaluate.model_form import find_fresh_collections
 from trainer.evaluate.prediction import Prediction
-from trainer.evaluate.score import Score, check_fields, check_names
+from trainer.evaluate.score import Score, check_fields, check_names, list_arrays
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.input.batch import LoadedBatch
 from trainer.input.data import EvalData
@@ -344,14 +344,17 @@ class Evaluator:
         if self._score is None and not collecting:
             return None
         by_id = self.data.num_batches is not None
-        return HostScores(self.name, collecting, self._score, by_id=by_id)
+        return HostScores(
+            self.name, collecting, self._score, by_id=by_id, structure=self.data.structure
+        )
 
     def _prefetch_options(self, prediction: Prediction | None) -> dict[str, Any]:
         """Returns which fields of a batch are sent to the devices, and which stay on the host."""
         if prediction is None or self._score is None or self._fields is None:
             return {'fields': self._fields}
         sent = self._all_fields.with_sent(self._fields.sent | prediction.fields.sent)
-        return {'fields': sent, 'host': {*prediction.unchanged.values(), *self._score.fields}}
+        fields = {n for field in self._score.fields for n in list_arrays(field, self.data.spec)}
+        return {'fields': sent, 'host': {*prediction.unchanged.values(), *fields}}
 
     def _leave_out_diverged(self, state: TrainState) -> tuple[int, ...]:
         """Leaves diverged members out of an ensemble, unless all have diverged.

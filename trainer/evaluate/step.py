@@ -17,7 +17,12 @@ from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.health import FINDINGS, Findings, Health
-from trainer.tasks.default_prediction import has_predict, predict_by_call, select_output
+from trainer.tasks.default_prediction import (
+    flatten_outputs,
+    has_predict,
+    predict_by_call,
+    select_output,
+)
 from trainer.tasks.metrics import Count, merge_metrics
 from trainer.tasks.runner import MASK, TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
@@ -156,7 +161,7 @@ class EvalStep:
             else:
                 outputs = task.predict(model, fields)
         # The caller removes the padding on the host: the number of real examples is not static.
-        return {**outputs, MASK: batch[MASK]}
+        return {**flatten_outputs(outputs), MASK: batch[MASK]}
 
     def _bind(self, variables: Mapping[str, Any], keys: Keys, batch: Any) -> BoundModel:
         own = self.variables_of_one(variables)

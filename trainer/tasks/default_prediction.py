@@ -79,9 +79,26 @@ def select_output(task: Any, calls: Sequence[seen.Call]) -> dict[str, Any]:
             f'{_explain(task)}. But the task calls the model within a transformation of JAX, such '
             f'as jax.grad or jax.vmap. {_ADVICE}'
         )
-    root = () if isinstance(call.result, Mapping) else (OUTPUT,)
-    leaves = jax.tree_util.tree_leaves_with_path(call.result)
-    return {'/'.join((*root, *path_names(path))): x for path, x in leaves}
+    is_dict = isinstance(call.result, Mapping)
+    return flatten_outputs(call.result if is_dict else {OUTPUT: call.result})
+
+
+def flatten_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns predictions, which may be nested, by path.
+
+    Raises:
+        UserError: if two of them have the same path, because a name has a '/' in it.
+    """
+    named: dict[str, Any] = {}
+    for output, value in outputs.items():
+        # None has no leaves; as an output it stays, so that it is reported.
+        leaves = [((), None)] if value is None else jax.tree_util.tree_leaves_with_path(value)
+        for path, x in leaves:
+            name = '/'.join((output, *path_names(path)))
+            if name in named:
+                raise UserError(f'two predictions are named {name!r}: rename one of them')
+            named[name] = x
+    return named
 
 
 def _explain(task: Any) -> str:

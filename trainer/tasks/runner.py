@@ -22,10 +22,10 @@ from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.tasks import returned
 from trainer.tasks.batch import (
-    Batch,
     PlainBatch,
     UnsentField,
     device_fields,
+    flatten_batch,
     note_weights,
     reads,
     view_batch,
@@ -131,8 +131,10 @@ class TaskRunner:
         """Returns the runner for batches of a structure."""
         return dataclasses.replace(self, structure=structure)
 
-    def wrap_batch(self, batch: Mapping[str, Any], reader: str) -> Batch:
+    def wrap_batch(self, batch: Mapping[str, Any], reader: str) -> Any:
         """Returns the batch of the loader, with the mask, for code other than a task.
+
+        A nested batch whose top is no dict has no place for the mask.
 
         Args:
             batch: arrays (batch, ...) by field name.
@@ -142,7 +144,34 @@ class TaskRunner:
         rest, unsent = self._hidden_fields(fields)
         rest.update({name: UnsentField(name) for name in unsent})
         origins = {name: frozenset({name}) for name in fields}
-        return Batch({**fields, **rest}, reader, origins=origins)
+        view = view_batch(self.structure, {**fields, **rest}, reader, origins=origins)
+        if self.structure is not None and self.structure.has_place_for_mask and MASK in fields:
+            view[MASK] = fields[MASK]
+        return view
+
+    def flatten_batch(self, batch: Any, mask: Any) -> dict[str, Any]:
+        """Returns the device fields of a batch, as code other than a task has it, by name.
+
+        Args:
+            batch: of the structure of the loader's batches.
+            mask: of the loader's batch, if it has no place in `batch`; None for none.
+
+        Raises:
+            UserError: if fields are missing or new in a nested batch.
+        """
+        if self.structure is None:
+            return device_fields(batch)
+        fields = flatten_batch(batch)
+        known = {*self.structure.names}
+        missing = known - fields.keys() - {kept.name for kept in self.kept}
+        if different := sorted(missing | (fields.keys() - known - {MASK})):
+            raise UserError(
+                f'a nested batch keeps its structure within a step: {", ".join(different)} '
+                f'{"is missing" if missing else "is new"}. Values can be replaced'
+            )
+        if mask is not None and MASK not in fields:
+            fields[MASK] = mask
+        return fields
 
     def prepare_batch(
         self, batch: Mapping[str, Any], keys: Keys | None, *, passing: bool = False
