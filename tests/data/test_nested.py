@@ -137,11 +137,11 @@ def test_transforms_take_a_key_path() -> None:
 def test_a_function_of_an_example_gets_a_tree_or_what_is_at_a_path() -> None:
     batch, rng = tree(4), ExampleRng(0, 0, np.zeros(4, int), np.arange(4))
 
-    def of_example(example: Any) -> Any:
+    def as_graph(example: Any) -> Any:
         assert example['inputs']['x'].shape == (2,) and example['inputs']['none'] is None
         return Graph(nodes=example['inputs'], edges=[example['inputs']['x'] + 1])
 
-    found = PerExample(fn=of_example)(batch, rng)
+    found = PerExample(fn=as_graph)(batch, rng)
     np.testing.assert_array_equal(found.nodes['x'], batch['inputs']['x'])
     np.testing.assert_array_equal(found.edges[0], batch['inputs']['x'] + 1)
     found = PerExample(fn=lambda example: example)(batch, rng)

@@ -284,7 +284,7 @@ def _describe_function(function: export.Exported, arguments: list[str]) -> dict[
     return {
         'function': FUNCTION,
         'arguments': arguments,
-        'batch': _by_path(_describe_arrays(function.in_tree, function.in_avals)[0][-1]),
+        'batch': _list_by_path(_describe_arrays(function.in_tree, function.in_avals)[0][-1]),
         'outputs': _describe_arrays(function.out_tree, function.out_avals),
         'platforms': list(function.platforms),
         'requires': {name: importlib.metadata.version(name) for name in REQUIRES},
@@ -295,5 +295,5 @@ def _describe_arrays(tree: Any, avals: Sequence[Any]) -> Any:
     return jax.tree.unflatten(tree, [f'{x.dtype}[{", ".join(map(str, x.shape))}]' for x in avals])
 
 
-def _by_path(tree: Any) -> dict[str, str]:
+def _list_by_path(tree: Any) -> dict[str, str]:
     return {param_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
