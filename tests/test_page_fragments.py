@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from optax import contrib
+from PIL import Image
 
 from data import text as text_data
 from tests import command
@@ -201,6 +202,18 @@ def check_grain_loader(text: str) -> None:
     assert type(trainer.experiment.data.loader).__name__ == 'GrainLoader'
 
 
+def check_image_folder(text: str) -> None:
+    pytest.importorskip('simplejpeg')
+    pytest.importorskip('cv2')
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 90, 70, 3)).astype(np.uint8)
+    for i, image in enumerate(pixels):
+        path = pathlib.Path('photos', f'class{i % 3}', f'{i}.jpg')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    trainer, _ = fit(build_fragment('mnist_mlp.py', text, {'evals': {}, 'data.batch_size': 8}))
+    assert trainer.experiment.data.spec['image'].shape == (8, 224, 224, 3)
+
+
 def check_packing(text: str) -> None:
     fit(build_fragment('lm_packed.py', text, TINY_LM))
 
@@ -308,7 +321,8 @@ CASES: dict[str, Callable[..., None]] = {
     'dict(ensemble=4': spread,
     'member=2': one_member,
     'fsdp': cut,
-    'GrainLoader': check_grain_loader,
+    'images:ImageFolder': check_image_folder,
+    'threads=8': check_grain_loader,
     'stages:Pack': check_packing,
     'mine.on_host:Below': check_stages,
     'mine.on_host:invert_some': check_augmentation,
@@ -407,9 +421,11 @@ def test_two_processes(line: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_no_other_text_is_a_command() -> None:
-    """Two commands with placeholders are run above; all others must be in a block that runs."""
+    """Two commands with placeholders are run above, and one downloads; the others are in blocks."""
     shown = [text for text in TEXTS if text.startswith(('python ', 'launch/'))]
     fine_tuning = [text for text in shown if '=DIRECTORY' in text]
     two_processes = [text for text in shown if '--coordinator' in text]
+    downloads = [text for text in shown if 'download_and_prepare' in text]
     assert fine_tuning and two_processes
-    assert len(shown) == len(fine_tuning) + len(two_processes)
+    assert len(shown) == len(fine_tuning) + len(two_processes) + len(downloads)
+    assert len(downloads) <= 1
