@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .nested import leaves_with_names, map_arrays
+from .nested import leaves_with_names, map_arrays, map_named
 
 _PARTS = ('nodes', 'edges', 'senders', 'receivers', 'globals')
 # Computed here; they may be among the keys of an example, as in `graph._asdict()`.
@@ -122,7 +122,8 @@ class GraphSource:
         fields = [n for n in examples[0] if n not in (*_PARTS, *_COUNTS)]
         if 'graph' in fields:
             raise ValueError("the field name 'graph' is that of the graph itself; rename the field")
-        first = np.concatenate([[0], counts[:-1, 0].cumsum()])
+        # Of each graph, and of the padding.
+        first = np.concatenate([[0], counts[:, 0].cumsum()]).astype(np.int32)
         # The first place of padding has all nodes and edges of padding.
         padding = np.zeros((rows - len(examples), 2), np.int64)
         padding[0] = (nodes, edges) - counts.sum(0)
@@ -130,10 +131,14 @@ class GraphSource:
         ends = {
             # Edges of padding begin and end at the first node of padding.
             name: _pad(
-                [np.asarray(e[name]) + offset for e, offset in zip(examples, first, strict=True)],
+                name,
+                [
+                    np.asarray(e[name], np.int32) + offset
+                    for e, offset in zip(examples, first, strict=False)
+                ],
                 edges,
-                fill=int(counts[:, 0].sum()),
-            ).astype(np.int32)
+                fill=first[-1],
+            )
             for name in ('senders', 'receivers')
         }
         graph = GraphsTuple(
@@ -182,7 +187,9 @@ def choose_sizes(counts: np.ndarray, graphs: int, number: int) -> list[tuple[int
     usual = counts.mean(0) * graphs + 2 * counts.std(0) * np.sqrt(graphs)
     parts = np.linspace(0, 1, number) if number > 1 else [1.0]
     sizes = {
-        (_round_up(nodes + 1), _round_up(max(edges, 1)))
+        # More nodes than graphs, padding included: an array with as many entries as graphs is taken
+        # to have one for each of them.
+        (_round_up(max(nodes + 1, graphs + 2)), _round_up(max(edges, 1)))
         for nodes, edges in (np.minimum(usual + part * (most - usual), most) for part in parts)
     }
     return sorted(sizes)
@@ -207,8 +214,8 @@ def _count(example: Mapping[str, Any]) -> tuple[int, int]:
             f'{", ".join(example)}'
         )
     ends = [np.asarray(example[name]) for name in ('senders', 'receivers')]
-    nodes = _lengths({'nodes': example['nodes']})
-    edges = _lengths({'edges': example.get('edges'), 'ends': ends})
+    nodes = _lengths(example['nodes'])
+    edges = _lengths(example.get('edges')) | {len(x) for x in ends}
     if len(nodes) != 1 or len(edges) != 1:
         raise ValueError(
             f'the arrays of a graph differ in length: {sorted(nodes)} for nodes, {sorted(edges)} '
@@ -225,22 +232,38 @@ def _count(example: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _lengths(tree: Any) -> set[int]:
-    return {len(x) for x in leaves_with_names(tree).values()}
+    if isinstance(tree, np.ndarray):
+        return {len(tree)}
+    # Below a key, since a list of numbers is an array there.
+    return {len(x) for x in leaves_with_names({'': tree}).values()}
 
 
 def _with_row(example: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Returns a field of a graph with a leading dimension of 1."""
-    return map_arrays(lambda x: np.asarray(x)[None], {name: example.get(name)})
+    value = example.get(name)
+    if isinstance(value, np.ndarray | np.generic):
+        return {name: np.asarray(value)[None]}
+    return map_arrays(lambda x: np.asarray(x)[None], {name: value})
 
 
 def _join(examples: Sequence[Mapping[str, Any]], name: str, size: int) -> Any:
     """Returns the arrays of all examples, concatenated and padded with zeros to `size` entries."""
+    values = [example.get(name) for example in examples]
+    if all(isinstance(value, np.ndarray) for value in values):
+        return _pad(name, values, size)
     # Below a key, since a list of numbers is an array there.
-    trees = [{name: example.get(name)} for example in examples]
-    return map_arrays(lambda *arrays: _pad(arrays, size), *trees)[name]
+    trees = [{name: value} for value in values]
+    return map_named(lambda path, *arrays: _pad(path, arrays, size), *trees)[name]
 
 
-def _pad(arrays: Sequence[Any], size: int, fill: float = 0) -> np.ndarray:
+def _pad(name: str, arrays: Sequence[Any], size: int, fill: float = 0) -> np.ndarray:
+    kinds = {(x.dtype, x.shape[1:]) for x in map(np.asarray, arrays)}
+    if len(kinds) > 1:
+        found = ' and '.join(sorted(f'{dtype} {shape}' for dtype, shape in kinds))
+        raise ValueError(
+            f'{name!r} is {found} in graphs of one batch; all graphs need one dtype, and one shape '
+            'but for the number of nodes and edges'
+        )
     whole = np.concatenate(arrays)
     padding = np.full((size - len(whole), *whole.shape[1:]), fill, whole.dtype)
     return np.concatenate([whole, padding])

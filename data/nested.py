@@ -2,8 +2,8 @@
 """Nested examples and batches: trees of dicts, lists, tuples, NamedTuples and None with arrays.
 
 An array is named by its path: 'inputs/x', 'pair/0', and 'graph/nodes' for a field of a NamedTuple.
-A list or a tuple of numbers and texts alone is not a node of the tree but a value, which
-`np.asarray` makes an array of.
+A list or a tuple without arrays, such as one of numbers, is not a node of the tree but a value:
+`np.asarray` makes an array of it.
 """
 
 from __future__ import annotations
@@ -34,23 +34,19 @@ class StructureError(ValueError):
 
 
 def is_node(value: Any) -> bool:
-    """Whether a value is a dict, a list, a tuple or None, and not an array or a number."""
+    """Whether a value is a dict, None, a NamedTuple, or a list or tuple with arrays in it."""
     if isinstance(value, np.ndarray):
         return False
     if isinstance(value, list | tuple):
-        return hasattr(value, '_fields') or not _is_of_scalars(value)
+        return hasattr(value, '_fields') or _has_arrays(value)
     return value is None or isinstance(value, dict | Mapping)
 
 
-def _is_of_scalars(value: Any) -> bool:
+def _has_arrays(value: Any) -> bool:
     # By the types that occur, because a list of tokens may be long.
-    kinds = set(map(type, value))
-    if kinds & {list, tuple}:
-        return all(
-            _is_of_scalars(x) if type(x) in (list, tuple) else isinstance(x, _SCALARS)
-            for x in value
-        )
-    return all(issubclass(kind, _SCALARS) for kind in kinds)
+    if all(issubclass(kind, _SCALARS) for kind in set(map(type, value))):
+        return False
+    return any(is_node(x) or (hasattr(x, 'shape') and not isinstance(x, np.generic)) for x in value)
 
 
 def is_flat(batch: Any) -> bool:
@@ -128,6 +124,17 @@ def paths_of_none(tree: Any) -> set[str]:
 
     visit('', tree)
     return paths
+
+
+def take_row(batch: Any, row: int) -> Any:
+    """Returns one example of a batch (n, ...).
+
+    A number is a numpy scalar in a flat dict, and an array () in another tree: a list of scalars
+    would be one value, so the example would have another structure than its batch.
+    """
+    if is_flat(batch):
+        return {name: x[row] for name, x in batch.items()}
+    return map_arrays(lambda x: x[row, ...], batch)
 
 
 def first_array(tree: Any) -> Any:

@@ -163,7 +163,7 @@ def map_rows(call: _Call, batch: Tree, field: str | None = None) -> list[Any]:
     if isinstance(values, np.ndarray):
         return [call(value, row) for row, value in enumerate(values)]
     rows = range(len(nested.first_array(values)))
-    return [call(nested.map_arrays(lambda x, row=row: x[row], values), row) for row in rows]
+    return [call(nested.take_row(values, row), row) for row in rows]
 
 
 def stack_examples(examples: list[Any], before: Tree) -> Tree:
@@ -183,8 +183,11 @@ def stack_examples(examples: list[Any], before: Tree) -> Tree:
                 f'a function of an example must return a dict, got {type(example).__name__}. If it '
                 "is a function of one field, name that field: PerExample(fn=..., field='image')"
             )
-    if lost := nested.paths_of_none(examples[0]) - nested.paths_of_none(before):
-        raise TypeError(f'{min(lost)!r}: the function returned None; expected an array')
+    none, none_before = nested.paths_of_none(examples[0]), nested.paths_of_none(before)
+    # None that was there before may have moved.
+    if len(none) > len(none_before):
+        new = min(none - none_before)
+        raise TypeError(f'{new!r}: the function returned None; expected an array')
     return _stack_trees('', examples)
 
 

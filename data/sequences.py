@@ -129,14 +129,15 @@ class PaddedSequences:
             if name in self._fields:
                 fill = self._fill.get(name, 0)
                 arrays = tuple(_pad(np.asarray(x)[:length], length, fill) for x in arrays)
-            shapes = {np.shape(x) for x in arrays}
-            if len(shapes) > 1:
+            arrays = tuple(map(np.asarray, arrays))
+            kinds = {(_kind(x.dtype), x.shape) for x in arrays}
+            if len(kinds) > 1:
+                found = ', '.join(sorted(f'{dtype} {shape}' for dtype, shape in kinds))
                 raise ValueError(
-                    f'{name!r} has the shapes {", ".join(map(str, sorted(shapes)))} in a batch; '
-                    f'add it to the `fields` that are padded ({", ".join(self._fields)}), or give '
-                    'it one shape'
+                    f'{name!r} is {found} in examples of one batch; add it to the `fields` that '
+                    f'are padded ({", ".join(self._fields)}), or give it one dtype and shape'
                 )
-            return np.stack([np.asarray(x) for x in arrays])
+            return np.stack(arrays)
 
         batch = map_named(join, *examples)
         for name in (LENGTH, IS_REAL):
@@ -161,6 +162,11 @@ class PaddedSequences:
                 'same number of elements'
             )
         return next(iter(lengths.values()))
+
+
+def _kind(dtype: np.dtype[Any]) -> Any:
+    # The dtype of text includes its length, which may differ.
+    return dtype.kind if dtype.kind in 'SU' else dtype
 
 
 def _pad(x: np.ndarray, length: int, fill: float) -> np.ndarray:

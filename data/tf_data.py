@@ -69,10 +69,10 @@ class _Part:
         dataset = self._make()
         if not isinstance(dataset, tf.data.Dataset):
             raise TypeError(f'make: expected it to return a tf.data.Dataset, got {dataset!r}')
-        if not isinstance(dataset.element_spec, dict):
+        if not isinstance(dataset.element_spec, dict | tuple):
             raise TypeError(
-                'make: expected elements that are dicts of tensors, one tensor per field; got '
-                f'{dataset.element_spec}'
+                'make: expected elements that are dicts or tuples of tensors, one tensor per '
+                f'field; got {dataset.element_spec}'
             )
         options = tf.data.Options()
         # Parallel reads would otherwise return elements in the order in which they finish, and

@@ -33,7 +33,7 @@ class Group:
     """The processes of one attempt.
 
     Attributes:
-        processes: the processes by number.
+        processes: running processes by their number in the group.
         failed: number and exit code of the process that failed first, or None.
     """
 

@@ -118,7 +118,7 @@ def logs_script(lines: int, follow: bool) -> str:
     """Returns the script that prints the end of the log.
 
     Args:
-        lines: number of lines.
+        lines: number of lines at the end of the log.
         follow: whether to keep printing new lines.
     """
     return f'tail -n {lines} {"-F " if follow else ""}~/train/log'

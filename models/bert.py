@@ -81,7 +81,7 @@ class Encoder(nn.Module):
     """Encodes each token as a vector; the defaults are those of BERT base.
 
     Attributes:
-        vocab_size: size of the vocabulary.
+        vocab_size: number of tokens in the vocabulary.
         layers: number of layers.
         width: size of the vectors.
         heads: number of attention heads; must divide the width.
@@ -152,9 +152,9 @@ class SentenceEncoder(nn.Module):
     """Embeds a text as the normalized mean of an encoder's vectors.
 
     Attributes:
-        encoder: an `Encoder`.
+        encoder: the `Encoder` that reads the tokens.
         normalize: whether to scale the mean to norm 1.
-        pad_token: the padding token.
+        pad_token: id of the padding token.
     """
 
     encoder: nn.Module
@@ -176,7 +176,7 @@ class TextClassifier(nn.Module):
         encoder: an `Encoder`; the head has the same dtypes.
         num_classes: number of logits.
         dropout_rate: dropout of the mean in training.
-        pad_token: the padding token.
+        pad_token: id of the padding token.
     """
 
     encoder: nn.Module

@@ -28,7 +28,7 @@ class CNN(nnx.Module):
             features: output channels of each convolution.
             hidden: units of the first dense layer.
             dropout_rate: probability of dropping a hidden unit in training.
-            channels: channels of the images.
+            channels: number of channels of the images.
             size: height and width of the images; NNX does not infer it.
             rngs: random keys of the initial parameters and of dropout.
         """

@@ -28,7 +28,7 @@ def generate(
 
     Args:
         model: the model as it was trained.
-        params: its parameters.
+        params: parameters of the model.
         prompt: int (batch, length), at least one token each.
         count: number of tokens to generate.
         key: random key for sampling; None selects the most probable token (greedy decoding).

@@ -44,7 +44,7 @@ def sum_edges(graph: Any, edges: jax.Array) -> jax.Array:
     """Returns for each node the sum over the edges that end at it, (N, ...).
 
     Args:
-        graph: the graphs.
+        graph: one or several graphs, with padding.
         edges: values of the edges, (E, ...).
     """
     return jax.ops.segment_sum(edges, graph.receivers, _num_nodes(graph))
@@ -54,7 +54,7 @@ def sum_nodes(graph: Any, nodes: jax.Array) -> jax.Array:
     """Returns for each graph the sum over its nodes, (G, ...).
 
     Args:
-        graph: the graphs.
+        graph: one or several graphs, with padding.
         nodes: values of the nodes, (N, ...).
     """
     return jax.ops.segment_sum(nodes, graph_of_nodes(graph), len(graph.n_node))
@@ -64,7 +64,7 @@ def mean_nodes(graph: Any, nodes: jax.Array) -> jax.Array:
     """Returns for each graph the mean over its nodes, (G, ...); 0 for a graph without nodes.
 
     Args:
-        graph: the graphs.
+        graph: one or several graphs, with padding.
         nodes: values of the nodes, (N, ...).
     """
     sums = sum_nodes(graph, nodes)

@@ -79,7 +79,7 @@ class Mixer(nn.Module):
         num_classes: number of logits.
         patch_size: height and width of a patch; must divide those of the images.
         layers: number of blocks.
-        width: width of the tokens.
+        width: features of a token.
         tokens_width: hidden units of each MLP over tokens; by default half of the width.
         channels_width: hidden units of each MLP over channels; by default 4 x width.
         dropout_rate: dropout of each branch in training.

@@ -55,7 +55,7 @@ class Block(nnx.Module):
 
         Args:
             tokens: number of tokens.
-            width: width of the tokens.
+            width: features of a token.
             tokens_width: hidden units of the MLP over tokens.
             channels_width: hidden units of the MLP over channels.
             dropout_rate: probability of dropping an element of each branch's output in training.
@@ -103,12 +103,12 @@ class Mixer(nnx.Module):
             num_classes: number of logits.
             patch_size: height and width of a patch; must divide the size.
             layers: number of blocks.
-            width: width of the tokens.
+            width: features of a token.
             tokens_width: hidden units of each MLP over tokens; by default half of the width.
             channels_width: hidden units of each MLP over channels; by default 4 x width.
             dropout_rate: dropout of each branch in training.
             size: height and width of the images; NNX does not infer it.
-            channels: channels of the images.
+            channels: number of channels of the images.
             dtype: dtype of the computation, such as bfloat16; None follows inputs and parameters.
             param_dtype: dtype of the parameters.
             rngs: random keys of the initial parameters and of dropout.

@@ -47,7 +47,7 @@ class GroupedBatchNorm(nn.BatchNorm):
         """Returns the normalized inputs, of the same shape.
 
         Args:
-            x: (batch, ...).
+            x: inputs (batch, ...).
             use_running_average: see `nn.BatchNorm`.
             mask: see `nn.BatchNorm`; the elements to include in statistics.
 

@@ -132,7 +132,7 @@ class ResNet(nn.Module):
         """Returns logits (batch, num_classes) for images (batch, height, width, channels).
 
         Args:
-            x: images.
+            x: images (batch, height, width, channels).
             train: whether to normalize by the batch and update the running statistics.
 
         Raises:

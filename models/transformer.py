@@ -148,7 +148,7 @@ class Transformer(nn.Module):
     """Predicts the next token at every position.
 
     Attributes:
-        vocab_size: size of the vocabulary.
+        vocab_size: number of tokens in the vocabulary.
         layers: number of blocks.
         width: width of the residual stream.
         heads: number of attention heads; must divide the width.

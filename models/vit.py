@@ -109,7 +109,7 @@ class ViT(nn.Module):
         num_classes: number of logits.
         patch_size: height and width of a patch; must divide those of the images.
         layers: number of blocks.
-        width: width of the tokens.
+        width: features of a token.
         heads: number of attention heads; must divide the width.
         mlp_width: hidden units of each MLP; by default 4 x width.
         positions: 'learned', or 'sincos' for fixed ones, which fit images of any size.

@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         """Creates the parameters.
 
         Args:
-            width: width of the tokens.
+            width: features of a token.
             heads: number of heads; must divide the width.
             rngs: random keys of the initial parameters.
             **dtypes: `dtype` and `param_dtype` of the layers.
@@ -91,7 +91,7 @@ class Block(nnx.Module):
         """Creates the parameters.
 
         Args:
-            width: width of the tokens.
+            width: features of a token.
             heads: number of attention heads; must divide the width.
             mlp_width: hidden units of the MLP.
             dropout_rate: probability of dropping an element of each branch's output in training.
@@ -142,7 +142,7 @@ class ViT(nnx.Module):
             num_classes: number of logits.
             patch_size: height and width of a patch; must divide the size.
             layers: number of blocks.
-            width: width of the tokens.
+            width: features of a token.
             heads: number of attention heads; must divide the width.
             mlp_width: hidden units of each MLP; by default 4 x width.
             positions: 'learned', or 'sincos' for fixed ones, which fit images of any size.
@@ -150,7 +150,7 @@ class ViT(nnx.Module):
                 class token.
             dropout_rate: dropout of the embeddings and of each branch in training.
             size: height and width of the images; NNX does not infer it.
-            channels: channels of the images.
+            channels: number of channels of the images.
             dtype: dtype of the computation, such as bfloat16; None follows inputs and parameters.
             param_dtype: dtype of the parameters.
             rngs: random keys of the initial parameters and of dropout.

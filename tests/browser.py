@@ -119,14 +119,14 @@ class Browser:
             message['sessionId'] = self._session
         os.write(self._to, json.dumps(message).encode() + b'\0')
         while True:
-            answer = self._next()
+            answer = self._read_message()
             if answer.get('method') == 'Network.requestWillBeSent':
                 self.requests.append(answer['params']['request']['url'])
             if answer.get('id') == self._count:
                 assert 'error' not in answer, answer['error']
                 return answer['result']
 
-    def _next(self, secs: float = 60) -> dict[str, Any]:
+    def _read_message(self, secs: float = 60) -> dict[str, Any]:
         while b'\0' not in self._buffer:
             ready, _, _ = select.select([self._answers], [], [], secs)
             assert ready, f'the browser has not answered within {secs} s'

@@ -59,7 +59,7 @@ print(json.dumps([found, compat.coordinator_address()]))
 """
 
 
-def raised(call: Callable[[], Any]) -> Exception:
+def error_of(call: Callable[[], Any]) -> Exception:
     """Returns the error that a call raises."""
     with pytest.raises(Exception) as caught:
         call()
@@ -139,19 +139,19 @@ def test_tpu_vm_processes(metadata_server: str, monkeypatch: pytest.MonkeyPatch)
     assert compat.tpu_vm_processes() == 3
 
 
-def out_of_memory() -> Exception:
-    return raised(lambda: jax.block_until_ready(jnp.zeros((2**48,), jnp.float32)))
+def memory_error() -> Exception:
+    return error_of(lambda: jax.block_until_ready(jnp.zeros((2**48,), jnp.float32)))
 
 
 def test_is_out_of_memory() -> None:
-    error = out_of_memory()
+    error = memory_error()
     assert isinstance(error, jax.errors.JaxRuntimeError)
     assert compat.is_out_of_memory(error)
     assert not compat.is_out_of_memory(ValueError('no'))
 
 
 def test_runtime_reason() -> None:
-    assert compat.runtime_reason(out_of_memory()).startswith('Out of memory')
+    assert compat.runtime_reason(memory_error()).startswith('Out of memory')
     assert compat.runtime_reason(ValueError()) == ''
 
 
@@ -159,10 +159,10 @@ def test_is_deleted_array() -> None:
     x = jnp.ones(3)
     x.delete()
     for call in (lambda: np.asarray(x), lambda: jax.jit(lambda x: x + 1)(x), lambda: x + 1):
-        assert compat.is_deleted_array(raised(call))
+        assert compat.is_deleted_array(error_of(call))
     donated = jnp.ones(3)
     jax.jit(lambda x: x + 1, donate_argnums=0)(donated)
-    assert compat.is_deleted_array(raised(lambda: np.asarray(donated)))
+    assert compat.is_deleted_array(error_of(lambda: np.asarray(donated)))
     assert not compat.is_deleted_array(ValueError('no'))
 
 
@@ -172,17 +172,17 @@ def mesh(*axes: str) -> jax.sharding.Mesh:
 
 
 def test_unknown_mesh_axis() -> None:
-    def constrained(x: jax.Array) -> jax.Array:
+    def constrain(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, PartitionSpec('model'))
 
     with jax.set_mesh(mesh('data')):
-        error = raised(lambda: jax.eval_shape(constrained, jnp.ones(2)))
+        error = error_of(lambda: jax.eval_shape(constrain, jnp.ones(2)))
     assert compat.unknown_mesh_axis(error) == 'model'
     assert compat.unknown_mesh_axis(ValueError('no')) is None
 
 
 def test_unbound_axis() -> None:
-    error = raised(lambda: jax.eval_shape(lambda x: jax.lax.pmean(x, 'batch'), jnp.ones(2)))
+    error = error_of(lambda: jax.eval_shape(lambda x: jax.lax.pmean(x, 'batch'), jnp.ones(2)))
     assert compat.unbound_axis(error) == 'batch'
     assert compat.unbound_axis(NameError('no')) is None
 
@@ -190,11 +190,11 @@ def test_unbound_axis() -> None:
 def test_rank_mismatch() -> None:
     sharding = NamedSharding(mesh('a', 'b'), PartitionSpec('a', 'b'))
 
-    def constrained(x: jax.Array) -> jax.Array:
+    def constrain(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, sharding)
 
     spec, rank = (
-        compat.rank_mismatch(raised(lambda: jax.eval_shape(constrained, jnp.ones(2)))) or ()
+        compat.rank_mismatch(error_of(lambda: jax.eval_shape(constrain, jnp.ones(2)))) or ()
     )
     assert "'a', 'b'" in spec and rank == 1
     assert compat.rank_mismatch(ValueError('no')) is None
@@ -205,7 +205,7 @@ def test_refuses_type() -> None:
         """No array."""
 
     for call in (lambda: jnp.sin(Odd()), lambda: jax.jit(lambda x: x)(Odd())):
-        assert compat.refuses_type(raised(call), Odd)
+        assert compat.refuses_type(error_of(call), Odd)
     assert not compat.refuses_type(TypeError('no'), Odd)
 
 
@@ -216,7 +216,7 @@ def test_is_frames_note() -> None:
     before = jax.config.jax_traceback_filtering
     jax.config.update('jax_traceback_filtering', 'quiet_remove_frames')
     try:
-        (note,) = raised(lambda: jax.jit(fail)(1.0)).__notes__
+        (note,) = error_of(lambda: jax.jit(fail)(1.0)).__notes__
     finally:
         jax.config.update('jax_traceback_filtering', before)
     assert compat.is_frames_note(note)
@@ -224,13 +224,13 @@ def test_is_frames_note() -> None:
 
 
 def test_name_stack() -> None:
-    def scoped(x: jax.Array) -> jax.Array:
+    def double_in_scope(x: jax.Array) -> jax.Array:
         with jax.named_scope('outer'), jax.named_scope('inner'):
             return x * 2
 
-    (equation,) = jax.make_jaxpr(scoped)(1.0).eqns
+    (equation,) = jax.make_jaxpr(double_in_scope)(1.0).eqns
     assert compat.name_stack(equation) == 'outer/inner'
-    backward = jax.make_jaxpr(jax.grad(lambda x: scoped(x) ** 2))(1.0).eqns
+    backward = jax.make_jaxpr(jax.grad(lambda x: double_in_scope(x) ** 2))(1.0).eqns
     assert any('transpose(jvp(outer))' in compat.name_stack(each) for each in backward)
 
 
@@ -251,15 +251,15 @@ def update(tx: Any, **more: Any) -> Callable[[], Any]:
 
 
 def test_missing_arguments() -> None:
-    error = raised(update(optax.contrib.reduce_on_plateau()))
+    error = error_of(update(optax.contrib.reduce_on_plateau()))
     assert compat.missing_arguments(error) == 'value'
-    error = raised(update(optax.scale_by_backtracking_linesearch(3)))
+    error = error_of(update(optax.scale_by_backtracking_linesearch(3)))
     assert compat.missing_arguments(error) == 'value, grad, and value_fn'
     assert compat.missing_arguments(ValueError('no')) is None
 
 
 def test_refused_argument() -> None:
-    error = raised(update(optax.scale_by_adam(), value=1.0))
+    error = error_of(update(optax.scale_by_adam(), value=1.0))
     assert compat.refused_argument(error) == 'value'
     assert compat.refused_argument(ValueError('no')) is None
 
@@ -267,12 +267,12 @@ def test_refused_argument() -> None:
 def test_is_optax_error() -> None:
     tx = optax.adam(0.1)
     state = tx.init({'w': jnp.ones(2)})
-    assert compat.is_optax_error(raised(lambda: tx.update({'v': jnp.ones(2)}, state)))
+    assert compat.is_optax_error(error_of(lambda: tx.update({'v': jnp.ones(2)}, state)))
 
     def fail(count: Any) -> Any:
         raise ValueError('no')
 
-    assert not compat.is_optax_error(raised(update(optax.scale_by_schedule(fail))))
+    assert not compat.is_optax_error(error_of(update(optax.scale_by_schedule(fail))))
 
 
 def test_is_reduction_counter() -> None:
@@ -284,7 +284,7 @@ def test_is_reduction_counter() -> None:
 # ---- orbax and tensorstore ---------------------------------------------------------------------
 
 
-def saved(directory: pathlib.Path) -> epath.Path:
+def save_step(directory: pathlib.Path) -> epath.Path:
     """Returns the directory of a saved step."""
     checkpoints = Checkpoints(directory, Retention())
     checkpoints.save(3, {'w': jnp.ones(2)}, {})
@@ -293,16 +293,16 @@ def saved(directory: pathlib.Path) -> epath.Path:
 
 
 def test_is_orbax_committed(tmp_path: pathlib.Path) -> None:
-    assert compat.is_orbax_committed(saved(tmp_path))
+    assert compat.is_orbax_committed(save_step(tmp_path))
     assert not compat.is_orbax_committed(epath.Path(tmp_path))
 
 
 def test_orbax_step_metadata(tmp_path: pathlib.Path) -> None:
-    assert compat.orbax_step_metadata(saved(tmp_path)).is_file()
+    assert compat.orbax_step_metadata(save_step(tmp_path)).is_file()
 
 
 def test_orbax_step_metadata_fields(tmp_path: pathlib.Path) -> None:
-    metadata = json.loads(compat.orbax_step_metadata(saved(tmp_path)).read_text())
+    metadata = json.loads(compat.orbax_step_metadata(save_step(tmp_path)).read_text())
     objects, times = compat.orbax_step_metadata_fields()
     assert all(isinstance(metadata[name], dict) for name in objects)
     assert all(isinstance(metadata[name], int) for name in times)
@@ -357,7 +357,7 @@ def tensorstore_error(directory: pathlib.Path) -> Exception:
     (directory / 'file').write_text('')
     spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{directory}/file/x/'}}
     kind = {'dtype': tensorstore.float32, 'shape': [1], 'create': True}
-    return raised(lambda: tensorstore.open(spec, **kind).result())
+    return error_of(lambda: tensorstore.open(spec, **kind).result())
 
 
 def test_os_error_number(tmp_path: pathlib.Path) -> None:
@@ -385,14 +385,14 @@ def test_reference_inputs() -> None:
 
 
 def test_is_dotted_key() -> None:
-    error = raised(lambda: ml_collections.ConfigDict({'a.b': 1}))
+    error = error_of(lambda: ml_collections.ConfigDict({'a.b': 1}))
     assert compat.is_dotted_key(error)
     assert not compat.is_dotted_key(ValueError('no'))
 
 
 def test_is_type_change() -> None:
     config = ml_collections.ConfigDict({'a': 1})
-    assert compat.is_type_change(raised(lambda: setattr(config, 'a', 'text')))
+    assert compat.is_type_change(error_of(lambda: setattr(config, 'a', 'text')))
     assert not compat.is_type_change(TypeError('no'))
 
 
@@ -423,11 +423,11 @@ def test_the_text_of_a_compiled_program() -> None:
     devices = jax.make_mesh((4,), ('data',), (AxisType.Auto,), devices=jax.devices()[:4])
     rows = NamedSharding(devices, PartitionSpec('data'))
 
-    def looped(x: jax.Array) -> jax.Array:
+    def loop(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 3, lambda _, y: y + x.sum(0) * jnp.sin(y), x)
 
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=rows)
-    text = jax.jit(jax.grad(lambda x: looped(x).sum())).lower(x).compile().as_text() or ''
+    text = jax.jit(jax.grad(lambda x: loop(x).sum())).lower(x).compile().as_text() or ''
     found, complete = collectives.find(text, axes)
     assert complete
     assert {(each.kind, each.axes, each.group) for each in found} == {('all-reduce', ('data',), 4)}

@@ -46,7 +46,7 @@ ELSEWHERE = {
 }
 
 
-def described(name: str) -> str:
+def description(name: str) -> str:
     tree = ast.parse((ROOT / 'configs' / f'{name}.py').read_text())
     return ast.get_docstring(tree) or ''
 
@@ -67,7 +67,7 @@ def test_the_command_is_that_of_the_docstring(name: str, trains: str, arguments:
     assert trains
     arguments = arguments.strip('`')
     assert arguments.startswith(f'--config=configs/{name}.py')
-    assert f'python -m trainer.main {arguments}' in ' '.join(described(name).split())
+    assert f'python -m trainer.main {arguments}' in ' '.join(description(name).split())
 
 
 @pytest.mark.parametrize(('config', 'result', 'time', 'day'), RESULTS)
@@ -75,7 +75,7 @@ def test_the_results_are_those_of_the_docstring(
     config: str, result: str, time: str, day: str
 ) -> None:
     """The figure and the time are those of the docstring."""
-    text = ' '.join(described(config.removeprefix('`configs/').removesuffix('.py`')).split())
+    text = ' '.join(description(config.removeprefix('`configs/').removesuffix('.py`')).split())
     expected = text.split('Expected after ')[1]
     figure = re.match(r'[\d.]+( %| nats)', result)
     # A docstring may round: 'about 88 %' for 88.2 %.

@@ -17,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from optax import contrib
+from PIL import Image
 
+from data import text as text_data
 from tests import command
 from tests.pages import FRAGMENTS, OVERRIDES, TEXTS, Block, Project, needs, parameters, run
 from tests.parallel import group
 from trainer.config import loading, overrides, schema
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build
+from trainer.models.generation import generate
 from trainer.models.transformer import Transformer
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
@@ -78,7 +81,7 @@ TINY_LM = {'model': {'layers': 2, 'width': 16, 'heads': 2}, 'evals': {}}
 MNIST = {'data.source.limit': 320, 'evals.test.data.source.limit': 64}
 
 
-def built(config: str, fragment: str, options: dict[str, Any]) -> Experiment:
+def build_fragment(config: str, fragment: str, options: dict[str, Any]) -> Experiment:
     """Returns the experiment of a config file with a fragment inserted, two steps long."""
     loaded = loading.load(str(command.ROOT / 'configs' / config))
     with loaded.config.unlocked():
@@ -92,14 +95,14 @@ def assignments(options: dict[str, Any]) -> list[tuple[str, str]]:
     return [(key, x if isinstance(x, str) else repr(x)) for key, x in options.items()]
 
 
-def fitted(experiment: Experiment, workdir: str | None = None) -> tuple[Trainer, Any]:
+def fit(experiment: Experiment, workdir: str | None = None) -> tuple[Trainer, Any]:
     trainer = Trainer(experiment, workdir)
     result = trainer.fit()
     assert (result.status, result.step) == ('finished', experiment.training.total_steps)
     return trainer, result
 
 
-def stacked(text: str) -> None:
+def check_stacking(text: str) -> None:
     model = Transformer(layers=2, width=16, heads=2, max_length=128)
     tokens = jnp.zeros((1, 128), jnp.int32)
     params = jax.device_get(nn.meta.unbox(model.init(jax.random.key(0), tokens)['params']))
@@ -109,10 +112,23 @@ def stacked(text: str) -> None:
         'model': {**TINY_LM['model'], 'scan_layers': True},
         'init_from.path': 'old.msgpack',
     }
-    new = Trainer(built('lm.py', text, options)).init_state().params
+    new = Trainer(build_fragment('lm.py', text, options)).init_state().params
     layers = [jax.tree.leaves(params[f'block_{i}']) for i in range(2)]
     for found, *old in zip(jax.tree.leaves(new['blocks']), *layers, strict=True):
         np.testing.assert_array_equal(found, np.stack(old))
+
+
+def check_generation(text: str) -> None:
+    small = {'model': TINY_LM['model'], 'evals.samples.data.source.limit': 3}
+    never = {'evals.test.every': 'never', 'evals.test.final': False}
+    trainer, result = fit(build_fragment('lm.py', text, {**small, **never}))
+    (found,) = trainer.predict('samples', result.state)
+    source = text_data.python_source(128, split='test', limit=3)
+    prompt = jnp.asarray(source.gather(np.arange(3))['inputs'][:, :32])
+    model, variables = trainer.model(result.state).unbind()
+    expected = generate(model, variables['params'], prompt, 64)
+    np.testing.assert_array_equal(found['continued'], expected)
+    assert 'eval/samples/loss' not in result.metrics
 
 
 class Edited(nn.Module):
@@ -126,7 +142,7 @@ class Edited(nn.Module):
         return nn.Dense(20, name='head')(x)
 
 
-def edited(text: str) -> None:
+def check_surgery(text: str) -> None:
     old = {
         'positions': np.arange(17 * 4, dtype='f4').reshape(17, 4),
         'old': {'kernel': np.full((4, 4), 3, 'f4'), 'bias': np.full(4, 5, 'f4')},
@@ -135,7 +151,7 @@ def edited(text: str) -> None:
     }
     pathlib.Path('old.msgpack').write_bytes(flax.serialization.to_bytes({'params': old}))
     options = {**MNIST, 'model': {'target': f'{__name__}:Edited'}, 'init_from.path': 'old.msgpack'}
-    new = Trainer(built('mnist_mlp.py', text, options)).init_state().params
+    new = Trainer(build_fragment('mnist_mlp.py', text, options)).init_state().params
     np.testing.assert_array_equal(new['positions'][0], old['positions'][0])
     assert (new['new']['kernel'] == 3).all() and (new['norm']['bias'] == 9).all()
     assert (new['norm']['scale'] == 1).all()
@@ -145,7 +161,9 @@ def edited(text: str) -> None:
 def from_torch(text: str, encoder: pathlib.Path) -> None:
     os.chdir(encoder)
     params = (
-        Trainer(built('docstrings.py', text, {**TINY, 'vars.encoder': '.'})).init_state().params
+        Trainer(build_fragment('docstrings.py', text, {**TINY, 'vars.encoder': '.'}))
+        .init_state()
+        .params
     )
     held = safetensors.read(encoder / 'model.safetensors')
     np.testing.assert_array_equal(
@@ -155,12 +173,12 @@ def from_torch(text: str, encoder: pathlib.Path) -> None:
 
 
 def swept(text: str) -> None:
-    _, result = fitted(built('mnist_mlp.py', text, MNIST))
+    _, result = fit(build_fragment('mnist_mlp.py', text, MNIST))
     assert {f'train/member_{i}/loss' for i in range(3)} <= set(result.metrics)
 
 
 def spread(text: str) -> None:
-    made = built('mnist_mlp.py', text, {**MNIST, 'ensemble.size': 4})
+    made = build_fragment('mnist_mlp.py', text, {**MNIST, 'ensemble.size': 4})
     trainer = Trainer(made)
     assert dict(trainer.set_up().mesh.shape) == {'ensemble': 4, 'data': 2}
     kernel = trainer.init_state().params['Dense_0']['kernel']
@@ -168,29 +186,41 @@ def spread(text: str) -> None:
 
 
 def one_member(text: str) -> None:
-    made = built('mnist_mlp.py', text, MNIST)
+    made = build_fragment('mnist_mlp.py', text, MNIST)
     assert made.start.weights is not None and made.start.weights.member == 2
     Trainer(made).init_state()
 
 
 def cut(text: str) -> None:
-    trainer = Trainer(built('mnist_mlp.py', text, MNIST))
+    trainer = Trainer(build_fragment('mnist_mlp.py', text, MNIST))
     assert dict(trainer.set_up().mesh.shape) == {'data': 2, 'fsdp': 4}
     assert 'fsdp' in trainer.init_state().params['Dense_0']['kernel'].sharding.spec
 
 
-def threaded(text: str) -> None:
-    trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
+def check_grain_loader(text: str) -> None:
+    trainer, _ = fit(build_fragment('mnist_mlp.py', text, MNIST))
     assert type(trainer.experiment.data.loader).__name__ == 'GrainLoader'
 
 
-def packed(text: str) -> None:
-    fitted(built('lm_packed.py', text, TINY_LM))
+def check_image_folder(text: str) -> None:
+    pytest.importorskip('simplejpeg')
+    pytest.importorskip('cv2')
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 90, 70, 3)).astype(np.uint8)
+    for i, image in enumerate(pixels):
+        path = pathlib.Path('photos', f'class{i % 3}', f'{i}.jpg')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    trainer, _ = fit(build_fragment('mnist_mlp.py', text, {'evals': {}, 'data.batch_size': 8}))
+    assert trainer.experiment.data.spec['image'].shape == (8, 224, 224, 3)
 
 
-def streamed(text: str) -> None:
+def check_packing(text: str) -> None:
+    fit(build_fragment('lm_packed.py', text, TINY_LM))
+
+
+def check_stages(text: str) -> None:
     """Only images of the digits below five, each followed by its mirror image."""
-    loader = built('mnist_mlp.py', text, MNIST).data.loader
+    loader = build_fragment('mnist_mlp.py', text, MNIST).data.loader
     arrays = loader.block(0, 1).arrays
     assert set(arrays['label'].ravel()) <= set(range(5))
     labels = arrays['label'].reshape(-1, 2)
@@ -199,8 +229,8 @@ def streamed(text: str) -> None:
     # Each of the two has noise of its own.
     near = [np.abs(images[:, 0] - x).mean() for x in (images[:, 1, :, ::-1], images[:, 1])]
     assert near[0] < near[1]
-    fitted(
-        built(
+    fit(
+        build_fragment(
             'mnist_mlp.py',
             text,
             {**MNIST, 'evals.test.every': '2 steps', 'checkpoint.every': 'never'},
@@ -208,57 +238,57 @@ def streamed(text: str) -> None:
     )
 
 
-def augmented(text: str, library: str = 'numpy') -> None:
+def check_augmentation(text: str, library: str = 'numpy') -> None:
     """The images of a batch change with the epoch, and not with the time they are read."""
     pytest.importorskip(library)
-    loader = built('mnist_mlp.py', text, {**MNIST, 'data.shuffle': False}).data.loader
+    loader = build_fragment('mnist_mlp.py', text, {**MNIST, 'data.shuffle': False}).data.loader
     per_epoch = int(loader.steps_per_epoch)
     first, again, later = (loader.block(i, 1).arrays['image'] for i in (0, 0, per_epoch))
     np.testing.assert_array_equal(first, again)
     assert first.dtype == np.uint8 and (first != later).any()
-    fitted(built('mnist_mlp.py', text, MNIST))
+    fit(build_fragment('mnist_mlp.py', text, MNIST))
 
 
 def augmented_on_devices(text: str) -> None:
-    made = built('mnist_mlp.py', text, MNIST)
+    made = build_fragment('mnist_mlp.py', text, MNIST)
     image = np.asarray(made.data.loader.block(0, 1).arrays['image'][0])
 
-    def seen(mode: str, step: int) -> np.ndarray:
+    def prepare(mode: str, step: int) -> np.ndarray:
         keys = Keys(seed=made.seed, mode=mode, step=step)
         return np.asarray(made.task.prepare_batch({'image': jnp.asarray(image)}, keys)['image'])
 
-    np.testing.assert_allclose(seen('eval', 0), image / 255, rtol=1e-6)
-    np.testing.assert_array_equal(seen('train', 3), seen('train', 3))
-    assert (seen('train', 3) != seen('train', 4)).any()
-    fitted(made)
+    np.testing.assert_allclose(prepare('eval', 0), image / 255, rtol=1e-6)
+    np.testing.assert_array_equal(prepare('train', 3), prepare('train', 3))
+    assert (prepare('train', 3) != prepare('train', 4)).any()
+    fit(made)
 
 
 def classified_mirrored(text: str) -> None:
-    _, result = fitted(built('mnist_mlp.py', text, MNIST))
+    _, result = fit(build_fragment('mnist_mlp.py', text, MNIST))
     assert {'train/accuracy', 'eval/test/accuracy'} <= set(result.metrics)
 
 
 def halves(text: str) -> None:
-    trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
+    trainer, _ = fit(build_fragment('mnist_mlp.py', text, MNIST))
     assert 'bf16' in str(trainer.set_up().programs.step.jaxpr())
 
 
-def scaled(text: str) -> None:
-    trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
+def check_loss_scale(text: str) -> None:
+    trainer, result = fit(build_fragment('mnist_mlp.py', text, MNIST))
     assert trainer.experiment.training.loss_scale == 1024
     assert result.metrics['train/loss_scale'] == 1024
     assert 'f16' in str(trainer.set_up().programs.step.jaxpr())
 
 
-def averaged(text: str) -> None:
-    trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
+def check_eval_params(text: str) -> None:
+    trainer, result = fit(build_fragment('mnist_mlp.py', text, MNIST))
     point = contrib.schedule_free_eval_params(result.state.opt_state, result.state.params)
     found = trainer.eval_params(result.state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, point)
 
 
-def plateaued(text: str) -> None:
-    trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
+def check_plateau(text: str) -> None:
+    trainer, result = fit(build_fragment('mnist_mlp.py', text, MNIST))
     length = trainer.experiment.origin.schedule_steps['config.optimizer.args[1].accumulation_size']
     assert length == trainer.experiment.clock.steps_per_epoch
     state = result.state.opt_state[1]
@@ -266,49 +296,51 @@ def plateaued(text: str) -> None:
     assert float(state.avg_value) > 0 or float(state.best_value) < np.inf
 
 
-def watched(text: str) -> None:
-    trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
+def check_early_stopping(text: str) -> None:
+    trainer, _ = fit(build_fragment('mnist_mlp.py', text, MNIST))
     assert trainer.experiment.training.early_stopping is not None
     assert trainer.experiment.training.early_stopping.patience == 2
 
 
-def measured(text: str) -> None:
-    _, result = fitted(built('mnist_mlp.py', text, MNIST))
+def check_metrics(text: str) -> None:
+    _, result = fit(build_fragment('mnist_mlp.py', text, MNIST))
     assert {'eval/test/f1', 'eval/test/auc', 'train/f1'} <= set(result.metrics)
 
 
-def profiled(text: str) -> None:
-    fitted(built('mnist_mlp.py', text, {**MNIST, 'train_for': '11 steps'}), 'profiled')
+def check_profile(text: str) -> None:
+    fit(build_fragment('mnist_mlp.py', text, {**MNIST, 'train_for': '11 steps'}), 'profiled')
     assert any(path.is_file() for path in pathlib.Path('profiled/profile').rglob('*'))
 
 
 # By a word of the fragment: the config that it belongs into, and what it must have done there.
 CASES: dict[str, Callable[..., None]] = {
-    'weights:Stack': stacked,
-    'weights:Resize': edited,
+    'weights:Stack': check_stacking,
+    'weights:Resize': check_surgery,
     "layout='torch'": from_torch,
     'vary=': swept,
     'dict(ensemble=4': spread,
     'member=2': one_member,
     'fsdp': cut,
-    'GrainLoader': threaded,
-    'stages:Pack': packed,
-    'mine.on_host:Below': streamed,
-    'mine.on_host:invert_some': augmented,
-    'mine.on_host:erase': augmented,
-    "(dict(target='mine.on_host:Noise'),)": augmented,
-    'albumentations:': functools.partial(augmented, library='albumentations'),
-    'torchvision.': functools.partial(augmented, library='torchvision'),
+    'images:ImageFolder': check_image_folder,
+    'threads=8': check_grain_loader,
+    'stages:Pack': check_packing,
+    'mine.on_host:Below': check_stages,
+    'mine.on_host:invert_some': check_augmentation,
+    'mine.on_host:erase': check_augmentation,
+    "(dict(target='mine.on_host:Noise'),)": check_augmentation,
+    'albumentations:': functools.partial(check_augmentation, library='albumentations'),
+    'torchvision.': functools.partial(check_augmentation, library='torchvision'),
     'mine.on_devices:shift': augmented_on_devices,
     'mine.on_devices:classify_mirrored': classified_mirrored,
     "compute='bfloat16'": halves,
-    "compute='float16'": scaled,
-    'trainer.metrics:F1': measured,
-    'mine.even:Even': measured,
-    'early_stopping': watched,
-    'config.profile': profiled,
-    'eval_params': averaged,
-    'reduce_on_plateau': plateaued,
+    "compute='float16'": check_loss_scale,
+    'trainer.metrics:F1': check_metrics,
+    'mine.even:Even': check_metrics,
+    'mine.continued': check_generation,
+    'early_stopping': check_early_stopping,
+    'config.profile': check_profile,
+    'eval_params': check_eval_params,
+    'reduce_on_plateau': check_plateau,
 }
 
 
@@ -328,7 +360,7 @@ def test_fragment(
         more = [request.getfixturevalue('encoder')] if case is from_torch else []
         case(block.text, *more)
     if not cases:
-        built(block.config, block.text, {})
+        build_fragment(block.config, block.text, {})
 
 
 def test_each_case_has_its_fragment() -> None:
@@ -389,9 +421,11 @@ def test_two_processes(line: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_no_other_text_is_a_command() -> None:
-    """Two commands with placeholders are run above; all others must be in a block that runs."""
+    """Two commands with placeholders are run above, and one downloads; the others are in blocks."""
     shown = [text for text in TEXTS if text.startswith(('python ', 'launch/'))]
     fine_tuning = [text for text in shown if '=DIRECTORY' in text]
     two_processes = [text for text in shown if '--coordinator' in text]
+    downloads = [text for text in shown if 'download_and_prepare' in text]
     assert fine_tuning and two_processes
-    assert len(shown) == len(fine_tuning) + len(two_processes)
+    assert len(shown) == len(fine_tuning) + len(two_processes) + len(downloads)
+    assert len(downloads) <= 1

@@ -272,16 +272,16 @@ def test_round_trip_on_another_mesh_and_every_kind_of_leaf(tmp_path: pathlib.Pat
 def test_the_digest_detects_every_change() -> None:
     state = {'a': jax.numpy.arange(6.0).reshape(2, 3), 'b': jax.numpy.zeros(4)}
 
-    def of(tree: Any) -> str:
+    def digest_of(tree: Any) -> str:
         return digest.combine(tree, np.asarray(digest.leaf_sums(tree)))
 
-    base = of(state)
-    assert of({'a': state['a'].at[1, 1].add(1e-6), 'b': state['b']}) != base
-    assert of({'a': state['a'][::-1], 'b': state['b']}) != base
-    assert of({'a': state['a'].T.reshape(2, 3), 'b': state['b']}) != base
-    assert of({'a': state['a'], 'c': state['b']}) != base
-    assert of({'a': state['a'], 'b': state['b'].astype('bfloat16')}) != base
-    assert of({'a': state['a'], 'b': -state['b']}) != base
+    base = digest_of(state)
+    assert digest_of({'a': state['a'].at[1, 1].add(1e-6), 'b': state['b']}) != base
+    assert digest_of({'a': state['a'][::-1], 'b': state['b']}) != base
+    assert digest_of({'a': state['a'].T.reshape(2, 3), 'b': state['b']}) != base
+    assert digest_of({'a': state['a'], 'c': state['b']}) != base
+    assert digest_of({'a': state['a'], 'b': state['b'].astype('bfloat16')}) != base
+    assert digest_of({'a': state['a'], 'b': -state['b']}) != base
 
 
 def test_the_digest_is_the_same_in_numpy_and_on_the_devices() -> None:

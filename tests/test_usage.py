@@ -34,7 +34,7 @@ def test_expensive_files_have_their_own_budget() -> None:
         'tests/test_a.py': Usage(10.5, 0, 1),
         'tests/test_b.py': Usage(11, 3, 6),
     }
-    assert usage.written(files, BUDGETS) == BUDGETS.split('"')[0] + (
+    assert usage.format_budgets(files, BUDGETS) == BUDGETS.split('"')[0] + (
         '"tests/test_b.py" = { cpu_secs = 11, processes = 3, programs = 6 }\n'
         '"tests/test_a.py" = { cpu_secs = 11, processes = 0, programs = 1 }\n'
     )
@@ -62,11 +62,11 @@ def test_each_file_with_a_budget_exists() -> None:
 
 def test_processes_and_programs_are_counted() -> None:
     """JAX does not document its event names: after a rename nothing would be counted."""
-    before = usage.used()
+    before = usage.usage_so_far()
     subprocess.run([sys.executable, '-c', 'sum(range(10**7))'], check=True)
-    between = usage.used()
+    between = usage.usage_so_far()
     jax.jit(lambda x: x + 41)(1)
-    after = usage.used()
+    after = usage.usage_so_far()
     assert between.processes - before.processes == 1
     assert between.cpu_secs - before.cpu_secs > 0.05
     assert after.programs - between.programs == 1

@@ -80,11 +80,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
     """Adds the usage of a test, with its fixtures, to that of its file."""
-    before = used()
+    before = usage_so_far()
     try:
         return (yield)
     finally:
-        after = used()
+        after = usage_so_far()
         for name in _names(item):
             _files[name].add(after)
             _files[name].add(before, -1)
@@ -107,7 +107,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     chosen = session.config.getoption('budgets')
     if chosen == 'write':
-        _BUDGETS.write_text(written(_files, _BUDGETS.read_text()))
+        _BUDGETS.write_text(format_budgets(_files, _BUDGETS.read_text()))
     elif chosen == 'check':
         _over.extend(excess(_files, budgets()))
         if _over and session.exitstatus == pytest.ExitCode.OK:
@@ -144,7 +144,7 @@ def excess(files: dict[str, Usage], budgets: dict[str, Any]) -> list[str]:
     return lines
 
 
-def written(files: dict[str, Usage], text: str) -> str:
+def format_budgets(files: dict[str, Usage], text: str) -> str:
     """Returns the text of budgets.toml with other files in it: those above what all others may use.
 
     Args:
@@ -172,7 +172,7 @@ def _names(item: pytest.Item) -> Iterator[str]:
         yield QUICK
 
 
-def used() -> Usage:
+def usage_so_far() -> Usage:
     """Returns the usage of this process so far."""
     _listen()
     parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

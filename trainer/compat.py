@@ -327,7 +327,7 @@ def commit_future(write: Any, name: str) -> Any:
     Without it: nothing can be saved.
 
     Args:
-        write: a coroutine.
+        write: coroutine that writes the checkpoint.
         name: name of the write in Orbax's log.
     """
     from orbax.checkpoint import future

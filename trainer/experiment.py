@@ -199,7 +199,7 @@ class Experiment:
         seed: seed of the run.
         model: functional interface of the model.
         task: computes loss, metrics and predictions of a batch.
-        data: training data.
+        data: loader of the training data, and what is known of it.
         prefetch: number of blocks of batches kept ready on the devices.
         evals: evaluations by name.
         default_evaluation: how arrays are evaluated if there are no evaluations; else None.
@@ -210,7 +210,7 @@ class Experiment:
         training: settings of the training loop and the train step.
         devices: mesh and sharding.
         logging: output of the run.
-        saving: checkpoints.
+        saving: when to save checkpoints, and which to keep.
         start: initial weights of a fresh run.
         hooks: functions called with each `Event`, by name.
         hook_rules: when hooks are called, by name; those without rules have the defaults.

@@ -39,13 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('what', choices=list(WHAT))
     parser.add_argument('model', nargs='?', default='mlp', choices=list(CONFIGS))
-    parser.add_argument('--pairs', type=at_least_one, default=5)
-    parser.add_argument('--steps', type=at_least_one)
+    parser.add_argument('--pairs', type=parse_count, default=5)
+    parser.add_argument('--steps', type=parse_count)
     args, args.options = parser.parse_known_args()
     WHAT[args.what](args)
 
 
-def at_least_one(text: str) -> int:
+def parse_count(text: str) -> int:
     """Returns the number that an option gives; argparse prints the error."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'expected a number of at least 1, got {text!r}')
@@ -124,7 +124,7 @@ def memory(args: argparse.Namespace) -> None:
     steps = args.steps or 2 * STEPS[args.model]
     for _ in range(args.pairs):
         by_hand = handwritten(args.model, steps)
-        ours = trained(args.model, steps, *args.options)
+        ours = run_trainer(args.model, steps, *args.options)
         ratios.append(ours['peak_mb'] / by_hand['peak_mb'])
         both = f'by hand {by_hand["peak_mb"]:.0f} MB, trainer {ours["peak_mb"]:.0f} MB'
         print(f'{args.model}: {both}, ratio {ratios[-1]:.2f}', flush=True)
@@ -138,11 +138,11 @@ def start(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as warm:
             if kind == 'warm':
                 handwritten(args.model, 1, cache=f'{warm}/hand')
-                trained(args.model, 1, '--config.log.every=1steps', cache=f'{warm}/ours')
+                run_trainer(args.model, 1, '--config.log.every=1steps', cache=f'{warm}/ours')
             for i in range(args.pairs):
                 names = [f'{warm}/{side}{i if kind == "cold" else ""}' for side in ('hand', 'ours')]
                 by_hand = handwritten(args.model, 1, cache=names[0])
-                ours = trained(args.model, 1, '--config.log.every=1steps', cache=names[1])
+                ours = run_trainer(args.model, 1, '--config.log.every=1steps', cache=names[1])
                 ratios.append(ours['first_step_secs'] / by_hand['first_step_secs'])
                 print(
                     f'{args.model} {kind}: by hand {by_hand["first_step_secs"]:.2f} s, '
@@ -170,15 +170,15 @@ def checkpoint(args: argparse.Namespace) -> None:
             checkpoints = Checkpoints(directory, Retention(keep_last=1))
             for trial in range(args.pairs + 1):
                 jax.block_until_ready(copy(state))
-                copied, _ = _timed(copy, state)
+                copied, _ = _measure_secs(copy, state)
                 idle = []
                 for _ in range(5):
-                    secs, state = _timed(step, state)
+                    secs, state = _measure_secs(step, state)
                     idle.append(secs)
-                saved, _ = _timed(checkpoints.save, trial, state, {})
+                saved, _ = _measure_secs(checkpoints.save, trial, state, {})
                 after = []
                 for _ in range(5):
-                    secs, state = _timed(step, state)
+                    secs, state = _measure_secs(step, state)
                     after.append(secs)
                 checkpoints.wait()
                 if not trial:  # The first save also imports Orbax and compiles.
@@ -195,7 +195,7 @@ def checkpoint(args: argparse.Namespace) -> None:
         print(f'median stall / copy, {megabytes} MB: {statistics.median(ratios):.2f}')
 
 
-def _timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+def _measure_secs(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     import jax
 
     began = time.perf_counter()
@@ -235,7 +235,7 @@ def handwritten(model: str, steps: int, cache: str | None = None) -> dict[str, A
     return json.loads(_run([script, model, f'--steps={steps}', *options]).splitlines()[-1])
 
 
-def trained(model: str, steps: int, *options: str, cache: str | None = None) -> dict[str, Any]:
+def run_trainer(model: str, steps: int, *options: str, cache: str | None = None) -> dict[str, Any]:
     """Returns the figures of the trainer, with logs, checkpoints and event files on."""
     with tempfile.TemporaryDirectory() as workdir:
         out = _run(

@@ -4,6 +4,7 @@
     python tests/benchmarks/input.py memory     # MNIST in memory: a numpy gather, torch
     python tests/benchmarks/input.py records    # JPEGs in ArrayRecord files: bare Grain, torch
     python tests/benchmarks/input.py tfds       # a dataset prepared by TFDS: bare Grain, torch
+    python tests/benchmarks/input.py images     # a folder of photographs: torch with torchvision
 
 torch is compared where it is installed. Machines are noisy: read the ratios.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import os
 import pathlib
 import statistics
 import subprocess
@@ -60,20 +62,41 @@ def compare(readers: dict[str, Batches], pairs: int, batches: int) -> None:
     for reader in open_readers.values():  # Opens files, starts threads and processes.
         _take(reader, batches)
     rates: dict[str, list[float]] = {name: [] for name in readers}
+    costs: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(pairs):
         for name, reader in open_readers.items():
             _take(reader, batches // 2)
-            began = time.perf_counter()
+            began, before = time.perf_counter(), _cpu_secs()
             _take(reader, batches)
             rates[name].append(batches * BATCH / (time.perf_counter() - began))
+            costs[name].append((_cpu_secs() - before) / batches / BATCH)
     ours, *others = rates
     print(f'{ours}: {statistics.median(rates[ours]):,.0f} examples/s')
+    for name in rates:
+        print(f'{name}: {1000 * statistics.median(costs[name]):.2f} ms of CPU time per example')
     for name in others:
         ratios = [a / b for a, b in zip(rates[ours], rates[name], strict=True)]
         print(
             f'{name}: {statistics.median(rates[name]):,.0f} examples/s; '
             f'the first is {statistics.median(ratios):.2f} times as fast'
         )
+
+
+def _cpu_secs() -> float:
+    """Returns the CPU time so far of this process and of those that it has started."""
+    ticks, parents = {}, {}
+    for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+        try:
+            # The name of a program, the second word, may have spaces.
+            words = path.read_text().rpartition(')')[2].split()
+        except OSError:  # It has ended.
+            continue
+        process = int(path.parent.name)
+        parents[process], ticks[process] = int(words[1]), int(words[11]) + int(words[12])
+    own = {os.getpid()}
+    while more := {process for process, parent in parents.items() if parent in own} - own:
+        own |= more
+    return sum(ticks[process] for process in own) / os.sysconf('SC_CLK_TCK')
 
 
 def _take(reader: Iterator[Any], batches: int) -> None:
@@ -130,6 +153,36 @@ def tfds(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
     return _decoders(
         TFDS('pictures', **whole), tensorflow_datasets.data_source('pictures', **whole)
     )
+
+
+def images(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
+    """JPEGs of 500 x 375 pixels, with random resized crops of 224 pixels and flips."""
+    from trainer.data.grain_loader import GrainLoader
+    from trainer.data.images import Decode, ImageFolder
+    from trainer.data.transforms import RandomFlip
+
+    write_photographs(directory)
+    options: dict[str, Any] = {
+        'source': ImageFolder(directory),
+        'transforms': (Decode(size=224, crop='random'), RandomFlip()),
+        'batch_size': BATCH,
+    }
+
+    def ours(**more: int) -> Batches:
+        return lambda: _blocks(GrainLoader(**options, **more), 1)
+
+    readers = {f'GrainLoader, {workers} workers': ours(workers=workers) for workers in (1, 2)}
+    readers['GrainLoader, threads'] = ours(threads=THREADS)
+    if importlib.util.find_spec('torchvision') is not None:
+        from torchvision import datasets, transforms
+
+        steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+        items = datasets.ImageFolder(
+            str(directory), transforms.Compose([*steps, transforms.PILToTensor()])
+        )
+        for workers in (1, 2):
+            readers.update(_torch(items, workers))
+    return readers, 16
 
 
 def _decoders(source: Any, items: Any) -> tuple[dict[str, Batches], int]:
@@ -224,6 +277,20 @@ def write_pictures(directory: pathlib.Path) -> None:
         writer.close()
 
 
+def write_photographs(directory: pathlib.Path) -> None:
+    """Writes JPEGs of the size of a photograph in ImageNet, about 60 kB each."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(PICTURES // 4):
+        file = directory / f'class{i % 8}' / f'{i}.jpg'
+        file.parent.mkdir(exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3)).astype(np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+        pixels = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(file, quality=88)
+
+
 class Pictures:
     """What is in such files, as the other libraries read it: one example at a time."""
 
@@ -282,6 +349,7 @@ WHAT: dict[str, Callable[[pathlib.Path], tuple[dict[str, Batches], int]]] = {
     'memory': memory,
     'records': records,
     'tfds': tfds,
+    'images': images,
 }
 
 

@@ -21,12 +21,12 @@ MODELS = {'mlp': 'trainer.models.mlp_nnx:MLP', 'cnn': 'trainer.models.cnn_nnx:CN
 
 def main() -> None:
     """Prints the ratio of the steps per second of each pair, and their median."""
-    from tests.benchmarks.compare import STEPS, at_least_one, median_rate, summarize, trainer_loop
+    from tests.benchmarks.compare import STEPS, median_rate, parse_count, summarize, trainer_loop
 
     parser = argparse.ArgumentParser()
     parser.add_argument('model', nargs='?', default='mlp', choices=list(MODELS))
-    parser.add_argument('--pairs', type=at_least_one, default=15)
-    parser.add_argument('--steps', type=at_least_one)
+    parser.add_argument('--pairs', type=parse_count, default=15)
+    parser.add_argument('--steps', type=parse_count)
     args, args.options = parser.parse_known_args()
     steps = args.steps or STEPS[args.model]
     ratios = []

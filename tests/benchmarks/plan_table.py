@@ -41,9 +41,9 @@ def main() -> None:
         secs = time.monotonic() - began
         # Of the largest child so far; the rows grow.
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        state = found(r'train state +(\S+ \S+) per device', text)
-        sent = found(r'Each device sends (\S+ \S+)', text) or 'nothing'
-        compiled = found(r'Compiled in (\S+ s)', text)
+        state = first_group(r'train state +(\S+ \S+) per device', text)
+        sent = first_group(r'Each device sends (\S+ \S+)', text) or 'nothing'
+        compiled = first_group(r'Compiled in (\S+ s)', text)
         mesh = f'data {count // fsdp} x fsdp {fsdp}'
         print(
             f'| {count} | {mesh} | {state} | {sent} | {compiled} | {secs:.0f} s | {peak:.1f} GiB |'
@@ -70,7 +70,7 @@ def plan(devices: int, mesh: dict[str, int]) -> str:
     return done.stdout
 
 
-def found(pattern: str, text: str) -> str:
+def first_group(pattern: str, text: str) -> str:
     """Returns the pattern's group, '' if it is not there."""
     match = re.search(pattern, text)
     return match[1] if match else ''

@@ -27,7 +27,7 @@ WORST_IS_BEST = (
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp('trained') / 'run'
     command.train(workdir, *WORST_IS_BEST)
     return workdir
@@ -44,40 +44,40 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'step'), [('best', 20), ('20', 20), ('60', 60), ('latest', 60)])
-def test_eval_of_a_step(trained: pathlib.Path, name: str, step: int) -> None:
+def test_eval_of_a_step(trained_run: pathlib.Path, name: str, step: int) -> None:
     """The metrics are those of the run at that step, and the directory does not change."""
-    before = contents(trained)
-    done = run_mode(trained, '--mode=eval', f'--step={name}')
+    before = contents(trained_run)
+    done = run_mode(trained_run, '--mode=eval', f'--step={name}')
     assert done.code == 0, done.err
-    assert f'checkpoint of step {step} in {trained}' in done.out
+    assert f'checkpoint of step {step} in {trained_run}' in done.out
     (then,) = (
-        row for row in command.rows(trained) if row['step'] == step and 'eval/test/loss' in row
+        row for row in command.rows(trained_run) if row['step'] == step and 'eval/test/loss' in row
     )
     for metric in ('loss', 'accuracy'):
         found = re.search(rf'{metric} (\S+)', done.out)
         assert found is not None
         assert float(found[1]) == pytest.approx(then[f'eval/test/{metric}'], rel=1e-5)
-    assert contents(trained) == before
+    assert contents(trained_run) == before
 
 
 @pytest.mark.slow
-def test_the_best_needs_a_metric(trained: pathlib.Path) -> None:
-    options = (command.MLP, *command.SMALL, f'--workdir={trained}', '--mode=eval')
+def test_the_best_needs_a_metric(trained_run: pathlib.Path) -> None:
+    options = (command.MLP, *command.SMALL, f'--workdir={trained_run}', '--mode=eval')
     done = command.run(*options, '--step=best')
     assert done.code == 2
     assert 'Add --config.checkpoint.best.metric' in done.err
 
 
 @pytest.mark.slow
-def test_eval_of_a_missing_step(trained: pathlib.Path) -> None:
-    done = run_mode(trained, '--mode=eval', '--step=40')
+def test_eval_of_a_missing_step(trained_run: pathlib.Path) -> None:
+    done = run_mode(trained_run, '--mode=eval', '--step=40')
     assert done.code == 2
     assert "no checkpoint '40'" in done.err and 'available: 20, 60' in done.err
 
 
 @pytest.mark.slow
-def test_another_model_lists_the_leaves(trained: pathlib.Path) -> None:
-    done = run_mode(trained, '--mode=eval', '--config.model.features=(32, 10)')
+def test_another_model_lists_the_leaves(trained_run: pathlib.Path) -> None:
+    done = run_mode(trained_run, '--mode=eval', '--config.model.features=(32, 10)')
     assert done.code == 2
     assert (
         'params/Dense_0/kernel: float32[784, 64] in the checkpoint, float32[784, 32] in' in done.err
@@ -86,14 +86,14 @@ def test_another_model_lists_the_leaves(trained: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_has_its_exit_code(trained: pathlib.Path) -> None:
-    (path,) = (trained / 'checkpoints' / '20' / 'state').glob('_METADATA')
+def test_a_damaged_checkpoint_has_its_exit_code(trained_run: pathlib.Path) -> None:
+    (path,) = (trained_run / 'checkpoints' / '20' / 'state').glob('_METADATA')
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    done = run_mode(trained, '--mode=eval', '--step=20')
+    done = run_mode(trained_run, '--mode=eval', '--step=20')
     path.write_bytes(whole)
     assert done.code == 65
-    assert done.err.startswith(f'Error: {trained}/checkpoints/20 is damaged: ')
+    assert done.err.startswith(f'Error: {trained_run}/checkpoints/20 is damaged: ')
     assert 'Traceback' not in done.err
 
 
@@ -120,9 +120,9 @@ def test_repeated_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('how', ['copied', 'linked', 'renamed'])
-def test_a_renamed_checkpoint_is_refused(trained: pathlib.Path, how: str) -> None:
+def test_a_renamed_checkpoint_is_refused(trained_run: pathlib.Path, how: str) -> None:
     """The digest matches the arrays; only the step does not match the directory name."""
-    checkpoints = trained / 'checkpoints'
+    checkpoints = trained_run / 'checkpoints'
     other, original = checkpoints / '50', checkpoints / '60'
     make = {
         'copied': lambda: shutil.copytree(original, other),
@@ -131,7 +131,7 @@ def test_a_renamed_checkpoint_is_refused(trained: pathlib.Path, how: str) -> Non
     }
     make[how]()
     try:
-        done = run_mode(trained, '--mode=eval', '--step=50')
+        done = run_mode(trained_run, '--mode=eval', '--step=50')
     finally:
         if how == 'renamed':
             other.rename(original)

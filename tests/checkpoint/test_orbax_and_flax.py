@@ -32,7 +32,7 @@ def manager(directory: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(**options))
 
 
-def saved(found: ocp.CheckpointManager, steps: range, **options: Any) -> list[int]:
+def save_steps(found: ocp.CheckpointManager, steps: range, **options: Any) -> list[int]:
     """Saves steps; returns those that are kept."""
     for step in steps:
         found.save(step, args=ocp.args.StandardSave(TREE), **options)
@@ -67,13 +67,13 @@ def test_small_arrays_are_aggregated(tmp_path: pathlib.Path) -> None:
 
 def test_the_newest_are_kept(tmp_path: pathlib.Path) -> None:
     """Two of five, by Orbax's manager."""
-    assert saved(manager(tmp_path, max_to_keep=2), range(5)) == [3, 4]
+    assert save_steps(manager(tmp_path, max_to_keep=2), range(5)) == [3, 4]
 
 
 def test_every_second_is_kept(tmp_path: pathlib.Path) -> None:
     """In addition to the last three; a prefix is part of the directory name."""
     options = {'max_to_keep': 3, 'keep_period': 2, 'step_prefix': 'test'}
-    assert saved(manager(tmp_path, **options), range(5)) == [0, 2, 3, 4]
+    assert save_steps(manager(tmp_path, **options), range(5)) == [0, 2, 3, 4]
     assert {path.name for path in tmp_path.iterdir()} >= {'test_0', 'test_4'}
 
 
@@ -106,7 +106,7 @@ def test_flax_does_not_keep_step_0(tmp_path: pathlib.Path) -> None:
 
 def test_by_interval_and_by_metric(tmp_path: pathlib.Path) -> None:
     """An interval skips saves; the best checkpoint is kept although it is old."""
-    assert saved(manager(tmp_path / 'every', save_interval_steps=2), range(5)) == [0, 2, 4]
+    assert save_steps(manager(tmp_path / 'every', save_interval_steps=2), range(5)) == [0, 2, 4]
     best = manager(
         tmp_path / 'best', max_to_keep=1, best_fn=lambda metrics: metrics['loss'], best_mode='min'
     )

@@ -22,7 +22,7 @@ Pair = collections.namedtuple('Pair', ['mu', 'nu'])
 
 
 @pytest.fixture
-def saved(tmp_path: pathlib.Path) -> Checkpoints:
+def saved_checkpoints(tmp_path: pathlib.Path) -> Checkpoints:
     checkpoints = Checkpoints(tmp_path, Retention())
     checkpoints.save(1, state(1), {})
     checkpoints.close()
@@ -43,12 +43,12 @@ def saved(tmp_path: pathlib.Path) -> Checkpoints:
     ],
 )
 def test_another_state_is_an_error_that_names_the_leaf(
-    saved: Checkpoints, change: dict[str, Any], line: str
+    saved_checkpoints: Checkpoints, change: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        saved.restore(1, abstract({**state(), **change}))
+        saved_checkpoints.restore(1, abstract({**state(), **change}))
     first, *lines, last = str(error.value).splitlines()
-    assert first == f'{saved.directory / "1"} does not fit the state of this config:'
+    assert first == f'{saved_checkpoints.directory / "1"} does not fit the state of this config:'
     assert lines == [f'  {line}']
     assert 'set another --workdir' in last
 
@@ -77,10 +77,10 @@ def test_a_field_that_may_differ_is_returned_as_it_was_saved(tmp_path: pathlib.P
     ]
 
 
-def test_many_differences_are_counted(saved: Checkpoints) -> None:
+def test_many_differences_are_counted(saved_checkpoints: Checkpoints) -> None:
     many = {f'x{i}': jnp.zeros(i + 1) for i in range(40)}
     with pytest.raises(UserError, match=r'\n  and 30 more\n') as error:
-        saved.restore(1, abstract({**state(), **many}))
+        saved_checkpoints.restore(1, abstract({**state(), **many}))
     assert len(str(error.value).splitlines()) == 13
 
 
@@ -123,21 +123,23 @@ def data_file(step: pathlib.Path) -> pathlib.Path:
 )
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_damage_is_detected_and_named(
-    saved: Checkpoints,
+    saved_checkpoints: Checkpoints,
     damage: Callable[[pathlib.Path], None],
     find: Callable[[pathlib.Path], pathlib.Path],
 ) -> None:
-    damage(find(pathlib.Path(saved.directory / '1')))
+    damage(find(pathlib.Path(saved_checkpoints.directory / '1')))
     with pytest.raises(CheckpointError) as error:
-        saved.restore(1, abstract(state()))
-    assert f'{saved.directory / "1"} is damaged: ' in str(error.value)
+        saved_checkpoints.restore(1, abstract(state()))
+    assert f'{saved_checkpoints.directory / "1"} is damaged: ' in str(error.value)
     assert 'Delete that directory to resume from an older checkpoint' in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     assert error.value.exit_code == 65
 
 
-def test_a_checkpoint_deleted_during_the_read_is_not_called_damaged(saved: Checkpoints) -> None:
+def test_a_checkpoint_deleted_during_the_read_is_not_called_damaged(
+    saved_checkpoints: Checkpoints,
+) -> None:
     """A run may delete old checkpoints while another process reads them."""
-    (saved.directory / '1').rmtree()
+    (saved_checkpoints.directory / '1').rmtree()
     with pytest.raises(CheckpointError, match='was deleted while it was being read'):
-        saved.meta(1)
+        saved_checkpoints.meta(1)

@@ -78,7 +78,7 @@ def looked_up(kind: str = 'net', **kw: Any) -> Any:
     return {'net': Net}[kind](**kw)
 
 
-def filtered(**kw: Any) -> Any:
+def filter_keywords(**kw: Any) -> Any:
     kw = {key: value for key, value in kw.items() if key != 'flat'}
     return Net(**kw)
 
@@ -87,7 +87,7 @@ def endless(**kw: Any) -> Any:
     return endless(**kw)
 
 
-def shadowed(**kw: Any) -> Any:
+def shadow(**kw: Any) -> Any:
     def inner(**kw: Any) -> Any:
         return kw
 
@@ -132,9 +132,9 @@ def test_names_are_those_of_the_callees(name: str, names: set[str]) -> None:
         ('Mixed', set()),
         ('with_defaults', {'name', 'width', 'depth', 'act'}),
         ('looked_up', {'kind'}),
-        ('filtered', {'width', 'depth', 'act'}),
+        ('filter_keywords', {'width', 'depth', 'act'}),
         ('endless', set()),
-        ('shadowed', set()),
+        ('shadow', set()),
     ],
 )
 def test_where_a_use_is_not_understood_other_names_may_be_valid(name: str, names: set[str]) -> None:

@@ -253,7 +253,7 @@ def test_an_empty_dict_clears() -> None:
 def test_an_unknown_group_is_a_typo_unless_it_gets_its_required_key() -> None:
     sgd = {'target': 'optax:sgd', 'learning_rate': 0.1}
 
-    def changed(path: str, value: str) -> ml_collections.ConfigDict:
+    def change_group(path: str, value: str) -> ml_collections.ConfigDict:
         new = config()
         new.optimizer = {'groups': {'generator': {'params': 'G.*', **sgd}}}
         overrides.apply(new, [(f'optimizer.groups.{path}', value)])
@@ -261,8 +261,8 @@ def test_an_unknown_group_is_a_typo_unless_it_gets_its_required_key() -> None:
 
     for key, value in (('loss', 'a'), ('learning_rate', '1'), ('clip_norm', '2.0')):
         with pytest.raises(UserError, match=f'Did you mean .*groups.generator.{key}\\?'):
-            changed(f'genrator.{key}', value)
-    assert set(changed('other.params', 'D.*')) == {'generator', 'other'}
+            change_group(f'genrator.{key}', value)
+    assert set(change_group('other.params', 'D.*')) == {'generator', 'other'}
 
 
 @pytest.mark.parametrize('key', ['12.5%', '0.5 epochs', '1.5'])

@@ -76,11 +76,43 @@ def test_instances_stand_where_a_target_stands() -> None:
     with config.ignore_type():
         config.data.source = Points(64)
     experiment = build(config)
-    assert experiment.origin.config['model'] == {'ref': f'{HERE}:Net(...)'}
+    assert experiment.origin.config['model'] == {'ref': f'{HERE}:Net(width=4)'}
     assert experiment.origin.objects == ('data.source', 'model', 'task')
     by_name = load_and_build(make_config(), vars__width=4)
     found, expected = (Trainer(each).fit().metrics for each in (experiment, by_name))
     assert found['eval/dev/loss'] == expected['eval/dev/loss']
+
+
+def test_instances_that_differ_are_different_runs(tmp_path: pathlib.Path) -> None:
+    def start(model: Any, **changes: Any) -> None:
+        trainer = Trainer(build(make_config(model=model, **changes)), str(tmp_path / 'run'))
+        trainer.fit(max_steps=1)
+
+    start(Net(width=4))
+    start(Net(width=4))
+    with pytest.raises(UserError, match=r'Net\(width=4\).*Net\(width=5\)'):
+        start(Net(width=5))
+
+
+class Activated(nn.Module):
+    """A module with a function, and one with many arguments."""
+
+    act: Any
+    sizes: tuple[int, ...] = ()
+    scale: float = 1.0
+
+
+def test_the_name_of_an_instance_has_its_arguments() -> None:
+    def name(model: Any) -> str:
+        return str(build(make_config(model=model)).origin.config['model']['ref'])
+
+    assert name(Net()) == f'{HERE}:Net()'
+    # Without the address of the function, and without what is the default.
+    found = name(Activated(nn.tanh, scale=float('1.0')))
+    assert ' at 0x' not in found
+    assert found.startswith(f'{__name__}:Activated(act=') and 'scale' not in found
+    one, two = (name(Activated('tanh', sizes=tuple(range(n)))) for n in (100, 101))
+    assert one != two and max(len(one), len(two)) < 300
 
 
 def test_overrides_keep_the_objects_and_their_references() -> None:

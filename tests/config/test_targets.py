@@ -24,7 +24,7 @@ def anything(**kwargs: Any) -> dict[str, Any]:
 
 
 @functools.wraps(plain)
-def wrapped(*args: Any, **kwargs: Any) -> Any:
+def wrapper(*args: Any, **kwargs: Any) -> Any:
     return plain(*args, **kwargs)
 
 
@@ -47,7 +47,7 @@ def test_objects_nest() -> None:
         (1, 2), [(1, 2), (plain,)],
     )  # fmt: skip
     assert make('plain', args=(7,)) == (7, 2)
-    assert make('wrapped', a=3) == (3, 2)
+    assert make('wrapper', a=3) == (3, 2)
     assert make('partial', a=3) == (3, 5)
     assert make('anything', c=1, accepts_any=True) == {'c': 1}
 
@@ -82,7 +82,7 @@ def nothing() -> None: ...
         ),
         ('nothing', {'a': 1}, r"takes no argument 'a'\. It takes none\."),
         ('plain', {'a': 1, 'bb': 2}, r"config\.x\.bb: .* takes no argument 'bb'"),
-        ('wrapped', {'a': 1, 'c': 2}, r'config\.x\.c'),
+        ('wrapper', {'a': 1, 'c': 2}, r'config\.x\.c'),
         ('plain', {}, r'config\.x\.a is missing'),
         ('plain', {'a': 1, 'args': (2,)}, r'config\.x\.a is given twice'),
         ('anything', {'c': 1}, 'accepts_any=True'),
@@ -129,7 +129,7 @@ nested_partial = functools.partial(partial, b=6)
 partial_of_open = functools.partial(anything, c=1)
 
 
-@pytest.mark.parametrize('name', ['partial', 'wrapped', 'partly_wrapped', 'nested_partial'])
+@pytest.mark.parametrize('name', ['partial', 'wrapper', 'partly_wrapped', 'nested_partial'])
 def test_signatures_of_wrapped_functions(name: str) -> None:
     parameters, open_ended = signatures.arguments(globals()[name])
     assert {'a', 'b'} <= set(parameters)
@@ -203,10 +203,10 @@ def raises_user_error() -> None:
 
 def test_notes_of_an_exception_are_kept() -> None:
     with pytest.raises(UserError, match='bad\nin the second layer'):
-        make('noted')
+        make('raise_with_note')
 
 
-def noted() -> None:
+def raise_with_note() -> None:
     error = ValueError('bad')
     error.add_note('in the second layer')
     raise error

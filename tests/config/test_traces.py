@@ -34,7 +34,7 @@ class Net(nn.Module):
         )
 
 
-def mismatched(model: Any, batch: Any) -> Any:
+def bad_loss(model: Any, batch: Any) -> Any:
     logits = model(batch['image'])
     return optax.softmax_cross_entropy_with_integer_labels(
         logits,
@@ -57,22 +57,22 @@ def notes_of(raised: pytest.ExceptionInfo[Exception]) -> list[str]:
 
 
 def test_a_shape_error_names_the_output_of_the_model_and_the_label() -> None:
-    trainer = small.trainer_in(None, task={'ref': f'{HERE}:mismatched'})
+    trainer = small.trainer_in(None, task={'ref': f'{HERE}:bad_loss'})
     with pytest.raises(ValueError, match='dimensions') as raised:
         trainer.compile()
     assert notes_of(raised)[-3:] == [
         'model(float32[32, 28, 28, 1]) returned float32[32, 10]',
         "The task also read batch['label']: int32[32]",
-        f'The task {HERE}:mismatched was called with the batch image: float32[32, 28, 28, 1], '
+        f'The task {HERE}:bad_loss was called with the batch image: float32[32, 28, 28, 1], '
         'label: int32[32]',
     ]
     shown = traces.format_traceback(raised.value).splitlines()
     assert shown[0] == 'Traceback (most recent call last):'
     assert shown[1].endswith(f'frames of libraries are left out: {traces.HOW_TO_SEE_ALL}]')
     assert [line for line in shown if line.startswith('  File')][1:] == [shown[4]]
-    first = mismatched.__code__.co_firstlineno
+    first = bad_loss.__code__.co_firstlineno
     assert shown[4:] == [
-        f'  File "{__file__}", line {first + 2}, in mismatched',
+        f'  File "{__file__}", line {first + 2}, in bad_loss',
         '    return optax.softmax_cross_entropy_with_integer_labels(',
         '        logits,',
         "        batch['label'][:, None, None],",
@@ -80,7 +80,7 @@ def test_a_shape_error_names_the_output_of_the_model_and_the_label() -> None:
         f'ValueError: {raised.value}',
         *notes_of(raised)[-3:],
     ]
-    assert failure.describe(raised.value, 0)['where'] == f'{__file__}:{first + 2} in mismatched'
+    assert failure.describe(raised.value, 0)['where'] == f'{__file__}:{first + 2} in bad_loss'
 
 
 def test_a_shape_error_inside_the_model() -> None:
@@ -97,12 +97,12 @@ def test_a_shape_error_inside_the_model() -> None:
 
 @pytest.mark.slow
 def test_a_shape_error_in_an_evaluation_and_in_its_predictions() -> None:
-    task = {'ref': f'{HERE}:mismatched'}
+    task = {'ref': f'{HERE}:bad_loss'}
     with pytest.raises(ValueError, match='dimensions') as raised:
         small.trainer_in(None, evals__test__task=task).compile()
     notes = '\n'.join(notes_of(raised))
     assert 'returned float32[512, 10]' in notes and "batch['label']: int32[512]" in notes
-    assert f'Its task {HERE}:mismatched was called with the batch image: ' in notes
+    assert f'Its task {HERE}:bad_loss was called with the batch image: ' in notes
     trainer = small.trainer_in(None, task={'target': f'{HERE}:Predicting'})
     with pytest.raises(ValueError, match='ncompatible shapes') as raised:
         next(iter(trainer.predict('test', trainer.init_state())))
@@ -137,18 +137,18 @@ def test_frames_that_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> 
 def test_parts_that_a_traceback_keeps() -> None:
     """The message of each error of a chain or a group, and a few frames of a recursion."""
 
-    def down(depth: int) -> None:
+    def recurse(depth: int) -> None:
         if depth:
-            down(depth - 1)
+            recurse(depth - 1)
         error = ValueError('of mine')
         error.__cause__ = OSError('no space left')  # Raised in a library.
         raise error
 
     with pytest.raises(ValueError) as raised:
-        down(50)
+        recurse(50)
     shown = traces.format_traceback(raised.value)
     assert 'OSError: no space left\n\nThe above exception was the direct cause' in shown
-    assert '[repeated 47 more times]' in shown and shown.count('in down') == 4
+    assert '[repeated 47 more times]' in shown and shown.count('in recurse') == 4
 
     def several() -> None:
         raise ExceptionGroup('two', [ValueError('one'), OSError('other')])
@@ -171,13 +171,15 @@ def test_a_traceback_has_no_note_of_jax() -> None:
 @pytest.mark.slow
 def test_logs_and_output_of_a_failing_task(tmp_path: pathlib.Path) -> None:
     done = command.run(
-        command.MLP, f'--config.task={{"ref": "{HERE}:mismatched"}}', f'--workdir={tmp_path}'
+        command.MLP,
+        f'--config.task={{"ref": "{HERE}:bad_loss"}}',
+        f'--workdir={tmp_path}',
     )
     assert done.code == 1
     log, debug = (tmp_path / 'log.txt').read_text(), (tmp_path / 'debug.log').read_text()
     shown = done.err[done.err.index('Traceback') :].splitlines()
     assert len(shown) == 11
-    assert shown[1].endswith(f'see {tmp_path}/debug.log]') and shown[2].endswith('in mismatched')
+    assert shown[1].endswith(f'see {tmp_path}/debug.log]') and shown[2].endswith('in bad_loss')
     assert all(line in log for line in shown)
     assert 'trainer/step/programs.py' in debug and 'trainer/step/programs.py' not in log
-    assert command.result(tmp_path)['error']['where'].endswith('in mismatched')
+    assert command.result(tmp_path)['error']['where'].endswith('in bad_loss')

@@ -52,15 +52,15 @@ def test_any_rows_in_any_order() -> None:
 
 
 def test_the_seed_determines_the_choice_and_fewer_shots_are_the_first() -> None:
-    def chosen(shots: int, seed: int = 0) -> dict[tuple[int, int], int]:
+    def choose(shots: int, seed: int = 0) -> dict[tuple[int, int], int]:
         few = everything(FewShot(TRAIN, TEST, num_classes=3, shots=shots, seed=seed))
         keys = zip(few['label'].tolist(), few['shot'].tolist(), strict=True)
         pairs = zip(keys, few['id'].tolist(), strict=True)
         return {key: index for key, index in pairs if key[1] >= 0}
 
-    assert chosen(5) == chosen(5)
-    assert chosen(5).items() >= chosen(2).items()
-    assert chosen(5) != chosen(5, seed=1)
+    assert choose(5) == choose(5)
+    assert choose(5).items() >= choose(2).items()
+    assert choose(5) != choose(5, seed=1)
 
 
 def test_a_large_source_is_not_read_to_its_end() -> None:

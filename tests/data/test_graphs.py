@@ -122,6 +122,9 @@ def test_mistakes() -> None:
         collate(examples=[wrong])
     with pytest.raises(ValueError, match=r'differ in length: \[2\] for nodes, \[2, 3\] for edges'):
         collate(examples=[{**graph(2, 2), 'senders': np.array([0, 1, 0])}])
+    other = {**graph(2, 2), 'nodes': np.ones((2, 3), np.float32)}
+    with pytest.raises(ValueError, match=r"'nodes' is float32 \(2,\) and float32 \(3,\) in graphs"):
+        collate(examples=[graph(2, 2), other])
     with pytest.raises(ValueError, match="'graph' is that of the graph itself"):
         collate(examples=[graph(2, 2, graph=1)])
 

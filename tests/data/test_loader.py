@@ -81,14 +81,14 @@ def test_random_transforms_depend_on_the_example() -> None:
     small = TrainLoader(source=images(), batch_size=2, transforms=RANDOM, seed=1).block(0, 10)
     large = TrainLoader(source=images(), batch_size=5, transforms=RANDOM, seed=1).block(0, 4)
 
-    def by_epoch(block: Block, epoch: int) -> np.ndarray:
+    def pixels_of_epoch(block: Block, epoch: int) -> np.ndarray:
         ids = block.ids.ravel()[10 * epoch : 10 * epoch + 10]
         pixels = block.arrays['image'].reshape(20, -1)[10 * epoch : 10 * epoch + 10]
         return pixels[np.argsort(ids)]
 
-    np.testing.assert_array_equal(by_epoch(small, 0), by_epoch(large, 0))
-    np.testing.assert_array_equal(by_epoch(small, 1), by_epoch(large, 1))
-    assert (by_epoch(small, 0) != by_epoch(small, 1)).any()
+    np.testing.assert_array_equal(pixels_of_epoch(small, 0), pixels_of_epoch(large, 0))
+    np.testing.assert_array_equal(pixels_of_epoch(small, 1), pixels_of_epoch(large, 1))
+    assert (pixels_of_epoch(small, 0) != pixels_of_epoch(small, 1)).any()
 
 
 def test_transforms_of_one_example() -> None:

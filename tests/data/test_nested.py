@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from data import nested
+from data import nested, transforms
+from data.grain_loader import GrainLoader
+from data.loader import TrainLoader
+from data.mixture import Mixture
+from data.per_example import PerExample
+from data.rng import ExampleRng
+from data.sources import ArraySource, ArraySpec, RandomAccessSource
+from data.stages import Filter, LongerThan, Map
+from data.streaming import StreamLoader
 
 
 class Graph(NamedTuple):
@@ -30,8 +39,11 @@ def test_arrays_are_mapped_in_place() -> None:
     assert list(nested.leaves_with_names(tree)) == names
 
 
-@pytest.mark.parametrize('value', [[1, 2], (1.5, np.float32(2)), [[1], [2]], ['a', 'b'], (), 3])
-def test_numbers_and_texts_alone_are_a_value(value: Any) -> None:
+@pytest.mark.parametrize(
+    'value',
+    [[1, 2], (1.5, np.float32(2)), [[1], [2]], [datetime.date(2026, 1, 1)], ['a', 'b'], (), 3],
+)
+def test_a_list_without_arrays_is_a_value(value: Any) -> None:
     assert not nested.is_node(value)
     assert nested.is_flat({'x': value})
 
@@ -94,3 +106,158 @@ def test_fields_are_kept_and_removed_by_path() -> None:
 def test_two_arrays_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="two arrays of an example are named 'a/x'"):
         nested.leaves_with_names({'a': {'x': X}, 'a/x': X})
+
+
+def tree(n: int) -> dict[str, Any]:
+    """Returns a batch of n examples."""
+    x = np.arange(n, dtype=np.float32)
+    return {
+        'inputs': {'x': x[:, None] * [1, 10], 'none': None},
+        'pair': (x, -x),
+        'list': [x],
+        'label': x,
+    }
+
+
+def test_transforms_take_a_key_path() -> None:
+    batch = tree(4)
+    found = transforms.ToFloat(key='inputs/x', scale=2)(batch)
+    np.testing.assert_array_equal(found['inputs']['x'], 2 * batch['inputs']['x'])
+    assert found['pair'] is batch['pair'] and found['inputs']['none'] is None
+    found = transforms.Normalize(key='pair/1', mean=1.0, std=2.0)(batch)
+    np.testing.assert_array_equal(found['pair'][1], (batch['pair'][1] - 1) / 2)
+    assert transforms.Keep(keys=('inputs/x', 'label'))(batch).keys() == {'inputs', 'label'}
+    found = transforms.Rename(names={'inputs/x': 'inputs/image', 'label': 'target'})(batch)
+    names = {'inputs/image', 'pair/0', 'pair/1', 'list/0', 'target'}
+    assert nested.leaves_with_names(found).keys() == names
+    with pytest.raises(KeyError, match=r'inputs/image.*the batch has inputs/x, pair/0'):
+        transforms.ToFloat(key='inputs/image')(batch)
+
+
+def test_a_function_of_an_example_gets_a_tree_or_what_is_at_a_path() -> None:
+    batch, rng = tree(4), ExampleRng(0, 0, np.zeros(4, int), np.arange(4))
+
+    def as_graph(example: Any) -> Any:
+        assert example['inputs']['x'].shape == (2,) and example['inputs']['none'] is None
+        return Graph(nodes=example['inputs'], edges=[example['inputs']['x'] + 1])
+
+    found = PerExample(fn=as_graph)(batch, rng)
+    np.testing.assert_array_equal(found.nodes['x'], batch['inputs']['x'])
+    np.testing.assert_array_equal(found.edges[0], batch['inputs']['x'] + 1)
+    found = PerExample(fn=lambda example: example)(batch, rng)
+    nested.map_arrays(np.testing.assert_array_equal, found, batch)
+    found = PerExample(fn=lambda x: (x.sum(), 3 * x), field='inputs/x')(batch, rng)
+    np.testing.assert_array_equal(found['inputs']['x'][1], 3 * batch['inputs']['x'])
+    found = PerExample(fn=lambda pair: pair[0] - pair[1], field='pair')(batch, rng)
+    np.testing.assert_array_equal(found['pair'], 2 * batch['pair'][0])
+
+
+@pytest.mark.parametrize(
+    ('fn', 'kind', 'message'),
+    [
+        (lambda e: {**e, 'label': None}, TypeError, "'label': the function returned None"),
+        (
+            lambda e: {'pair': e['pair'][: 1 + int(e['label'] == 2)]},
+            ValueError,
+            "'pair' has 2 items, not 1",
+        ),
+        (
+            lambda e: {'deep': {'x': np.zeros(int(e['label']))}},
+            ValueError,
+            r"'deep/x' has shape \(0,\) in one example and \(1,\)",
+        ),
+    ],
+)
+def test_mistakes_in_a_function_of_an_example_are_named(
+    fn: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        PerExample(fn=fn)(tree(4), ExampleRng(0, 0, np.zeros(4, int), np.arange(4)))
+
+
+class Items:
+    """Trees; one of them differs."""
+
+    def __init__(self, other: Any = None):
+        self._other = other
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> Any:
+        if i == 5 and self._other is not None:
+            return self._other
+        return {'pair': (np.float32(i), np.arange(i, i + 2)), 'deep': {'list': [i, 2]}}
+
+
+def test_items_are_stacked_as_trees() -> None:
+    source = RandomAccessSource(Items())
+    assert source.spec['deep']['list'] == ArraySpec((2,), np.dtype(int))
+    batch = source.gather(np.array([3, 1]))
+    assert batch['pair'][0].tolist() == [3, 1] and batch['deep']['list'].tolist() == [
+        [3, 2],
+        [1, 2],
+    ]
+
+
+@pytest.mark.parametrize(
+    ('other', 'message'),
+    [
+        (
+            {'pair': (np.float32(1), np.arange(2)), 'deep': {}},
+            "example 5 has another structure than example 0: 'deep' has the keys , not list",
+        ),
+        (
+            {'pair': (np.float32(1), np.arange(3)), 'deep': {'list': [1, 2]}},
+            r"'pair/1' of example 5 is int64 \(3,\), but in example 0 it is int64 \(2,\)",
+        ),
+    ],
+)
+def test_an_item_that_differs_is_named(other: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RandomAccessSource(Items(other)).gather(np.arange(8))
+
+
+def test_a_source_of_single_arrays_is_refused() -> None:
+    with pytest.raises(TypeError, match='the items of list are of type ndarray; expected dicts'):
+        RandomAccessSource([X, X])
+
+
+def test_arrays_of_different_lengths_are_named_by_path() -> None:
+    with pytest.raises(ValueError, match=r"'a/x': 3, 'b/0': 2"):
+        ArraySource({'a': {'x': X}, 'b': (X[:2], Y)})
+
+
+@pytest.mark.parametrize('remainder', ['carry', 'pad'])
+def test_grain_reads_the_trees_of_the_other_loader(remainder: str) -> None:
+    source, options = ArraySource(tree(10)), {'batch_size': 4, 'remainder': remainder}
+    other = TrainLoader(source=source, **options).block(1, 3)
+    loader = GrainLoader(source=source, **options, threads=2, task_rows=3)
+    block = loader.block(1, 3)
+    loader.close()
+    nested.map_arrays(np.testing.assert_array_equal, block.arrays, other.arrays)
+    assert ('_mask' in block.arrays) == (remainder == 'pad')
+
+
+def test_a_mixture_has_the_trees_of_its_sources() -> None:
+    mixture = Mixture([ArraySource(tree(3)), ArraySource(tree(5))])
+    batch = mixture.gather(np.arange(8))
+    assert sorted(batch['pair'][0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 4]
+    np.testing.assert_array_equal(batch['pair'][0], batch['label'])
+    with pytest.raises(ValueError, match=r'Source 0 has inputs/x: .*source 1 has x: '):
+        Mixture([ArraySource(tree(3)), ArraySource({'x': X})])
+
+
+def test_a_stream_filters_and_stacks_trees() -> None:
+    stages = (
+        Filter(keep=LongerThan(length=1, field='deep/list')),
+        Map(fn=lambda e: (e['pair'], 1)),
+    )
+    loader = StreamLoader(source=Items(), batch_size=4, stages=stages, shuffle=False, threads=0)
+    (pair, ones) = loader.block(0, 1).arrays
+    assert pair[0].tolist() == [[0, 1, 2, 3]] and ones.tolist() == [[1, 1, 1, 1]]
+    loader.close()
+    loader = StreamLoader(source=Items({'pair': None}), batch_size=8, shuffle=False, threads=0)
+    with pytest.raises(ValueError, match=r'the stream has .*deep/list.* then '):
+        loader.block(0, 1)
+    loader.close()

@@ -120,11 +120,11 @@ def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if a batch across its border is read again, and if two orders alternate."""
     sorted_epochs = []
 
-    def counted(examples: int, seed: int, epoch: int) -> np.ndarray:
+    def count_epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
         sorted_epochs.append((seed, epoch))
         return epoch_order(examples, seed, epoch)
 
-    monkeypatch.setattr('trainer.data.order.epoch_order', counted)
+    monkeypatch.setattr('trainer.data.order.epoch_order', count_epoch_order)
     orders = [Order(examples=10, batch_size=4, seed=seed) for seed in range(3)]
     for step in (0, 1, 2, 2, 2, 3, 4):
         for order in orders:

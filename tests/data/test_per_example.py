@@ -41,32 +41,32 @@ def images(transform: Any, start: int = 0, count: int = 1, kind: Any = TrainLoad
             loader.close()
 
 
-def mirrored(image: np.ndarray) -> np.ndarray:
+def mirror(image: np.ndarray) -> np.ndarray:
     return image[:, ::-1]
 
 
-def shifted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def shift(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image + rng.integers(1, 100)
 
 
-def by_python(image: np.ndarray) -> np.ndarray:
+def add_python_noise(image: np.ndarray) -> np.ndarray:
     return image + np.uint8(random.randrange(256))
 
 
-def by_numpy(image: np.ndarray) -> np.ndarray:
+def add_numpy_noise(image: np.ndarray) -> np.ndarray:
     return image + np.uint8(np.random.randint(256))
 
 
 def test_a_function_of_one_field_leaves_the_others() -> None:
     batch = source().gather(np.arange(N))
-    result = PerExample(fn=mirrored, field='image')(batch, rng())
+    result = PerExample(fn=mirror, field='image')(batch, rng())
     np.testing.assert_array_equal(result['image'], batch['image'][:, :, ::-1])
     assert result['label'] is batch['label']
 
 
 def test_a_function_of_one_field_gets_the_generator_of_its_example() -> None:
     batch = source().gather(np.arange(N))
-    run = PerExample(fn=shifted, field='image')
+    run = PerExample(fn=shift, field='image')
     whole = run(batch, rng())['image']
     part = run({name: x[[7, 3]] for name, x in batch.items()}, rng([7, 3]))['image']
     np.testing.assert_array_equal(part, whole[[7, 3]])
@@ -85,7 +85,7 @@ def test_functions_implemented_in_c_and_arrays_of_other_libraries() -> None:
 @pytest.mark.parametrize(
     ('fn', 'field', 'message'),
     [
-        (mirrored, 'picture', "the batch has no 'picture'; it has image, label"),
+        (mirror, 'picture', "the batch has no 'picture'; it has image, label"),
         (lambda image: None, 'image', "'image': the function returned None"),
         (
             lambda image: image[: image[0, 0, 0] % 8],
@@ -103,12 +103,14 @@ def test_mistakes_are_named(fn: Callable[..., Any], field: str | None, message: 
 
 
 def test_only_functions_are_accepted() -> None:
-    for wrong in ('mirrored', ArraySource):
+    for wrong in ('mirror', ArraySource):
         with pytest.raises(ValueError, match='fn: expected a function of an example'):
             PerExample(fn=wrong)
 
 
-@pytest.mark.parametrize(('fn', 'name'), [(by_python, 'random'), (by_numpy, 'numpy.random')])
+@pytest.mark.parametrize(
+    ('fn', 'name'), [(add_python_noise, 'random'), (add_numpy_noise, 'numpy.random')]
+)
 def test_global_generators_are_an_error_or_seeded(fn: Callable[..., Any], name: str) -> None:
     with pytest.raises(ValueError, match=f'global generator of {name}, so a resumed run'):
         images(PerExample(fn=fn, field='image'))
@@ -141,7 +143,7 @@ def test_the_check_for_global_generators_is_over_after_the_first_example() -> No
 
     def later(image: np.ndarray) -> np.ndarray:
         calls.append(None)
-        return by_numpy(image) if len(calls) > 1 else image
+        return add_numpy_noise(image) if len(calls) > 1 else image
 
     # Not more: other threads may draw from these generators while training goes on.
     images(PerExample(fn=later, field='image'))
@@ -187,5 +189,5 @@ def test_an_object_with_a_seed_of_its_own_is_seeded_for_each_example(field: str 
 
 
 def test_worker_processes_can_unpickle_it() -> None:
-    run = pickle.loads(pickle.dumps(PerExample(fn=shifted, field='image')))
-    np.testing.assert_array_equal(images(run), images(PerExample(fn=shifted, field='image')))
+    run = pickle.loads(pickle.dumps(PerExample(fn=shift, field='image')))
+    np.testing.assert_array_equal(images(run), images(PerExample(fn=shift, field='image')))

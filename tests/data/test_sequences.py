@@ -86,7 +86,7 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match='differ in length'):
         PaddedSequences(examples, fields=('tokens', 'tags'), lengths=(4,)).collate(examples, 1)
     other = [{'tokens': np.ones(n), 'tags': np.ones(n)} for n in (2, 3)]
-    with pytest.raises(ValueError, match=r"'tags' has the shapes \(2,\), \(3,\).*add it to the"):
+    with pytest.raises(ValueError, match=r"'tags' is float64 \(2,\), float64 \(3,\) in examples"):
         PaddedSequences(other, fields=('tokens',), lengths=(4,)).collate(other, 2)
     taken = [{'tokens': np.ones(2), 'length': 2}]
     with pytest.raises(ValueError, match="'length' is that of a field"):

@@ -111,7 +111,7 @@ def first_batch_hash(experiment: Experiment) -> str:
 def test_a9_the_data_seed_determines_the_order_alone() -> None:
     """The same seed gives the same batches and losses; another data seed only another order."""
 
-    def trained(**overrides: Any) -> tuple[str, float, str, list[int]]:
+    def train(**overrides: Any) -> tuple[str, float, str, list[int]]:
         experiment = build(**overrides)
         trainer = Trainer(experiment)
         init = jax.device_get(trainer.init_state().params)
@@ -121,15 +121,15 @@ def test_a9_the_data_seed_determines_the_order_alone() -> None:
         return first_batch_hash(experiment), loss, hashlib.sha256(weights).hexdigest(), epoch
 
     sizes = {'data__source__limit': 80}
-    first, again = trained(**sizes), trained(**sizes)
+    first, again = train(**sizes), train(**sizes)
     assert first == again
-    batch, loss, weights, epoch = trained(**sizes, data__seed=1)
+    batch, loss, weights, epoch = train(**sizes, data__seed=1)
     assert batch != first[0]
     assert loss != first[1]
     assert weights == first[2]
     assert sorted(epoch) == sorted(first[3]) == list(range(80))
     # And the other way round: another seed of the run alone is another model on the same data.
-    batch, loss, weights, epoch = trained(**sizes, seed=1, data__seed=0)
+    batch, loss, weights, epoch = train(**sizes, seed=1, data__seed=0)
     assert (batch, epoch) == (first[0], first[3])
     assert weights != first[2]
 

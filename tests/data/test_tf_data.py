@@ -16,14 +16,14 @@ from trainer.data.streaming import StreamEvalLoader, StreamLoader
 from trainer.data.tf_data import TFData
 
 
-def shuffled() -> Any:
+def make_shuffled() -> Any:
     """Twenty numbers, in a different order in each of many passes."""
     tf = pytest.importorskip('tensorflow')
     numbers = tf.data.Dataset.range(20).shuffle(7).repeat()
     return numbers.map(lambda x: {'x': x}, num_parallel_calls=4)
 
 
-def counted() -> Any:
+def make_eleven() -> Any:
     tf = pytest.importorskip('tensorflow')
     return tf.data.Dataset.range(11).map(lambda x: {'x': x})
 
@@ -39,16 +39,16 @@ def tensorflow() -> Any:
 
 
 def test_a_pipeline_resumes_at_its_position(tensorflow: Any) -> None:
-    loader = StreamLoader(source=TFData(shuffled, seed=3), batch_size=6)
+    loader = StreamLoader(source=TFData(make_shuffled, seed=3), batch_size=6)
     blocks = [loader.block(step, 1) for step in range(10)]
     assert len({x.tobytes() for x in (b.arrays['x'] for b in blocks)}) == 10
     for step in (1, 4, 9):
-        again = StreamLoader(source=TFData(shuffled, seed=3), batch_size=6)
+        again = StreamLoader(source=TFData(make_shuffled, seed=3), batch_size=6)
         states = blocks[step - 1].states
         assert states is not None
         again.restore(step, json.loads(json.dumps(states[0])))
         np.testing.assert_array_equal(again.block(step, 1).arrays['x'], blocks[step].arrays['x'])
-    other = StreamLoader(source=TFData(shuffled, seed=4), batch_size=6)
+    other = StreamLoader(source=TFData(make_shuffled, seed=4), batch_size=6)
     assert (other.block(0, 1).arrays['x'] != blocks[0].arrays['x']).any()
 
 
@@ -56,7 +56,7 @@ def test_a_pipeline_resumes_at_its_position(tensorflow: Any) -> None:
 def test_readers_share_a_pipeline(readers: int, tensorflow: Any) -> None:
     seen: list[int] = []
     for reader in range(readers):
-        loader = StreamEvalLoader(source=TFData(counted), batch_size=6)
+        loader = StreamEvalLoader(source=TFData(make_eleven), batch_size=6)
         rows = np.arange(reader * 6 // readers, (reader + 1) * 6 // readers)
         arrays = [loader.block(step, 1, rows).arrays for step in range(3)]
         seen += [x for a in arrays for x in a['x'][a['_mask']].tolist()]
@@ -65,7 +65,7 @@ def test_readers_share_a_pipeline(readers: int, tensorflow: Any) -> None:
 
 def test_an_invalid_pipeline_is_reported(tensorflow: Any) -> None:
     with pytest.raises(TypeError, match='make: expected a function'):
-        TFData(counted())
+        TFData(make_eleven())
     with pytest.raises(TypeError, match='expected elements that are dicts of tensors'):
         StreamLoader(source=TFData(bare), batch_size=1).block(0, 1)
     with pytest.raises(TypeError, match=r'expected it to return a tf\.data\.Dataset, got 3'):

@@ -123,7 +123,7 @@ def run(code: str, directory: pathlib.Path) -> str:
 
 
 @pytest.fixture(scope='module')
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tfds_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp('tfds')
     run(PREPARE, directory)
     assert list(directory.glob('tiny/1.0.0/tiny-train.array_record-*'))
@@ -131,8 +131,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-def test_values(prepared: str) -> None:
-    source = TFDS('tiny', split='train', data_dir=prepared)
+def test_values(tfds_directory: str) -> None:
+    source = TFDS('tiny', split='train', data_dir=tfds_directory)
     assert len(source) == EXAMPLES
     batch = source.gather(np.array([6, 0, 3, 3]))
     np.testing.assert_array_equal(batch['image'], np.stack([image(i) for i in (6, 0, 3, 3)]))
@@ -140,23 +140,23 @@ def test_values(prepared: str) -> None:
     assert batch['position'].tolist() == [[6, 6.5, -6], [0, 0.5, 0], [3, 3.5, -3], [3, 3.5, -3]]
 
 
-def test_spec(prepared: str) -> None:
-    assert TFDS('tiny', split='train', data_dir=prepared).spec == {
+def test_spec(tfds_directory: str) -> None:
+    assert TFDS('tiny', split='train', data_dir=tfds_directory).spec == {
         'image': ArraySpec((4, 5, 1), np.dtype('uint8')),
         'label': ArraySpec((), np.dtype('int64')),
         'position': ArraySpec((3,), np.dtype('float32')),
     }
 
 
-def test_splits_and_versions(prepared: str) -> None:
-    test = TFDS('tiny:1.0.0', split='test', data_dir=prepared)
+def test_splits_and_versions(tfds_directory: str) -> None:
+    test = TFDS('tiny:1.0.0', split='test', data_dir=tfds_directory)
     assert test.gather(np.arange(len(test)))['label'].tolist() == [5, 6]
-    some = TFDS('tiny', split='train[2:5]', data_dir=prepared)
+    some = TFDS('tiny', split='train[2:5]', data_dir=tfds_directory)
     assert some.gather(np.arange(len(some)))['label'].tolist() == [2, 3, 4]
 
 
-def test_keys(prepared: str) -> None:
-    source = TFDS('tiny', split='train', data_dir=prepared, keys=('label', 'position'))
+def test_keys(tfds_directory: str) -> None:
+    source = TFDS('tiny', split='train', data_dir=tfds_directory, keys=('label', 'position'))
     assert set(source.spec) == {'label', 'position'}
     batch = source.gather(np.array([4]))
     assert set(batch) == {'label', 'position'}
@@ -165,31 +165,31 @@ def test_keys(prepared: str) -> None:
     with pytest.raises(
         ValueError, match=r"unknown \['lable'\]; the fields are image, label, position"
     ):
-        TFDS('tiny', split='train', data_dir=prepared, keys=('lable',))
+        TFDS('tiny', split='train', data_dir=tfds_directory, keys=('lable',))
 
 
-def test_unknown_split(prepared: str) -> None:
+def test_unknown_split(tfds_directory: str) -> None:
     with pytest.raises(ValueError, match=r"Unknown split 'trian'.*'train', 'test'"):
-        TFDS('tiny', split='trian', data_dir=prepared)
+        TFDS('tiny', split='trian', data_dir=tfds_directory)
 
 
-def test_omitted_fields_are_not_decoded(prepared: str) -> None:
+def test_omitted_fields_are_not_decoded(tfds_directory: str) -> None:
     """Even if no image library is installed."""
-    source = TFDS('pictures', split='train', data_dir=prepared, keys=('label',))
+    source = TFDS('pictures', split='train', data_dir=tfds_directory, keys=('label',))
     assert source.gather(np.array([2, 0]))['label'].tolist() == [2, 0]
 
 
-def test_images(prepared: str) -> None:
+def test_images(tfds_directory: str) -> None:
     pytest.importorskip('PIL', reason='needs the package pillow: TFDS decodes images')
-    source = TFDS('pictures', split='train', data_dir=prepared)
+    source = TFDS('pictures', split='train', data_dir=tfds_directory)
     assert source.spec['image'] == ArraySpec((4, 5, 1), np.dtype('uint8'))
     images = source.gather(np.array([2, 0]))['image']
     np.testing.assert_array_equal(images, np.stack([image(2), image(0)]))
 
 
-def test_encoded_images_are_bytes(prepared: str) -> None:
+def test_encoded_images_are_bytes(tfds_directory: str) -> None:
     """Those of the file, for a transform that decodes them."""
-    source = TFDS('pictures', split='train', data_dir=prepared, encoded=('image',))
+    source = TFDS('pictures', split='train', data_dir=tfds_directory, encoded=('image',))
     files = source.gather(np.array([2, 0]))['image'].tolist()
     assert all(content.startswith(b'\x89PNG') for content in files)
     pillow = pytest.importorskip('PIL.Image', reason='needs the package pillow')
@@ -197,11 +197,11 @@ def test_encoded_images_are_bytes(prepared: str) -> None:
         pixels = np.asarray(pillow.open(io.BytesIO(content)))
         np.testing.assert_array_equal(pixels, image(i)[..., 0])
     with pytest.raises(ValueError, match=r"unknown \['photo'\]; the fields are image, label"):
-        TFDS('pictures', split='train', data_dir=prepared, encoded=('photo',))
+        TFDS('pictures', split='train', data_dir=tfds_directory, encoded=('photo',))
 
 
-def test_loaders_read_a_tfds_dataset(prepared: str) -> None:
-    source = TFDS('tiny', split='train', data_dir=prepared)
+def test_loaders_read_a_tfds_dataset(tfds_directory: str) -> None:
+    source = TFDS('tiny', split='train', data_dir=tfds_directory)
     loader = TrainLoader(source=source, batch_size=3, transforms=(ToFloat(scale=1.0),))
     block = loader.block(0, 7)
     np.testing.assert_array_equal(block.arrays['label'], block.ids)
@@ -225,5 +225,5 @@ def test_nothing_is_prepared_or_downloaded(tmp_path: pathlib.Path, name: str) ->
 
 
 @pytest.mark.slow
-def test_tensorflow_is_not_imported(prepared: str) -> None:
-    assert run(READ, pathlib.Path(prepared)).strip() == '[]'
+def test_tensorflow_is_not_imported(tfds_directory: str) -> None:
+    assert run(READ, pathlib.Path(tfds_directory)).strip() == '[]'

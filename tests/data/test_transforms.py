@@ -119,20 +119,20 @@ def test_flip_is_fair_and_keeps_the_dtype() -> None:
 
 
 def test_per_example_without_rng() -> None:
-    def summed(example: dict) -> dict:
+    def add_sum(example: dict) -> dict:
         assert example['x'].shape == (2,)
         return {'sum': example['x'].sum(), 'x': example['x'][::-1]}
 
-    batch = PerExample(fn=summed)({'x': np.array([[1, 2], [3, 4], [5, 6]])}, rng(3))
+    batch = PerExample(fn=add_sum)({'x': np.array([[1, 2], [3, 4], [5, 6]])}, rng(3))
     assert batch['sum'].tolist() == [3, 7, 11]
     assert batch['x'].tolist() == [[2, 1], [4, 3], [6, 5]]
 
 
 def test_per_example_with_rng() -> None:
-    def drawn(example: dict, rng: np.random.Generator) -> dict:
+    def add_noise(example: dict, rng: np.random.Generator) -> dict:
         return {'x': example['x'], 'noise': rng.random(2)}
 
-    run = PerExample(fn=drawn)
+    run = PerExample(fn=add_noise)
     noise = run({'x': np.arange(5)}, rng(5))['noise']
     assert len(np.unique(noise)) == 10
     np.testing.assert_array_equal(run({'x': np.arange(5)}, rng(5))['noise'], noise)
@@ -237,13 +237,13 @@ def test_binarize_draws_with_the_grey_values() -> None:
 def test_binarize_draws_again_in_each_epoch_or_once() -> None:
     batch: dict[str, np.ndarray] = {'image': np.full((9, 8, 8, 1), 128, np.uint8)}
 
-    def drawn(transform: Binarize, epoch: int) -> np.ndarray:
+    def draw(transform: Binarize, epoch: int) -> np.ndarray:
         return transform(batch, ExampleRng(0, 0, np.full(9, epoch), np.arange(9)))['image']
 
-    first = drawn(Binarize(), 0)
-    assert (drawn(Binarize(), 1) != first).any()
+    first = draw(Binarize(), 0)
+    assert (draw(Binarize(), 1) != first).any()
     for epoch in (0, 1):
-        np.testing.assert_array_equal(drawn(Binarize(once=True), epoch), first)
+        np.testing.assert_array_equal(draw(Binarize(once=True), epoch), first)
 
 
 def test_binarize_takes_bytes() -> None:

@@ -82,12 +82,12 @@ class OnlyIds(Classification):
         return {'id': batch['id']}
 
 
-def centred(batch: Any) -> dict[str, Any]:
+def center(batch: Any) -> dict[str, Any]:
     """A device transform that returns all fields."""
     return {**batch, 'x': batch['x'] - jnp.mean(batch['x'])}
 
 
-def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
+def step_by_hand(state: Any, batch: Any, ctx: Any) -> Any:
     """A step that reads one field itself."""
     grads, collections, metrics = ctx.gradients(state, batch)
     state, more = ctx.update(state, grads, collections)
@@ -97,7 +97,7 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
 def everything(state: Any, batch: Any, ctx: Any) -> Any:
     """A step that reads all fields."""
     doubled = jax.tree.map(lambda x: 2 * x, batch)
-    return by_hand(state, doubled, ctx)
+    return step_by_hand(state, doubled, ctx)
 
 
 def as_text(batch: Arrays) -> Arrays:

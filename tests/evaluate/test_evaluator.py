@@ -107,7 +107,7 @@ def test_fewer_examples_than_devices_and_uneven_batches(examples: int) -> None:
     assert metrics['accuracy'] == pytest.approx((log_p.argmax(-1) == batch['label']).mean())
 
 
-def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
+def stream_evaluator(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
     """Returns an evaluator of MNIST's test split, read as a stream of unknown length."""
     loader = StreamEvalLoader(
         source=MNIST('test'), batch_size=batch_size, transforms=(ToFloat(),), stages=stages
@@ -122,7 +122,7 @@ def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
 @pytest.mark.parametrize('batch_size', [512, 4096])
 def test_always_zero_on_a_stream_of_unknown_length(batch_size: int) -> None:
     """980 of 10,000 on 8 devices, compiled once; it ends when no process has examples left."""
-    evaluator = streamed(AlwaysZero(), batch_size)
+    evaluator = stream_evaluator(AlwaysZero(), batch_size)
     assert evaluator.data.num_batches is None
     metrics = evaluator.run(state_of(AlwaysZero(), (28, 28, 1)))
     assert metrics['examples'] == 10_000
@@ -139,7 +139,7 @@ def test_a_filtered_stream_is_evaluated_exactly() -> None:
     """Examples, loss and accuracy of the filtered split equal numpy's."""
     module = Linear()
     state = state_of(module, (28, 28, 1))
-    metrics = streamed(module, 1000, Filter(keep=is_odd)).run(state)
+    metrics = stream_evaluator(module, 1000, Filter(keep=is_odd)).run(state)
     everything = MNIST('test').gather(np.arange(10_000))
     odd = everything['label'] % 2 == 1
     labels = everything['label'][odd]

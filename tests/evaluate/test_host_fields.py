@@ -27,14 +27,14 @@ from trainer.trainer import Trainer
 
 CONFIG = str(command.ROOT / 'tests' / 'evaluate' / 'rows.py')
 HERE = 'tests.evaluate.rows'
-CENTRED = str([{'target': f'{HERE}:constant', 'function': 'centred'}])
+CENTRED = str([{'target': f'{HERE}:constant', 'function': 'center'}])
 
 
 def build(**options: Any) -> Experiment:
     return load_and_build(CONFIG, **options)
 
 
-def predicted(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
+def predict_all(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
     batches = list(trainer.predict('test', state))
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -54,7 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     'transformed on the devices': {
         'data__device_transforms': CENTRED, 'evals__test__data__device_transforms': CENTRED,
     },
-    'a step of its own': {'step': {'ref': f'{HERE}:by_hand'}},
+    'a step of its own': {'step': {'ref': f'{HERE}:step_by_hand'}},
     'from threads': {'data__loader': {'target': 'trainer.data.grain_loader:GrainLoader'}},
     'an ensemble': {'ensemble': {'size': 2}},
     'a weighted ensemble': {'ensemble': {'size': 2}, 'task__target': f'{HERE}:Weighted'},
@@ -80,7 +80,7 @@ def test_a_run_sends_only_fields_that_are_read(name: str) -> None:
     assert evaluator.prediction(result.state).fields.sent == {'x', '_mask'}
     assert result.metrics['eval/test/examples'] == 77
     assert np.isfinite(result.metrics['eval/test/loss'])
-    found = predicted(trainer, result.state)
+    found = predict_all(trainer, result.state)
     assert found['class'].shape == (77,)
     check_rows(found)
 
@@ -107,7 +107,7 @@ def test_a_field_used_in_computations_is_returned_unchanged() -> None:
     state = trainer.init_state()
     prediction = trainer.set_up().evaluators['test'].prediction(state)
     assert prediction.fields.sent == {'x', 'label', '_mask'}
-    found = predicted(trainer, state)
+    found = predict_all(trainer, state)
     check_rows(found, ('label',))
     np.testing.assert_array_equal(found['doubled'], 2 * found['label'])
 
@@ -115,7 +115,7 @@ def test_a_field_used_in_computations_is_returned_unchanged() -> None:
 def test_a_value_out_of_range_of_the_device_dtype_is_named() -> None:
     trainer = Trainer(build(task__target=f'{HERE}:Wrong'))
     with pytest.raises(UserError, match=rf"evals.test.data: the field 'id' of example 0.*{2**40},"):
-        predicted(trainer, trainer.init_state())
+        predict_all(trainer, trainer.init_state())
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def trainer_in(workdir: pathlib.Path | None, **overrides: Any) -> Trainer:
     return trainer
 
 
-def shown(trainer: Trainer) -> str:
+def screen_text(trainer: Trainer) -> str:
     output = trainer.report.progress._output
     assert isinstance(output, io.StringIO)
     return output.getvalue()
@@ -172,7 +172,7 @@ def test_a_matrix_and_a_dict_in_training_and_evaluation(tmp_path: pathlib.Path) 
             hits = np.trace(arrays['confusion']) / examples
             assert row[f'{prefix}/recall/share/many'] == pytest.approx(hits)
             assert (row[f'{prefix}/recall/one'], row[f'{prefix}/recall/is_any']) == (1.0, 1)
-    lines = shown(trainer)
+    lines = screen_text(trainer)
     assert f'confusion int32[10, 10] in {tmp_path}/metrics/eval_test_4.npz' in lines
     assert f'step 8:  confusion int32[10, 10] in {tmp_path}/metrics/train_8.npz' in lines
 
@@ -203,15 +203,15 @@ def test_members_of_an_ensemble(tmp_path: pathlib.Path) -> None:
     assert set(np.load(tmp_path / 'metrics' / 'train_4.npz')) == {
         'confusion', 'member_0/confusion', 'member_1/confusion',
     }  # fmt: skip
-    assert 'recall/share/few' in shown(trainer).split('member 1 (seed 1)  ')[-1]
-    assert 'member 1 (seed 1)  ' in shown(trainer)
+    assert 'recall/share/few' in screen_text(trainer).split('member 1 (seed 1)  ')[-1]
+    assert 'member 1 (seed 1)  ' in screen_text(trainer)
 
 
 @pytest.mark.slow
 def test_without_a_work_directory_array_metrics_are_printed() -> None:
     trainer = trainer_in(None, train_for='4 steps', evals__test__task=task('Confused'))
     trainer.fit()
-    assert 'confusion int32[10, 10]\n' in shown(trainer)
+    assert 'confusion int32[10, 10]\n' in screen_text(trainer)
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def without(model: Any, batch: Mapping[str, Any]) -> TaskOutput:
     [
         ('bare', r"bare returned the summary 'x', float32\[.*; expected Images, Histogram or Arr"),
         ('constant', r"returned the summary 'x', Histogram; expected .*computed from the batch"),
-        ('no_rows', r"summary 'x' of float32\[\]; expected one row for each of the 16 examples"),
+        ('no_rows', r"summary 'x' of float32\[\]; expected one entry for each of the 16 examples"),
         ('no_images', r"summary 'x': Images: expected uint8 values from 0 to 255"),
     ],
 )

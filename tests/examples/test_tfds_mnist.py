@@ -31,7 +31,7 @@ IN_MEMORY = {'data__source__limit': EXAMPLES, 'evals__test__data__source__limit'
 
 
 @pytest.fixture(scope='module')
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tfds_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The directory in which the script of the page has prepared the first examples."""
     directory = tmp_path_factory.mktemp('tfds')
     script = FILES['prepare_digits.py']
@@ -62,18 +62,18 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     assert command.rows(one) == command.rows(other)
 
 
-def test_training_is_equal_to_that_on_arrays(prepared: str, tmp_path: pathlib.Path) -> None:
+def test_training_is_equal_to_that_on_arrays(tfds_directory: str, tmp_path: pathlib.Path) -> None:
     """Bit for bit, also after a resume."""
     fit('mnist', tmp_path / 'arrays', **IN_MEMORY)
-    records = {'vars__name': 'digits', 'vars__data_dir': prepared}
+    records = {'vars__name': 'digits', 'vars__data_dir': tfds_directory}
     assert fit('tfds_mnist', tmp_path / 'tfds', max_steps=6, **records).status == 'paused'
     assert fit('tfds_mnist', tmp_path / 'tfds', **records).status == 'finished'
     assert_same_run(tmp_path / 'tfds', tmp_path / 'arrays')
 
 
 @pytest.mark.slow
-def test_worker_processes_read_the_same(prepared: str, tmp_path: pathlib.Path) -> None:
-    records = {'vars__name': 'digits', 'vars__data_dir': prepared}
+def test_worker_processes_read_the_same(tfds_directory: str, tmp_path: pathlib.Path) -> None:
+    records = {'vars__name': 'digits', 'vars__data_dir': tfds_directory}
     workers = {'target': 'trainer.data.grain_loader:GrainLoader', 'workers': 1}
     fit('tfds_mnist', tmp_path / 'one', **records)
     fit('tfds_mnist', tmp_path / 'other', **records, data__loader=workers)

@@ -99,11 +99,11 @@ def test_restore_discards_earlier_batches() -> None:
 
 
 def test_loaders_of_the_same_seed_agree() -> None:
-    def of(size: int, seed: int) -> str:
+    def digest_of(size: int, seed: int) -> str:
         loader = TrainLoader(source=ArraySource({'x': np.zeros(50)}), batch_size=8, seed=seed)
         total = DataDigest()
         for start in range(0, 24, size):
             total.add(start, loader.block(start, size).ids)
         return total.value
 
-    assert of(1, 0) == of(4, 0) == of(24, 0) != of(24, 1)
+    assert digest_of(1, 0) == digest_of(4, 0) == digest_of(24, 0) != digest_of(24, 1)

@@ -37,7 +37,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [row for row in every if any(name.startswith('capture/') for name in row)]
 
 
-def bound(made: Experiment, state: Any) -> BoundModel:
+def bind(made: Experiment, state: Any) -> BoundModel:
     keys = Keys(seed=made.seed, mode='train', step=state.step)
     return made.model.bind(state.variables, keys)
 
@@ -51,7 +51,7 @@ def test_captured_values_equal_those_of_the_model(tmp_path: pathlib.Path) -> Non
     with trainer.batches(19, [1]) as batches:
         batch = next(iter(batches)).arrays
         prepared = made.task.prepare_batch(batch, None)
-    logits = np.asarray(bound(made, state)(prepared['image']))
+    logits = np.asarray(bind(made, state)(prepared['image']))
     row = rows(tmp_path)[-1]
     assert row['step'] == 20
     names = {'mean', 'std', 'min', 'max', 'zeros', 'nonfinite'}
@@ -271,24 +271,24 @@ def test_non_finite_values_are_counted() -> None:
 
 @pytest.mark.slow
 def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
-    def refused(capture: Any, **options: Any) -> str:
+    def error_text(capture: Any, **options: Any) -> str:
         with pytest.raises(UserError) as caught:
             Trainer(
                 build(options.pop('model', linen()), capture={'a': capture}, **options)
             ).compile()
         return str(caught.value)
 
-    assert 'matches no module and no sown value' in refused({'match': 'layer'})
-    assert 'the paths are first, layer_0/dense, layer_0, layer_1/dense' in refused(
+    assert 'matches no module and no sown value' in error_text({'match': 'layer'})
+    assert 'the paths are first, layer_0/dense, layer_0, layer_1/dense' in error_text(
         {'match': 'layer'}
     )
-    assert "config.capture.a.match: '(' is not a regular expression" in refused({'match': '('})
-    assert 'config.capture.a.rows: expected' in refused({'match': '.*', 'rows': 0})
-    off = refused({'match': '.*', 'what': ('histogram',)}, log__tensorboard=False)
+    assert "config.capture.a.match: '(' is not a regular expression" in error_text({'match': '('})
+    assert 'config.capture.a.rows: expected' in error_text({'match': '.*', 'rows': 0})
+    off = error_text({'match': '.*', 'what': ('histogram',)}, log__tensorboard=False)
     assert 'config.log.tensorboard is off' in off
     closed = {'target': 'tests.modules.test_intermediates:Stack', 'kind': 'scan'}
-    task = {'ref': f'{__name__}:on_rows'}
-    hidden = refused({'match': 'layers/.*'}, model=closed, task=task)
+    task = {'ref': f'{__name__}:square'}
+    hidden = error_text({'match': 'layers/.*'}, model=closed, task=task)
     assert "without the collection 'intermediates'" in hidden
     made = build(closed, capture={'a': {'match': '.*'}}, task=task)
     with caplog.at_level(logging.WARNING, 'trainer'):
@@ -296,7 +296,7 @@ def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
     assert 'layers/Dense_0' in caplog.text and 'not captured' in caplog.text
 
 
-def on_rows(model: Any, batch: Any) -> Any:
+def square(model: Any, batch: Any) -> Any:
     return (model(batch['image'].reshape(len(batch['image']), -1)[:, :4]) ** 2).sum(-1)
 
 
@@ -307,7 +307,7 @@ def test_modules_in_branches_are_not_captured(
     """The modules around them are captured, and a warning names those that are not."""
     made = build(
         {'target': 'tests.modules.test_intermediates:Branching', 'sows': False},
-        train_for='10 steps', task={'ref': f'{__name__}:on_rows'}, capture={'a': {'match': '.*'}},
+        train_for='10 steps', task={'ref': f'{__name__}:square'}, capture={'a': {'match': '.*'}},
         guard={'non_finite': 'stop'},
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, 'trainer'):

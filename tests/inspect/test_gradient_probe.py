@@ -199,7 +199,7 @@ def test_no_matching_value_is_an_error() -> None:
     with pytest.raises(UserError, match=r"--match: '\(' is not a regular expression"):
         probe(Shared(), params, ('(',))
     closed = {'target': 'tests.modules.test_intermediates:Stack', 'kind': 'scan'}
-    made = build(closed, task={'ref': 'tests.inspect.test_capture:on_rows'})
+    made = build(closed, task={'ref': 'tests.inspect.test_capture:square'})
     trainer = Trainer(made)
     forward = Forward.from_experiment(made, trainer.set_up().mesh)
     with trainer.batches(0, [1]) as batches:

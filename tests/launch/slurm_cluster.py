@@ -127,14 +127,14 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[-1]
 
-    def shown(self, job: str) -> dict[str, str]:
+    def show_job(self, job: str) -> dict[str, str]:
         words = self.ask('scontrol', 'show', 'job', job).split()
         return dict(word.split('=', 1) for word in words if '=' in word)
 
     def wait_for(self, job: str, state: str, restarts: int, secs: float = 60) -> None:
         deadline = time.monotonic() + secs
         while True:
-            shown = self.shown(job)
+            shown = self.show_job(job)
             if (shown['JobState'], shown['Restarts']) == (state, str(restarts)):
                 return
             assert time.monotonic() < deadline, shown
@@ -144,8 +144,8 @@ class Slurm:
         """Starts a requeued job now; Slurm would wait for two minutes."""
         self.wait_for(job, 'PENDING', restarts=1)
 
-        def started() -> bool:
-            shown = self.shown(job)
+        def has_started() -> bool:
+            shown = self.show_job(job)
             if shown['JobState'] != 'PENDING':
                 return True
             start = datetime.datetime.fromisoformat(shown['EligibleTime'])
@@ -155,4 +155,4 @@ class Slurm:
                 self.ask('scontrol', 'update', f'JobId={job}', 'StartTime=now+3', check=False)
             return False
 
-        command.wait_for(started)
+        command.wait_for(has_started)

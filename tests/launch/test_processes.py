@@ -78,7 +78,7 @@ def both_ready(tmp_path: pathlib.Path) -> None:
     command.wait_for(lambda: len(list(tmp_path.glob('ready*'))) == 2)
 
 
-def gone(tmp_path: pathlib.Path, name: str) -> bool:
+def has_ended(tmp_path: pathlib.Path, name: str) -> bool:
     """Whether the process that held the lock has ended."""
     with open(tmp_path / name) as lock:
         try:
@@ -224,10 +224,10 @@ def test_killed_launcher_leaves_no_processes(tmp_path: pathlib.Path) -> None:
     process = start(tmp_path, f'{CHILD}\nwait_for(lambda: False)')
     command.wait_for(lambda: len(list(tmp_path.glob('child_ready*'))) == 2)
     locks = ('lock0', 'lock1', 'child0', 'child1')
-    assert not any(gone(tmp_path, name) for name in locks)
+    assert not any(has_ended(tmp_path, name) for name in locks)
     process.kill()
     finish(process)
-    command.wait_for(lambda: all(gone(tmp_path, name) for name in locks))
+    command.wait_for(lambda: all(has_ended(tmp_path, name) for name in locks))
 
 
 def test_children_of_ended_processes_are_killed(
@@ -235,7 +235,7 @@ def test_children_of_ended_processes_are_killed(
 ) -> None:
     code, _, _ = run(tmp_path, CHILD)
     assert code == 0
-    assert gone(tmp_path, 'child0') and gone(tmp_path, 'child1')
+    assert has_ended(tmp_path, 'child0') and has_ended(tmp_path, 'child1')
 
 
 def test_preempted_processes_are_restarted(tmp_path: pathlib.Path) -> None:

@@ -33,13 +33,13 @@ def pythons(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Returns the Python of one of `WAYS`; each is made once."""
 
     @functools.cache
-    def made(way: str) -> str:
+    def make_python(way: str) -> str:
         if way == 'checkout':
             return sys.executable  # `command.run` gives it the checkout as its path.
         file = installed.build(way, tmp_path_factory.mktemp('dist'))
         return str(installed.environment(file, tmp_path_factory.mktemp('environment')))
 
-    return made
+    return make_python
 
 
 @pytest.fixture(params=WAYS)

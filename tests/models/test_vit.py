@@ -42,14 +42,14 @@ def test_parameter_counts() -> None:
     assert count(Mixer()) == 18_528_264
 
 
-def scrambled(params: Any) -> dict[str, np.ndarray]:
+def random_parameters(params: Any) -> dict[str, np.ndarray]:
     """Returns random parameters by path: those of a new head are zero."""
     rng = np.random.default_rng(1)
     flat = traverse_util.flatten_dict(params, sep='/')
     return {path: rng.normal(size=x.shape, scale=0.2).astype('f4') for path, x in flat.items()}
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
     """Returns the arrays by their paths in the Linen model."""
     flat = traverse_util.flatten_dict(tree)
     paths = {path: '/'.join(map(str, path)) for path in flat}
@@ -64,21 +64,21 @@ def test_linen_equals_nnx(name: str) -> None:
     model = nnx_class(**options, size=8, channels=2, rngs=nnx.Rngs(0))
     graph, state, rest = nnx.split(model, nnx.Param, ...)
     shapes = jax.eval_shape(linen.init, jax.random.key(0), X)['params']
-    flat = scrambled(shapes)
-    mine = by_path(nnx.to_pure_dict(state))
+    flat = random_parameters(shapes)
+    mine = flatten(nnx.to_pure_dict(state))
     assert {path: x.shape for path, x in mine.items()} == {n: x.shape for n, x in flat.items()}
 
-    def in_linen(params: Any) -> Any:
+    def run_linen(params: Any) -> Any:
         outputs = [linen.apply({'params': params}, X, method=m) for m in ('features', '__call__')]
         return jnp.square(outputs[1]).sum(), outputs
 
-    def in_nnx(params: Any) -> Any:
+    def run_nnx(params: Any) -> Any:
         model = nnx.merge(graph, params, rest)
         outputs = [model.features(X), model(X)]
         return jnp.square(outputs[1]).sum(), outputs
 
     params = traverse_util.unflatten_dict(flat, sep='/')
-    gradient, (features, logits) = jax.jit(jax.grad(in_linen, has_aux=True))(params)
+    gradient, (features, logits) = jax.jit(jax.grad(run_linen, has_aux=True))(params)
     assert (features.shape, logits.shape) == ((3, 16), (3, 5))
     assert np.asarray(logits).std() > 0.1
 
@@ -87,11 +87,11 @@ def test_linen_equals_nnx(name: str) -> None:
         for path in traverse_util.flatten_dict(nnx.to_pure_dict(state))
     }
     nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(copied))
-    found, outputs = jax.jit(jax.grad(in_nnx, has_aux=True))(state)
+    found, outputs = jax.jit(jax.grad(run_nnx, has_aux=True))(state)
     np.testing.assert_allclose(outputs[0], features, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outputs[1], logits, rtol=1e-4, atol=1e-5)
     expected = traverse_util.flatten_dict(gradient, sep='/')
-    for path, x in by_path(nnx.to_pure_dict(found)).items():
+    for path, x in flatten(nnx.to_pure_dict(found)).items():
         np.testing.assert_allclose(x, expected[path], rtol=1e-3, atol=1e-3, err_msg=path)
 
 

@@ -76,8 +76,12 @@ def test_groups(text: str, group: list[int]) -> None:
 
 
 def test_bytes_sent_by_ring_collectives() -> None:
-    def sent(kind: str) -> float:
+    def sent_bytes(kind: str) -> float:
         return Collective(kind=kind, axes=('data',), group=4, count=1, nbytes=400).sent_bytes
 
-    assert (sent('all-reduce'), sent('all-gather'), sent('reduce-scatter')) == (600, 300, 300)
-    assert sent('collective-permute') == 400
+    assert (sent_bytes('all-reduce'), sent_bytes('all-gather'), sent_bytes('reduce-scatter')) == (
+        600,
+        300,
+        300,
+    )
+    assert sent_bytes('collective-permute') == 400

@@ -28,7 +28,7 @@ def refuse() -> Any:
     raise UserError('refused')
 
 
-def loaded(**changes: Any) -> LoadedConfig:
+def loaded_config(**changes: Any) -> LoadedConfig:
     config = ml_collections.ConfigDict()
     config.train_for = '1 steps'
     config.model = {'target': f'{tiny.__name__}:Net'}
@@ -56,7 +56,7 @@ def test_every_mode_of_the_command_line_has_a_function() -> None:
 def test_a_mode_prints_and_returns_its_exit_code(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = dispatch.run(loaded(), command('summary', tmp_path / 'run'), StopRequest())
+    code = dispatch.run(loaded_config(), command('summary', tmp_path / 'run'), StopRequest())
     assert code == 0
     assert 'starting from scratch' in capsys.readouterr().out
     assert not (tmp_path / 'run').exists()
@@ -66,7 +66,7 @@ def test_a_mode_prints_and_returns_its_exit_code(
 def test_an_error_of_user_code_is_recorded_for_training_only(
     mode: str, tmp_path: pathlib.Path
 ) -> None:
-    broken = loaded(task={'target': f'{__name__}:raise_error'})
+    broken = loaded_config(task={'target': f'{__name__}:raise_error'})
     with pytest.raises(ZeroDivisionError):
         dispatch.run(broken, command(mode, tmp_path / 'run'), StopRequest())
     assert (tmp_path / 'run').exists() == (mode == 'train')
@@ -77,14 +77,14 @@ def test_an_error_of_user_code_is_recorded_for_training_only(
 
 
 def test_a_mistake_in_the_config_leaves_no_work_directory(tmp_path: pathlib.Path) -> None:
-    broken = loaded(task={'target': f'{__name__}:refuse'})
+    broken = loaded_config(task={'target': f'{__name__}:refuse'})
     with pytest.raises(UserError, match='refused'):
         dispatch.run(broken, command('train', tmp_path / 'run'), StopRequest())
     assert not (tmp_path / 'run').exists()
 
 
 def test_a_mode_that_reads_a_run_names_the_missing_one(tmp_path: pathlib.Path) -> None:
-    evaluated = loaded(evals={'test': tiny.EVAL})
+    evaluated = loaded_config(evals={'test': tiny.EVAL})
     with pytest.raises(UserError, match=r'no run in .*none: the directory does not exist'):
         dispatch.run(evaluated, command('eval', tmp_path / 'none'), StopRequest())
 
@@ -93,7 +93,7 @@ def test_a_mode_that_reads_a_run_names_the_missing_one(tmp_path: pathlib.Path) -
 def test_a_run_that_diverges_ends_with_its_own_exit_code(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steep = loaded(
+    steep = loaded_config(
         train_for='8 steps',
         optimizer={'target': 'optax:sgd', 'learning_rate': 1e30},
         log={'every': '4 steps', 'tensorboard': False},
@@ -112,6 +112,6 @@ def test_without_a_home_directory_programs_are_not_cached(
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
     monkeypatch.setenv('XDG_CACHE_HOME', '~no_such_user/cache')
-    assert dispatch.run(loaded(), command('summary', tmp_path), StopRequest()) == 0
+    assert dispatch.run(loaded_config(), command('summary', tmp_path), StopRequest()) == 0
     assert 'no home directory, so compiled programs are not cached' in capsys.readouterr().err
     assert jax.config.jax_compilation_cache_dir == before

@@ -32,7 +32,7 @@ from trainer.weights import safetensors
 CONFIG = str(command.ROOT / 'configs' / 'mnist_mlp.py')
 
 
-def trained(**options: Any) -> tuple[Trainer, TrainState]:
+def train(**options: Any) -> tuple[Trainer, TrainState]:
     small = {
         'train_for': '5 steps', 'checkpoint__every': 'never', 'data__source__limit': 320,
         'evals__test__data__source__limit': 64, 'evals__test__every': 'never',
@@ -41,7 +41,7 @@ def trained(**options: Any) -> tuple[Trainer, TrainState]:
     return trainer, trainer.fit().state
 
 
-def written(
+def write_export(
     directory: pathlib.Path, trainer: Trainer, state: TrainState, **options: Any
 ) -> tuple[dict[str, Any], Any]:
     """Returns the content of export.json, and the function as another program reads it."""
@@ -73,8 +73,8 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize('name', slow_after(1, RUNS))
 def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -> None:
     """Equal to those of the trainer; the function takes only the fields they depend on."""
-    trainer, state = trained(**RUNS[name])
-    about, function = written(tmp_path, trainer, state)
+    trainer, state = train(**RUNS[name])
+    about, function = write_export(tmp_path, trainer, state)
     assert about['arguments'] == ['batch']
     assert about['batch'] == {'image': 'uint8[rows, 28, 28, 1]'}
     assert about['outputs'] == {'class': 'int32[rows]', 'probability': 'float32[rows]'}
@@ -93,8 +93,8 @@ def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -
 def test_variables_are_written_exactly(tmp_path: pathlib.Path) -> None:
     """As msgpack and as safetensors, in their own dtypes; a run can start from both."""
     options = {'precision': {'params': 'bfloat16'}, 'model__batch_norm': True}
-    trainer, state = trained(**options)
-    about, _ = written(tmp_path, trainer, state)
+    trainer, state = train(**options)
+    about, _ = write_export(tmp_path, trainer, state)
     paths = {'/'.join(path): x for path, x in flatten_dict(state.variables).items()}
     assert {str(x.dtype) for x in paths.values()} == {'bfloat16', 'float32'}
     assert set(about['variables']) == set(paths)
@@ -114,8 +114,8 @@ def test_variables_are_written_exactly(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_large_variables_are_an_argument(tmp_path: pathlib.Path) -> None:
-    trainer, state = trained()
-    about, function = written(tmp_path, trainer, state, max_embedded_bytes=1000)
+    trainer, state = train()
+    about, function = write_export(tmp_path, trainer, state, max_embedded_bytes=1000)
     assert about['arguments'] == ['variables', 'batch']
     assert (tmp_path / 'model.jax_export').stat().st_size < 50_000
     variables = serialization.msgpack_restore((tmp_path / 'variables.msgpack').read_bytes())
@@ -139,9 +139,9 @@ def test_a_model_that_computes_with_the_batch_size(
 ) -> None:
     """It is exported for a single batch size, with a warning."""
     model = {'target': f'{__name__}:Halves'}
-    trainer, state = trained(model=model, evals__test__data__batch_size=32)
+    trainer, state = train(model=model, evals__test__data__batch_size=32)
     with caplog.at_level('WARNING', 'trainer'):
-        about, function = written(tmp_path, trainer, state)
+        about, function = write_export(tmp_path, trainer, state)
     assert 'only takes batches of 32 examples' in caplog.text
     assert about['batch'] == {'image': 'uint8[32, 28, 28, 1]'}
     expected = next(iter(trainer.predict('test', state)))
@@ -161,8 +161,8 @@ class Lookup(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize('max_embedded_bytes', [0, export.MAX_EMBEDDED_BYTES])
 def test_a_model_that_indexes_a_variable(max_embedded_bytes: int, tmp_path: pathlib.Path) -> None:
-    trainer, state = trained(model={'target': f'{__name__}:Lookup'})
-    about, function = written(tmp_path, trainer, state, max_embedded_bytes=max_embedded_bytes)
+    trainer, state = train(model={'target': f'{__name__}:Lookup'})
+    about, function = write_export(tmp_path, trainer, state, max_embedded_bytes=max_embedded_bytes)
     assert about['batch'] == {'image': 'uint8[rows, 28, 28, 1]'}
     (expected,) = trainer.predict('test', state)
     variables = [] if max_embedded_bytes else [{'params': jax.device_get(state.params)}]
@@ -238,8 +238,8 @@ def plain(model: Any, batch: Any) -> jax.Array:
 def test_a_task_without_predict_is_exported_as_the_output_of_its_model(
     tmp_path: pathlib.Path,
 ) -> None:
-    trainer, state = trained(task={'ref': f'{__name__}:plain'})
-    about, function = written(tmp_path, trainer, state)
+    trainer, state = train(task={'ref': f'{__name__}:plain'})
+    about, function = write_export(tmp_path, trainer, state)
     assert list(about['batch']) == ['image']
     found = function.call({'image': examples(trainer)})['output']
     (expected,) = trainer.predict('test', state)
@@ -248,7 +248,7 @@ def test_a_task_without_predict_is_exported_as_the_output_of_its_model(
 
 @pytest.mark.slow
 def test_mistakes(tmp_path: pathlib.Path) -> None:
-    trainer, state = trained()
+    trainer, state = train()
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'file/export cannot be written: Not a directory'):
         export.write(

@@ -100,26 +100,26 @@ def test_operations_are_counted_in_loops_and_branches() -> None:
     one = 2 * 8**3
     x = jnp.ones((8, 8))
 
-    def looped(x: jax.Array) -> jax.Array:
+    def loop(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda c, _: (product(c), None), x, None, length=5)[0]
 
-    def branched(x: jax.Array) -> jax.Array:
+    def branch(x: jax.Array) -> jax.Array:
         return jax.lax.cond(x.sum() > 0, lambda x: product(product(x)), product, x)
 
     def again(x: jax.Array) -> jax.Array:
         return jax.grad(lambda x: jax.checkpoint(product)(x).sum())(x)
 
-    for function, times in ((product, 1), (looped, 5), (branched, 2), (jax.jit(product), 1)):
+    for function, times in ((product, 1), (loop, 5), (branch, 2), (jax.jit(product), 1)):
         assert flops.count(jax.make_jaxpr(function)(x)) == times * one
     assert flops.count(jax.make_jaxpr(again)(x)) >= 2 * one
     image, kernel = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 2, 6))
 
-    def convolved(image: jax.Array) -> jax.Array:
+    def convolve(image: jax.Array) -> jax.Array:
         return nn.Conv(6, (3, 3), feature_group_count=2).apply(
             {'params': {'kernel': kernel, 'bias': jnp.zeros(6)}}, image
         )
 
-    assert flops.count(jax.make_jaxpr(convolved)(image)) == 2 * (2 * 9 * 9 * 6) * (3 * 3 * 2)
+    assert flops.count(jax.make_jaxpr(convolve)(image)) == 2 * (2 * 9 * 9 * 6) * (3 * 3 * 2)
 
 
 def plan_with(**changes: Any) -> Plan:

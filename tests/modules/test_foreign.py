@@ -60,7 +60,7 @@ def _init(key: Any, x: Any) -> dict[str, jax.Array]:
     return {'w': 0.1 * jax.random.normal(key, (x.shape[-1], 4))}
 
 
-def transformed() -> Transformed:
+def make_transformed() -> Transformed:
     return Transformed(_init, lambda params, key, x: x @ params['w'])
 
 
@@ -97,7 +97,7 @@ REFUSED = {
     'target:Callable4': rf'^config\.model: {EXPECTED}Callable4\. Write the model as a Flax module',
     'target:equinox': rf'^config\.model\.target: {EXPECTED}the class Net of Equinox\.',
     'target:torch': rf'{EXPECTED}the class Net of PyTorch\..*config\.init_from reads',
-    'target:transformed': rf'{EXPECTED}Transformed\.',
+    'target:make_transformed': rf'{EXPECTED}Transformed\.',
     'target:Wrapper': rf'{EXPECTED}Wrapper\. Its attribute `module` is a Flax module \(Dense\)',
     'target:makes_foreign': rf'{EXPECTED}a function that returns Net of Equinox',
     'target:makes_linen': r'a function of `rngs` that returns Dense, a module of flax\.linen',
@@ -130,7 +130,7 @@ def test_haiku_functions_can_be_wrapped_in_linen() -> None:
     """As the message advises."""
     made = type('Transformed', (Transformed,), {'__module__': 'haiku._src.transform'})
     with pytest.raises(TypeError, match=r'got Transformed of Haiku\..* self\.param\("net", net.i'):
-        as_functional(made(*transformed()))
+        as_functional(made(*make_transformed()))
     train_and_check({'target': f'{__name__}:HaikuParams'}, steps=100)
 
 
@@ -139,7 +139,7 @@ class HaikuParams(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        net = transformed()
+        net = make_transformed()
         params = self.param('net', net.init, x)
         return net.apply(params, None, x)
 
@@ -169,7 +169,7 @@ by_key = functools.partial(OnlyByName)
 
 @pytest.mark.parametrize(
     'name',
-    ['OnlyByName', 'factory', 'make_part', 'part', 'by_key', 'by_position', 'only_by_position'],
+    ['OnlyByName', 'factory', 'make_part', 'part', 'by_key', 'by_position', 'make_positional'],
 )
 def test_factories_are_accepted(name: str) -> None:
     parameters = trainer({'ref': f'{__name__}:{name}'}).set_up().programs.abstract.params
@@ -183,7 +183,7 @@ class ByPosition:
         return nnx.Linear(8, 4, rngs=streams)
 
 
-def only_by_position(rngs: nnx.Rngs, /) -> nnx.Module:
+def make_positional(rngs: nnx.Rngs, /) -> nnx.Module:
     return nnx.Linear(8, 4, rngs=rngs)
 
 
@@ -197,7 +197,7 @@ def test_a_failing_factory_explains_its_error() -> None:
     def wrong(streams: Any) -> Any:
         return nnx.Linear(8, 'four', rngs=streams)  # type: ignore[arg-type]
 
-    def named(rngs: Any) -> Any:
+    def raise_error(rngs: Any) -> Any:
         raise ZeroDivisionError('of its own')
 
     from trainer.modules.rng import Keys
@@ -208,4 +208,4 @@ def test_a_failing_factory_explains_its_error() -> None:
         as_functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     assert not isinstance(raised.value, UserError)
     with pytest.raises(ZeroDivisionError):
-        as_functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(raise_error).init(lambda *_: None, {}, Keys(seed=0, mode='init'))

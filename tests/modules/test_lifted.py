@@ -287,10 +287,10 @@ class Tied(nn.Module):
         encoder = Kernel(5, name='encoder')
         hidden = nn.tanh(encoder(x))
 
-        def transposed(variables: Any) -> Any:
+        def transpose(variables: Any) -> Any:
             return jax.tree.map(jnp.transpose, variables)
 
-        decode = nn.map_variables(lambda module, y: module(y), 'params', transposed, mutable=False)
+        decode = nn.map_variables(lambda module, y: module(y), 'params', transpose, mutable=False)
         return nn.Dense(4)(decode(encoder, hidden))
 
 
@@ -438,7 +438,7 @@ def call(module: nn.Module, x: jax.Array) -> jax.Array:
     return module(x)
 
 
-def scanned(module: nn.Module, x: jax.Array) -> jax.Array:
+def scan_layers(module: nn.Module, x: jax.Array) -> jax.Array:
     scan = nn.scan(
         lambda m, carry, row: (carry, m(row)), variable_broadcast='params',
         split_rngs={'params': False},
@@ -464,7 +464,7 @@ def run_loop(module: nn.Module, x: jax.Array) -> jax.Array:
 SHARED: Any = {'variable_axes': {'params': None}, 'split_rngs': {'params': False}}
 LIFTED: dict[str, Callable[[nn.Module, jax.Array], jax.Array]] = {
     'vmap': lambda m, x: nn.vmap(call, **SHARED)(m, x),
-    'scan': scanned,
+    'scan': scan_layers,
     'remat': lambda m, x: nn.remat(call)(m, x),
     'jit': lambda m, x: nn.jit(call)(m, x),
     'jvp': lambda m, x: nn.jvp(call, m, (x,), (0 * x,), variable_tangents={})[0],

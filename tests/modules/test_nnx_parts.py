@@ -157,18 +157,18 @@ def test_random_numbers_of_the_call() -> None:
     system = as_functional(Noise)
     x = jnp.ones((32, 4))
 
-    def of(step: int, mode: Any = 'train') -> Any:
+    def bind_at(step: int, mode: Any = 'train') -> Any:
         return system.bind({'params': {}}, Keys(seed=0, mode=mode, step=step))
 
-    model = of(1)
+    model = bind_at(1)
     first, second = model(x)
     assert not same(first, second)
     assert not same(model(x)[0], first)
-    assert same(of(1)(x)[0], first)
-    assert not same(of(2)(x)[0], first)
-    assert same(of(1, 'eval')(x)[0], x + 1)
-    mine = of(1)(x, rngs=nnx.Rngs(0))
-    assert same(mine, of(2)(x, rngs=nnx.Rngs(0)))
+    assert same(bind_at(1)(x)[0], first)
+    assert not same(bind_at(2)(x)[0], first)
+    assert same(bind_at(1, 'eval')(x)[0], x + 1)
+    mine = bind_at(1)(x, rngs=nnx.Rngs(0))
+    assert same(mine, bind_at(2)(x, rngs=nnx.Rngs(0)))
     assert (bind(MayDraw)(X) == 0).any()
     assert same(bind(MayDraw, 'eval')(X), X + 1)
     own = bind(lambda rngs: MayDraw(rngs, own=True))

@@ -33,8 +33,8 @@ def test_keys_are_the_same_in_every_run() -> None:
 
 
 def test_traced_places_give_the_same_keys() -> None:
-    def traced(seed: jax.Array, step: jax.Array) -> jax.Array:
+    def key_of_step(seed: jax.Array, step: jax.Array) -> jax.Array:
         return jax.random.key_data(Keys(seed=seed, mode='eval', step=step).stream('noise'))
 
-    found = tuple(np.asarray(jax.jit(traced)(3, 7)).tolist())
+    found = tuple(np.asarray(jax.jit(key_of_step)(3, 7)).tolist())
     assert found == data(Keys(seed=3, mode='eval', step=7), 'noise')

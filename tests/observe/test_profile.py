@@ -46,13 +46,13 @@ def test_a_window_of_a_run(
     (trace,) = (tmp_path / 'profile').rglob('*.trace.json.gz')
     assert b'jit_train_step' in gzip.decompress(trace.read_bytes())
     assert f'Trace written to {tmp_path}/profile' in capsys.readouterr().out
-    named = traced(tmp_path)
+    named = read_trace(tmp_path)
     for layer in (b'Dense_0', b'Dense_1'):
         assert b'/jvp(MLP)/' + layer + b'/' in named
         assert b'/transpose(jvp(MLP))/' + layer + b'/' in named
 
 
-def traced(directory: pathlib.Path) -> bytes:
+def read_trace(directory: pathlib.Path) -> bytes:
     """Returns the trace of the compiled programs, whose operations have whole paths."""
     (file,) = (directory / 'profile').rglob('*.xplane.pb')
     return file.read_bytes()
@@ -72,7 +72,7 @@ def test_nnx_modules_have_names_in_a_profiled_run(tmp_path: pathlib.Path) -> Non
             (f'jvp(MLP)/{part}_0/' in text) == (name == 'traced') for part in ('dense', 'norm')
         )
     assert all(
-        b'jvp(MLP)/' + part in traced(tmp_path / 'traced') for part in (b'dense_0', b'norm_0')
+        b'jvp(MLP)/' + part in read_trace(tmp_path / 'traced') for part in (b'dense_0', b'norm_0')
     )
     assert losses['traced'] == losses['plain']
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import command
 from tests.command import ROOT
-from tests.parallel.test_mesh import MESHES, experiment, on_mesh
+from tests.parallel.test_mesh import MESHES, experiment, with_mesh
 from trainer.checkpoint import digest
 from trainer.observe.table import bytes_per_device
 from trainer.parallel.mesh import make_mesh
@@ -115,7 +115,7 @@ def test_memory_is_little_more_than_the_shards(tmp_path: pathlib.Path) -> None:
 
 def test_a_restarted_state_replaces_the_old_one() -> None:
     """`config.init_from` reinitializes slots and average in the memory of the old ones."""
-    trainer = Trainer(on_mesh(experiment('lm'), MESHES['2 x 2 x 2']))
+    trainer = Trainer(with_mesh(experiment('lm'), MESHES['2 x 2 x 2']))
     analysis = trainer.set_up().programs.restart_optimizer.executable().memory_analysis()
     assert analysis is not None
     share = bytes_per_device(trainer.set_up().programs.abstract)

@@ -60,15 +60,15 @@ class NamedCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def named(*names: str | None) -> Any:
+        def partition(*names: str | None) -> Any:
             return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
 
         for features in (8, 16):
             x = nn.avg_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), strides=(2, 2))
         x = x.reshape((x.shape[0], -1))
-        x = nn.relu(nn.Dense(64, kernel_init=named('embed', 'mlp'))(x))
+        x = nn.relu(nn.Dense(64, kernel_init=partition('embed', 'mlp'))(x))
         x = nn.with_logical_constraint(x, ('batch', 'mlp'))
-        return nn.Dense(10, kernel_init=named('mlp', None))(x)
+        return nn.Dense(10, kernel_init=partition('mlp', None))(x)
 
 
 def experiment(kind: str, **options: Any) -> Experiment:
@@ -86,7 +86,7 @@ def experiment(kind: str, **options: Any) -> Experiment:
     return load_and_build(str(ROOT / 'configs' / 'mnist.py'), **{**common, **small, **options})
 
 
-def on_mesh(base: Experiment, mesh: Mapping[str, int]) -> Experiment:
+def with_mesh(base: Experiment, mesh: Mapping[str, int]) -> Experiment:
     # Over axes of size 1 nothing is sharded, so the same rules fit every mesh.
     devices = dataclasses.replace(base.devices, mesh={'data': 1, 'fsdp': 1, 'model': 1, **mesh})
     return dataclasses.replace(base, devices=devices)
@@ -129,7 +129,7 @@ def test_the_loss_curve_is_that_of_one_device(
     kind: str, rules: Any, mesh: str, losses: dict[str, list[float]], tmp_path: pathlib.Path
 ) -> None:
     """Data, fully sharded and tensor parallelism differ only in rules."""
-    placed = on_mesh(experiment(kind, sharding=rules), MESHES[mesh])
+    placed = with_mesh(experiment(kind, sharding=rules), MESHES[mesh])
     trainer = Trainer(placed, str(tmp_path))
     state, found = train(trainer)
     assert found == pytest.approx(losses[kind], rel=TOLERANCE, abs=TOLERANCE)
@@ -149,35 +149,35 @@ def test_the_loss_curve_is_that_of_one_device(
 
 
 @pytest.fixture(scope='module')
-def sharded() -> Trainer:
+def sharded_trainer() -> Trainer:
     """A transformer over 2 x 2 x 2 devices, not trained."""
-    return Trainer(on_mesh(experiment('lm'), MESHES['2 x 2 x 2']))
+    return Trainer(with_mesh(experiment('lm'), MESHES['2 x 2 x 2']))
 
 
-def test_the_state_is_initialized_in_shards(sharded: Trainer) -> None:
+def test_the_state_is_initialized_in_shards(sharded_trainer: Trainer) -> None:
     """Each leaf of the state has its spec, and each device has only its shards."""
-    specs = jax.tree.map(lambda x: x.sharding.spec, sharded.set_up().programs.abstract)
+    specs = jax.tree.map(lambda x: x.sharding.spec, sharded_trainer.set_up().programs.abstract)
     block = specs.params['block_0']
     assert block['mlp_in']['kernel'] == P('fsdp', 'model')
     assert block['mlp_out']['kernel'] == P('model', 'fsdp')
     assert specs.params['tokens']['embedding'] == P(('fsdp', 'model'), None)
     assert specs.ema == specs.params
     assert (specs.step, specs.metrics['norms']['grad'].value) == (P(), P())
-    state = sharded.init_state()
+    state = sharded_trainer.init_state()
     for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True):
         assert leaf.sharding.is_equivalent_to(
-            jax.sharding.NamedSharding(sharded.set_up().mesh, spec), leaf.ndim
+            jax.sharding.NamedSharding(sharded_trainer.set_up().mesh, spec), leaf.ndim
         )
     kernel = state.params['block_0']['mlp_in']['kernel']
     assert kernel.shape == (64, 256)
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(32, 128)}
 
 
-def test_initialization_needs_no_whole_parameter(sharded: Trainer) -> None:
+def test_initialization_needs_no_whole_parameter(sharded_trainer: Trainer) -> None:
     """The program that creates the state needs little more memory than its shards."""
-    analysis = sharded.set_up().programs.init.executable().memory_analysis()
+    analysis = sharded_trainer.set_up().programs.init.executable().memory_analysis()
     assert analysis is not None
-    abstract = sharded.set_up().programs.abstract
+    abstract = sharded_trainer.set_up().programs.abstract
     share = bytes_per_device(abstract)
     assert share < 0.4 * nbytes(abstract)
     assert analysis.output_size_in_bytes == pytest.approx(share, rel=0.01)
@@ -281,7 +281,7 @@ def test_an_unused_axis_is_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     renamed = experiment('cnn', mesh={'rows': 8}, sharding={**FSDP, 'axis': 'rows'})
     assert Trainer(renamed).set_up().programs.abstract
-    assert Trainer(on_mesh(experiment('lm'), MESHES['2 x 4'])).set_up().programs.abstract
+    assert Trainer(with_mesh(experiment('lm'), MESHES['2 x 4'])).set_up().programs.abstract
     assert 'config.mesh' not in caplog.text
 
 
@@ -301,7 +301,7 @@ def test_wrong_gradients_of_xla_are_warned_of(caplog: pytest.LogCaptureFixture) 
         'rules': (('one/kernel', ('fsdp', 'model')),),
     }
     for mesh, is_warned in (('2 x 2 x 2', True), ('8 fsdp', False), ('2 x 4', False)):
-        trainer = Trainer(on_mesh(experiment('Unnamed', sharding=(rule,)), MESHES[mesh]))
+        trainer = Trainer(with_mesh(experiment('Unnamed', sharding=(rule,)), MESHES[mesh]))
         caplog.clear()
         checks.warn_of_wrong_gradients(trainer.set_up().programs.abstract, trainer.set_up().mesh)
         assert ('one/kernel is sharded over two mesh axes of size 2' in caplog.text) == is_warned
@@ -345,7 +345,7 @@ def test_float16_with_a_sharded_state(mesh: str, tmp_path: pathlib.Path) -> None
     options = {'precision': {'compute': 'float16', 'loss_scale': 2.0**30}, 'train_for': '16 steps'}
     rows = []
     for name, where in (('whole', {'data': 8}), ('sharded', MESHES[mesh])):
-        placed = on_mesh(experiment('cnn', sharding=(CNN_BY_PATH, FSDP), **options), where)
+        placed = with_mesh(experiment('cnn', sharding=(CNN_BY_PATH, FSDP), **options), where)
         trainer = Trainer(placed, str(tmp_path / name))
         train(trainer)
         lines = (tmp_path / name / 'metrics.jsonl').read_text().splitlines()

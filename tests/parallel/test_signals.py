@@ -20,7 +20,7 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
 @pytest.fixture(autouse=True)
-def before() -> Iterator[None]:
+def restored_handlers() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in NUMBERS}
     yield
     for number, handler in handlers.items():

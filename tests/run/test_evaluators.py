@@ -16,7 +16,7 @@ from trainer.config.errors import UserError
 from trainer.step.state import TrainState
 
 
-def doubled(batch: dict[str, Any]) -> dict[str, Any]:
+def double(batch: dict[str, Any]) -> dict[str, Any]:
     """A transform of an evaluation."""
     return {**batch, 'x': 2 * batch['x']}
 
@@ -67,7 +67,7 @@ def test_the_split_of_the_config_gives_its_own_metrics_as_arrays_and_as_source()
 
 
 def test_a_named_evaluation_gives_its_transforms() -> None:
-    transforms = (dict(ref=f'{__name__}:doubled'),)
+    transforms = (dict(ref=f'{__name__}:double'),)
     config = make_config(evals=dict(plain=evals(), twice=evals(transforms=transforms)))
     trainer = Trainer(build(config))
     state, arrays = trainer.init_state(), points(10)
@@ -84,7 +84,7 @@ def test_a_named_evaluation_gives_its_transforms() -> None:
 
 def test_without_evaluations_arrays_are_evaluated_like_training_data() -> None:
     config = make_config(evals={})
-    config.data.transforms = (dict(ref=f'{__name__}:doubled'),)
+    config.data.transforms = (dict(ref=f'{__name__}:double'),)
     trainer = Trainer(build(config))
     state, arrays = trainer.init_state(), points(10)
     found = trainer.evaluate(state, data=arrays)

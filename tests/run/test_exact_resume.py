@@ -36,7 +36,7 @@ def assert_same_run(workdir: pathlib.Path, whole: pathlib.Path) -> None:
     assert command.rows(workdir) == command.rows(whole)
 
 
-def interrupted(workdir: pathlib.Path, number: signal.Signals, after_rows: int) -> int:
+def interrupt(workdir: pathlib.Path, number: signal.Signals, after_rows: int) -> int:
     process = command.start(command.MLP, *command.SMALL, f'--workdir={workdir}', *LENGTH)
     command.wait_for(command.rows_written(workdir, after_rows))
     process.send_signal(number)
@@ -50,7 +50,7 @@ def test_runs_killed_at_random_moments_resume_exactly(
 ) -> None:
     workdir = tmp_path / 'run'
     for _ in range(3):
-        interrupted(workdir, signal.SIGKILL, random.randint(1, 150))
+        interrupt(workdir, signal.SIGKILL, random.randint(1, 150))
     command.train(workdir, *LENGTH)
     assert_same_run(workdir, whole)
 
@@ -64,7 +64,7 @@ def test_stopped_runs_save_first(
     tmp_path: pathlib.Path, whole: pathlib.Path, number: signal.Signals, code: int
 ) -> None:
     workdir = tmp_path / 'run'
-    assert interrupted(workdir, number, 10) == code
+    assert interrupt(workdir, number, 10) == code
     stopped = command.result(workdir)
     assert stopped['status'] == {42: 'preempted', 130: 'interrupted'}[code]
     log = (workdir / 'log.txt').read_text().splitlines()

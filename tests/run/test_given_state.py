@@ -88,6 +88,28 @@ def test_a_new_work_directory_gets_the_run_from_there_on(tmp_path: pathlib.Path)
         make_trainer(workdir).fit(state=early.state)
 
 
+STREAM = {'data__loader': {'target': 'trainer.data.streaming:StreamLoader'}}
+
+
+@pytest.mark.slow
+def test_a_stream_continues_only_from_the_checkpoint_of_the_same_step(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = make_trainer(**STREAM).fit()
+    workdir = str(tmp_path / 'run')
+    half = make_trainer(workdir, **STREAM).fit(max_steps=3)
+    alone = Trainer(load_and_build(make_config(), **STREAM))
+    restarted = alone.fit(state=copy(half.state))
+    sentence = 'fit(state): the data is a stream, and starts from its beginning.'
+    assert sentence in capsys.readouterr().out
+    continuing = Trainer(load_and_build(make_config(), **STREAM), workdir)
+    result = continuing.fit(state=half.state)
+    assert sentence not in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, params(result.state), params(whole.state))
+    kernels = [params(x.state)['Dense_0']['kernel'] for x in (restarted, whole)]
+    assert not np.array_equal(*kernels)
+
+
 def test_a_finished_state_of_the_same_trainer_is_no_error(tmp_path: pathlib.Path) -> None:
     trainer = make_trainer(str(tmp_path / 'run'))
     state = trainer.fit().state

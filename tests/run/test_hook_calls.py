@@ -47,11 +47,11 @@ def text(event: Event) -> Any:
     return 'no dict'
 
 
-def at_the_start(event: Event) -> Any:
+def return_at_start(event: Event) -> Any:
     return {'x': 1.0}
 
 
-def at_the_end(event: Event) -> Any:
+def return_at_end(event: Event) -> Any:
     return {'x': 1.0} if event.kind == 'end' else None
 
 
@@ -109,7 +109,7 @@ def test_a_metric_that_no_hook_returns_is_an_error_after_a_save(tmp_path: pathli
     assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
 
 
-def once(event: Event) -> dict[str, Any] | None:
+def return_once(event: Event) -> dict[str, Any] | None:
     if event.kind != 'eval':
         return None
     if event.step == 4:
@@ -118,7 +118,7 @@ def once(event: Event) -> dict[str, Any] | None:
 
 
 def test_a_value_of_an_earlier_evaluation_ranks_no_later_checkpoint(tmp_path: pathlib.Path) -> None:
-    made = config('once')
+    made = config('return_once')
     made.checkpoint = dict(every='2 steps', best=dict(metric='eval/dev/bleu', mode='max'))
     with pytest.raises(RuntimeError, match='too late'):
         trainer(made, tmp_path / 'run').fit()
@@ -147,8 +147,8 @@ def test_the_time_of_hooks_is_theirs() -> None:
     ('hook', 'message'),
     [
         ('text', r'config\.hooks\.mine returned str; expected None, or a dict of values by name'),
-        ('at_the_start', r"returned x at event 'start', which has no row of metrics"),
-        ('at_the_end', r"returned x at event 'end', .*\(the last 'eval' comes before 'end'\)"),
+        ('return_at_start', r"returned x at event 'start', which has no row of metrics"),
+        ('return_at_end', r"returned x at event 'end', .*\(the last 'eval' comes before 'end'\)"),
         ('twice', r"two values of a row of metrics are named 'loss'"),
     ],
 )
@@ -163,7 +163,7 @@ SEEN: list[tuple[str, int]] = []
 def test_values_at_the_end_cost_no_step(tmp_path: pathlib.Path) -> None:
     run = tmp_path / 'run'
     with pytest.raises(UserError, match="event 'end'"):
-        trainer(config('at_the_end'), run).fit()
+        trainer(config('return_at_end'), run).fit()
     assert (run / 'checkpoints' / '4').is_dir()
 
 

@@ -150,7 +150,7 @@ def whole(tmp_path: pathlib.Path, **overrides: Any) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     return whole(tmp_path_factory.mktemp('undisturbed'))
 
 
@@ -221,7 +221,7 @@ def test_a_batch_of_a_wrong_shape_loses_no_step(tmp_path: pathlib.Path) -> None:
 )
 def test_a_failing_hook_loses_no_step(
     tmp_path: pathlib.Path,
-    uninterrupted: tuple[Any, ...],
+    uninterrupted_run: tuple[Any, ...],
     error: BaseException,
     kind: str,
     step: int,
@@ -233,7 +233,7 @@ def test_a_failing_hook_loses_no_step(
     assert meta(trainer, step)['evaluated'] == evaluated
     # The same trainer can resume, too.
     assert trainer.fit().status == 'finished'
-    assert ending(tmp_path) == uninterrupted
+    assert ending(tmp_path) == uninterrupted_run
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_a_state_refused_by_the_guard_is_not_saved(tmp_path: pathlib.Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize('calls', [1, 7])
 def test_an_interrupt_ends_fit_and_the_next_call_continues(
-    tmp_path: pathlib.Path, uninterrupted: tuple[Any, ...], calls: int
+    tmp_path: pathlib.Path, uninterrupted_run: tuple[Any, ...], calls: int
 ) -> None:
     handler = signal.getsignal(signal.SIGINT)
     trainer = trainer_in(tmp_path, interrupting('log', 30), steps_per_call=calls)
@@ -333,9 +333,9 @@ def test_an_interrupt_ends_fit_and_the_next_call_continues(
     meta(trainer, 30)
     second = trainer.fit()
     assert (second.status, second.step) == ('finished', 50)
-    assert ending(tmp_path)[2] == uninterrupted[2]
+    assert ending(tmp_path)[2] == uninterrupted_run[2]
     if calls == 1:  # Fused steps differ in the last bits.
-        assert ending(tmp_path) == uninterrupted
+        assert ending(tmp_path) == uninterrupted_run
 
 
 @pytest.mark.slow

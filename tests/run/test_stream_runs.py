@@ -110,7 +110,7 @@ def is_small(example: dict[str, Any]) -> bool:
     return bool(example['label'] < 3)
 
 
-def filtered() -> list[str]:
+def filter_overrides() -> list[str]:
     loader = {
         'target': 'trainer.data.streaming:StreamEvalLoader',
         'stages': [
@@ -123,7 +123,7 @@ def filtered() -> list[str]:
 @pytest.mark.slow
 def test_a_filtered_evaluation_on_processes(tmp_path: pathlib.Path) -> None:
     """With 1, 2 and 3 processes, whose parts differ in length, the metrics equal numpy's."""
-    options = (*filtered(), '--config.train_for=20steps', '--config.data.batch_size=48')
+    options = (*filter_overrides(), '--config.train_for=20steps', '--config.data.batch_size=48')
     for count in (1, 2, 3):
         workdir = tmp_path / str(count)
         group.train(count, workdir, *options)

@@ -59,12 +59,14 @@ def matrices(updates: Any) -> Any:
     return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), updates)
 
 
-def alike(module: str, names: str, **arguments: Any) -> dict[str, dict[str, Any]]:
+def same_arguments(module: str, names: str, **arguments: Any) -> dict[str, dict[str, Any]]:
     """Returns the configs of optimizers that take the same arguments."""
     return {name: {'target': f'{module}:{name}', **arguments} for name in names.split()}
 
 
-def before_sgd(module: str, names: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def chains_with_sgd(
+    module: str, names: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Returns the configs of transformations of gradients: a chain of each and SGD."""
     return {
         name: chain({'target': f'{module}:{name}', **more}, SGD) for name, more in names.items()
@@ -73,7 +75,7 @@ def before_sgd(module: str, names: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 # Each of these trains.
 OPTAX: dict[str, dict[str, Any]] = {
-    **alike(
+    **same_arguments(
         'optax',
         'adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb '
         'lars lion nadam nadamw noisy_sgd novograd optimistic_adam optimistic_adam_v2 '
@@ -83,7 +85,7 @@ OPTAX: dict[str, dict[str, Any]] = {
     'lbfgs': {'target': 'optax:lbfgs'},
     'polyak_sgd': {'target': 'optax:polyak_sgd'},
     'MultiSteps': {'target': 'optax:MultiSteps', 'opt': SGD, 'every_k_schedule': 2},
-    **before_sgd('optax', {
+    **chains_with_sgd('optax', {
         'adaptive_grad_clip': {'clipping': 0.1},
         'add_decayed_weights': {'weight_decay': 0.01},
         'add_noise': {'eta': 0.01, 'gamma': 0.55, 'seed': 0},
@@ -154,19 +156,19 @@ OPTAX: dict[str, dict[str, Any]] = {
     'with_extra_args_support': {'target': 'optax:with_extra_args_support', 'tx': SGD},
 }  # fmt: skip
 CONTRIB: dict[str, dict[str, Any]] = {
-    **alike(
+    **same_arguments(
         'optax.contrib', 'acprop ademamix adopt madgrad simplified_ademamix sophia',
         learning_rate=0.01,
     ),
-    **alike('optax.contrib', 'cocob dadapt_adamw momo momo_adam prodigy dog dowg'),
-    **alike('optax.contrib', 'muon', learning_rate=0.01),
-    **alike('optax.contrib', 'galore', learning_rate=0.01, rank=2),
+    **same_arguments('optax.contrib', 'cocob dadapt_adamw momo momo_adam prodigy dog dowg'),
+    **same_arguments('optax.contrib', 'muon', learning_rate=0.01),
+    **same_arguments('optax.contrib', 'galore', learning_rate=0.01, rank=2),
     'mechanize': {'target': 'optax.contrib:mechanize', 'base_optimizer': SGD},
     'sam': {'target': 'optax.contrib:sam', 'optimizer': ADAM, 'adv_optimizer': SGD},
     'schedule_free': {
         'target': 'optax.contrib:schedule_free', 'base_optimizer': SGD, 'learning_rate': 0.05,
     },
-    **alike('optax.contrib', 'schedule_free_adamw schedule_free_sgd', learning_rate=0.05),
+    **same_arguments('optax.contrib', 'schedule_free_adamw schedule_free_sgd', learning_rate=0.05),
     'split_real_and_imaginary': {'target': 'optax.contrib:split_real_and_imaginary', 'inner': SGD},
     'scale_by_muon': chain(
         {'target': 'optax:masked', 'mask': KERNELS, 'inner': {
@@ -175,7 +177,7 @@ CONTRIB: dict[str, dict[str, Any]] = {
         SGD,
     ),
     'reduce_on_plateau': chain(SGD, {'target': 'optax.contrib:reduce_on_plateau'}),
-    **before_sgd('optax.contrib', {
+    **chains_with_sgd('optax.contrib', {
         'hutchinson_estimator_diag_hessian': {}, 'normalize': {},
         'scale_by_acprop': {}, 'scale_by_ademamix': {}, 'scale_by_adopt': {},
         'scale_by_cocob': {}, 'scale_by_galore': {'rank': 2},

@@ -18,7 +18,7 @@ def same(state: Any, batch: Any, ctx: Any) -> Any:
     return state, {**metrics, **more}
 
 
-def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
+def step_by_hand(state: Any, batch: Any, ctx: Any) -> Any:
     """The default step, written by hand."""
 
     def loss_fn(params: Any) -> Any:
@@ -53,7 +53,7 @@ def forgets_gradients(state: Any, batch: Any, ctx: Any) -> Any:
 
 def make_by_hand() -> Any:
     """A target that returns a step."""
-    return by_hand
+    return step_by_hand
 
 
 def sam(state: Any, batch: Any, ctx: Any, *, rho: float, kind: str = 'l2') -> Any:

@@ -48,7 +48,7 @@ def distances(model: Any, batch: Any) -> TaskOutput:
     return TaskOutput(loss={'z': z, 'w': w})
 
 
-def by_jax(state: Any, batch: Any, ctx: Any) -> Any:
+def step_by_parts(state: Any, batch: Any, ctx: Any) -> Any:
     """A custom step from the parts of the default step."""
     grads, collections, metrics = ctx.gradients(state, batch)
     updates, opt_state = ctx.tx.update(grads, state.opt_state, state.params)
@@ -81,7 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             }
         },
     },
-    'custom step': {'step': {'ref': f'{__name__}:by_jax'}},
+    'custom step': {'step': {'ref': f'{__name__}:step_by_parts'}},
     'average': {'ema': {'decay': 0.5}},
     'ensemble': {'ensemble': {'size': 2}},
 }

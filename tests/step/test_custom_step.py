@@ -46,7 +46,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in lines]
 
 
-def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def train_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [row for row in rows(workdir) if any(name.startswith('train/') for name in row)]
 
 
@@ -71,7 +71,7 @@ def test_default_step_as_custom_step_is_bit_equal(tmp_path: pathlib.Path, option
 @pytest.mark.parametrize(
     'step',
     [
-        {'ref': 'tests.step.steps:by_hand'},
+        {'ref': 'tests.step.steps:step_by_hand'},
         {'target': 'tests.step.steps:make_by_hand'},
         {'ref': 'tests.step.steps:own_gradients'},
     ],
@@ -85,7 +85,7 @@ def test_handwritten_step_gives_the_same_parameters(
     for name in ('step', 'params', 'opt_state', 'collections'):
         assert_same(getattr(ours, name), getattr(theirs, name))
     # The norm of the update is that of a difference of parameters, with its rounding.
-    default, custom = logged(tmp_path / 'ours')[-1], logged(tmp_path / 'theirs')[-1]
+    default, custom = train_rows(tmp_path / 'ours')[-1], train_rows(tmp_path / 'theirs')[-1]
     assert custom == pytest.approx(default, rel=1e-4)
     assert {'train/loss', 'train/grad_norm', 'train/learning_rate'} <= custom.keys()
 
@@ -115,7 +115,7 @@ def test_arguments_metrics_fused_steps_and_resume(tmp_path: pathlib.Path) -> Non
     assert rows(tmp_path / 'whole') == rows(tmp_path / 'cut')
     fused = trainer(tmp_path / 'fused', step=SAM, steps_per_call=5).fit()
     assert_same(whole.state, fused.state)
-    last = logged(tmp_path / 'cut')[-1]
+    last = train_rows(tmp_path / 'cut')[-1]
     assert last['train/inner/two'] == 2.0
     assert last['train/mean'] == 1.0
     assert 0.0 < last['train/inner/noise'] < 1.0
@@ -130,9 +130,9 @@ def test_arguments_metrics_fused_steps_and_resume(tmp_path: pathlib.Path) -> Non
 def test_scalar_metrics_are_averaged_between_rows(tmp_path: pathlib.Path) -> None:
     each = trainer(tmp_path / 'each', step=SAM, log__every='1 step', train_for='10 steps')
     each.fit()
-    norms = [row['train/ascent/norm'] for row in logged(tmp_path / 'each')]
+    norms = [row['train/ascent/norm'] for row in train_rows(tmp_path / 'each')]
     trainer(tmp_path / 'five', step=SAM, train_for='10 steps').fit()
-    means = [row['train/ascent/norm'] for row in logged(tmp_path / 'five')]
+    means = [row['train/ascent/norm'] for row in train_rows(tmp_path / 'five')]
     np.testing.assert_allclose(means, np.reshape(norms, (2, 5)).mean(1), rtol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_invalid_steps_are_rejected(step: dict[str, Any], message: str) -> None:
 
 def test_accumulate_requires_ctx_gradients() -> None:
     with pytest.raises(UserError, match=r'only ctx\.gradients splits a batch'):
-        trainer(step={'ref': 'tests.step.steps:by_hand'}, accumulate=2).init_state()
+        trainer(step={'ref': 'tests.step.steps:step_by_hand'}, accumulate=2).init_state()
     trainer(step={'ref': 'tests.step.steps:same'}, accumulate=2).init_state()
 
 

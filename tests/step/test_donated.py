@@ -51,14 +51,14 @@ def keep_until_the_end(event: Event) -> None:
         jax.device_get(KEPT[0])
 
 
-def hooked(hook: Callable[[Event], None]) -> Any:
+def trainer_with_hook(hook: Callable[[Event], None]) -> Any:
     return small.trainer_in(None, hooks={'keep': {'ref': f'{__name__}:{hook.__name__}'}}, evals={})
 
 
 @pytest.mark.parametrize('hook', slow_after(1, [keep_state, keep_until_the_end]))
 def test_hook_that_keeps_a_state_gets_an_explained_error(hook: Callable[[Event], None]) -> None:
     with pytest.raises(RuntimeError, match='deleted') as raised:
-        hooked(hook).fit()
+        trainer_with_hook(hook).fit()
     [note] = error_notes(raised.value)
     assert 'a state that a hook or a notebook kept. Each step reuses the memory of' in note
     assert 'jax.tree.map(jnp.copy, state)' in note
@@ -69,12 +69,12 @@ def test_hook_that_keeps_a_state_gets_an_explained_error(hook: Callable[[Event],
 
 def test_hook_that_keeps_an_event_gets_an_explained_error() -> None:
     with pytest.raises(DonatedError, match=f'event.state: the arrays .*were deleted.*{COPY}'):
-        hooked(keep_event).fit()
+        trainer_with_hook(keep_event).fit()
 
 
 @pytest.mark.slow
 def test_hook_may_keep_copies() -> None:
-    assert hooked(keep_copies).fit().status == 'finished'
+    assert trainer_with_hook(keep_copies).fit().status == 'finished'
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(KEPT[0].params))
 
 

@@ -31,16 +31,16 @@ SGD = {'target': 'optax:sgd', 'learning_rate': 0.1}
 POINTS = tiny.Points(77, 1).gather(np.arange(77))
 
 
-def found(state: TrainState) -> list[contrib.ScheduleFreeState]:
+def schedule_free_states(state: TrainState) -> list[contrib.ScheduleFreeState]:
     def is_free(x: Any) -> bool:
         return isinstance(x, contrib.ScheduleFreeState)
 
     return [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_free) if is_free(x)]
 
 
-def averaged(state: TrainState) -> Any:
+def eval_params_of_optax(state: TrainState) -> Any:
     """Returns the result of optax's own function for a single schedule-free optimizer."""
-    (free,) = found(state)
+    (free,) = schedule_free_states(state)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), state.params)
     return contrib.schedule_free_eval_params(free, params)
 
@@ -78,7 +78,7 @@ def test_eval_params_are_evaluated(name: str) -> None:
     trainer = tiny.trainer(optimizer=optimizer, **options)
     result = trainer.fit()
     state = jax.device_get(result.state)
-    point = averaged(state)
+    point = eval_params_of_optax(state)
     assert abs(loss_at(point) - loss_at(state.params)) > 1e-3
     assert result.metrics['eval/test/loss'] == pytest.approx(loss_at(point), rel=1e-4)
     np.testing.assert_allclose(trainer.model(result.state)(POINTS['x']), logits(point), atol=1e-4)
@@ -93,14 +93,16 @@ def test_eval_params_are_evaluated(name: str) -> None:
 def test_predictions_and_exports_use_eval_params(tmp_path: pathlib.Path) -> None:
     trainer = tiny.trainer(tmp_path, optimizer=FREE)
     state = trainer.fit().state
-    best = jax.nn.softmax(logits(averaged(state))).max(-1)
+    best = jax.nn.softmax(logits(eval_params_of_optax(state))).max(-1)
     assert float(jnp.abs(best - jax.nn.softmax(logits(state.params)).max(-1)).max()) > 1e-3
     predicted = np.concatenate([batch['probability'] for batch in trainer.predict('test')])
     np.testing.assert_allclose(predicted, best, atol=1e-5)
     export.write(trainer.set_up().evaluators['test'], state, epath.Path(tmp_path / 'out'))
     kept = serialization.msgpack_restore((tmp_path / 'out' / export.MSGPACK).read_bytes())
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kept['params'], averaged(state)
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        kept['params'],
+        eval_params_of_optax(state),
     )
 
 
@@ -115,7 +117,7 @@ def test_best_checkpoint_is_selected_by_eval_params(tmp_path: pathlib.Path) -> N
     trainer.fit()
     losses = {}
     for step in (5, 10, 15, 20):
-        losses[step] = loss_at(averaged(trainer.restore(step)))
+        losses[step] = loss_at(eval_params_of_optax(trainer.restore(step)))
         meta = json.loads((tmp_path / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text())
         assert meta['metrics']['eval/test/loss'] == pytest.approx(losses[step], rel=1e-4)
     assert trainer.checkpoints is not None
@@ -134,7 +136,7 @@ def test_groups_with_eval_params_and_frozen_parameters() -> None:
     )
     result = trainer.fit()
     state = result.state
-    (free,) = found(state)
+    (free,) = schedule_free_states(state)
     kernel = state.params['Dense_1']['kernel']
     x = (kernel - 0.1 * free.z['Dense_1']['kernel']) / 0.9
     assert float(jnp.abs(x - kernel).max()) > 1e-3
@@ -157,7 +159,7 @@ def test_ema_evaluation_ignores_eval_params() -> None:
     result = tiny.trainer(optimizer=FREE, ema={'decay': 0.5}, evals=evals).fit()
     assert result.metrics['eval/mean/loss'] == pytest.approx(loss_at(result.state.ema), rel=1e-4)
     assert result.metrics['eval/test/loss'] == pytest.approx(
-        loss_at(averaged(result.state)), rel=1e-4
+        loss_at(eval_params_of_optax(result.state)), rel=1e-4
     )
 
 
@@ -167,7 +169,7 @@ def test_eval_params_of_ensemble_members(vary: dict[str, Any]) -> None:
     """Also if hyperparameters are in the state, which wraps the optimizer's state."""
     trainer = tiny.trainer(optimizer=FREE, ensemble={'size': 2, 'vary': vary})
     result = trainer.fit()
-    points = [averaged(member_state(result.state, index)) for index in range(2)]
+    points = [eval_params_of_optax(member_state(result.state, index)) for index in range(2)]
     for index, point in enumerate(points):
         loss = result.metrics[f'eval/test/member_{index}/loss']
         assert loss == pytest.approx(loss_at(point), rel=1e-4)
@@ -188,7 +190,9 @@ def test_eval_params_of_an_nnx_model() -> None:
     trainer = tiny.trainer(optimizer=FREE, model={'target': f'{tiny.__name__}:NNXNet'})
     state = trainer.fit().state
     model = trainer.model(state)
-    np.testing.assert_allclose(model.body.kernel[...], averaged(state)['body']['kernel'], atol=1e-6)
+    np.testing.assert_allclose(
+        model.body.kernel[...], eval_params_of_optax(state)['body']['kernel'], atol=1e-6
+    )
     assert float(jnp.abs(model.body.kernel[...] - state.params['body']['kernel']).max()) > 1e-3
 
 
@@ -196,9 +200,9 @@ def test_eval_params_of_an_nnx_model() -> None:
 def test_eval_params_of_half_precision_are_computed_in_float32() -> None:
     trainer = tiny.trainer(optimizer=FREE, precision={'params': 'bfloat16'})
     state = trainer.fit().state
-    (free,) = found(state)
+    (free,) = schedule_free_states(state)
     assert {x.dtype for x in jax.tree.leaves(free.z)} == {jnp.dtype('float32')}
-    point = jax.tree.map(lambda x: x.astype(jnp.bfloat16), averaged(state))
+    point = jax.tree.map(lambda x: x.astype(jnp.bfloat16), eval_params_of_optax(state))
     evaluated = trainer.eval_params(state)
     jax.tree.map(np.testing.assert_array_equal, evaluated, point)
 
@@ -295,7 +299,7 @@ def test_eval_params_are_not_part_of_the_identity_of_a_run(tmp_path: pathlib.Pat
     trainer = tiny.trainer(tmp_path, optimizer=FREE)
     result = trainer.fit()
     assert result.metrics['eval/test/loss'] == pytest.approx(
-        loss_at(averaged(result.state)), rel=1e-4
+        loss_at(eval_params_of_optax(result.state)), rel=1e-4
     )
     assert not identity.is_identity('optimizer.groups.body.eval_params.ref')
     assert identity.is_identity('optimizer.eval_parameters')

@@ -85,7 +85,7 @@ def assert_trees_close(a: Any, b: Any, **tolerance: float) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-def by_hand(params: Any, steps: int) -> Any:
+def params_by_hand(params: Any, steps: int) -> Any:
     """Returns the parameters after steps by hand; both gradients are taken before the step."""
     net, tx = gan.Net, {'generator': GEN, 'discriminator': DISC}
     slots = {name: tx[name].init(params[name]) for name in tx}
@@ -116,7 +116,7 @@ def test_two_losses_equal_the_handwritten_step() -> None:
     program = programs(two_players())
     start = jax.device_get(program.init().params)
     after = train(program, 5)
-    assert_trees_close(after.params, by_hand(start, 5), rtol=1e-5, atol=1e-6)
+    assert_trees_close(after.params, params_by_hand(start, 5), rtol=1e-5, atol=1e-6)
     assert program.step.compiles == 1
 
 
@@ -180,7 +180,7 @@ def test_named_losses_are_averaged_by_their_own_weights() -> None:
     """Shared weights also apply to the metrics; padding does not count."""
     batch = {'x': np.arange(4.0, dtype=np.float32), '_mask': np.array([1, 1, 1, 0], bool)}
 
-    def measured(weights: Any) -> Any:
+    def measure(weights: Any) -> Any:
         def task(model: Any, batch: Any) -> TaskOutput:
             loss = {'a': batch['x'], 'b': 10 * batch['x']}
             return TaskOutput(loss=loss, weights=weights, metrics={'m': batch['x']})
@@ -189,10 +189,10 @@ def test_named_losses_are_averaged_by_their_own_weights() -> None:
         return runner.measure(runner(None, batch)).compute()
 
     two = np.array([0.0, 1.0, 3.0, 5.0], np.float32)
-    assert measured(None) == {'a_loss': 1.0, 'b_loss': 10.0, 'm': 1.0}
-    assert measured(two) == {'a_loss': 1.75, 'b_loss': 17.5, 'm': 1.75}
-    assert measured({'a': two}) == {'a_loss': 1.75, 'b_loss': 10.0, 'm': 1.0}
-    assert measured({'b': two, 'metrics': two}) == {'a_loss': 1.0, 'b_loss': 17.5, 'm': 1.75}
+    assert measure(None) == {'a_loss': 1.0, 'b_loss': 10.0, 'm': 1.0}
+    assert measure(two) == {'a_loss': 1.75, 'b_loss': 17.5, 'm': 1.75}
+    assert measure({'a': two}) == {'a_loss': 1.75, 'b_loss': 10.0, 'm': 1.0}
+    assert measure({'b': two, 'metrics': two}) == {'a_loss': 1.0, 'b_loss': 17.5, 'm': 1.75}
 
 
 @pytest.mark.slow

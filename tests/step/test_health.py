@@ -253,7 +253,7 @@ def test_too_many_skipped_updates_stop_the_run(scale: float, skips: int, step: i
     assert f'has skipped {skips} updates in a row' in str(caught.value)
 
 
-def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
+def step_by_hand(state: Any, batch: Any, ctx: Any) -> Any:
     """A custom step that uses neither `ctx.gradients` nor `ctx.update`."""
 
     def loss_fn(params: Any) -> Any:
@@ -267,7 +267,7 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
 
 @pytest.mark.slow
 def test_non_finite_loss_of_a_custom_step_stops_updates() -> None:
-    made = build(PLAIN, step={'ref': f'{__name__}:by_hand'})
+    made = build(PLAIN, step={'ref': f'{__name__}:step_by_hand'})
     states = run(made, 8)
     assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (5, LOSS)
     assert all(same(state, states[4]) for state in states[5:])

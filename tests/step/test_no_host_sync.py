@@ -22,12 +22,12 @@ def fetches(patch: pytest.MonkeyPatch, steps: int, every: int) -> int:
     waits: list[Any] = []
     value, block = ARRAY._value, jax.block_until_ready
 
-    def fetched(array: Any) -> Any:
+    def fetch(array: Any) -> Any:
         if array._npy_value is None:
             waits.append(array.shape)
         return value.fget(array)
 
-    def blocked(x: Any) -> Any:
+    def record_block(x: Any) -> Any:
         waits.append(x)
         return block(x)
 
@@ -38,8 +38,8 @@ def fetches(patch: pytest.MonkeyPatch, steps: int, every: int) -> int:
     path = str(command.ROOT / 'configs' / 'mnist_mlp.py')
     trainer = Trainer(load_and_build(path, **options))
     with patch.context() as patched:
-        patched.setattr(ARRAY, '_value', property(fetched))
-        patched.setattr(jax, 'block_until_ready', blocked)
+        patched.setattr(ARRAY, '_value', property(fetch))
+        patched.setattr(jax, 'block_until_ready', record_block)
         trainer.fit()
     return len(waits)
 

@@ -72,7 +72,7 @@ class Noisy(nn.Module):
         return nn.Dense(4)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
 
 
-def weighted(model: Any, batch: Any) -> TaskOutput:
+def weighted_task(model: Any, batch: Any) -> TaskOutput:
     """A task with different weights of examples, and a penalty."""
     loss = optax.softmax_cross_entropy_with_integer_labels(model(batch['x']), batch['label'])
     norm = sum(jnp.sum(p**2) for p in jax.tree.leaves(model.params))
@@ -98,8 +98,8 @@ MODEL = {'target': f'{__name__}:Noisy'}
 COURSES: dict[str, dict[str, Any]] = {
     'plain': {},
     'accumulated': {'accumulate': 4},
-    'weighted': {'task': {'ref': f'{__name__}:weighted'}},
-    'weighted and accumulated': {'task': {'ref': f'{__name__}:weighted'}, 'accumulate': 4},
+    'weighted': {'task': {'ref': f'{__name__}:weighted_task'}},
+    'weighted and accumulated': {'task': {'ref': f'{__name__}:weighted_task'}, 'accumulate': 4},
     'sharded': {'mesh': {'data': 2, 'fsdp': 4}, 'sharding': 'fsdp'},
     'sharded and accumulated': {'mesh': {'fsdp': 8}, 'sharding': 'fsdp', 'accumulate': 2},
     'partly frozen': {'optimizer': {**LOOKS, 'freeze': 'Dense_0/.*'}},
@@ -282,7 +282,7 @@ def without_gradients(state: Any, batch: Any, ctx: Any, *, gives: bool) -> Any:
     return state, metrics
 
 
-def of_each_example(state: Any, batch: Any, ctx: Any) -> Any:
+def step_per_example(state: Any, batch: Any, ctx: Any) -> Any:
     """A custom step with per-example gradients, as for differential privacy."""
 
     def loss(params: Any, row: Any) -> Any:
@@ -315,7 +315,7 @@ def test_custom_step_passes_the_loss_to_the_optimizer() -> None:
 
 @pytest.mark.slow
 def test_per_example_gradients_in_a_custom_step() -> None:
-    step = {'target': f'{__name__}:of_each_example'}
+    step = {'target': f'{__name__}:step_per_example'}
     result = tiny.trainer(optimizer=DPSGD, step=step, **ONE).fit()
     assert result.status == 'finished'
 
@@ -467,7 +467,7 @@ def test_resume_is_bit_equal(
     assert whole.metrics['train/learning_rate'] == cut.metrics['train/learning_rate']
 
 
-def checked(state: Any) -> Health:
+def check(state: Any) -> Health:
     return check_arrays(state.health, state.params, state.opt_state, state.step)
 
 
@@ -481,6 +481,6 @@ def test_failed_line_search_after_resume_is_not_a_failure() -> None:
     assert bool(jnp.isfinite(search.info.decrease_error))
     healthy = state.replace(health=Health.from_arrays(state.params, state.opt_state))
     failed = healthy.replace(opt_state=(*state.opt_state[:-1], after))
-    assert not bool(checked(failed).is_bad)
+    assert not bool(check(failed).is_bad)
     broken = search._replace(grad=jax.tree.map(lambda g: g * jnp.nan, search.grad))
-    assert bool(checked(healthy.replace(opt_state=(*state.opt_state[:-1], broken))).is_bad)
+    assert bool(check(healthy.replace(opt_state=(*state.opt_state[:-1], broken))).is_bad)

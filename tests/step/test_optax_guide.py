@@ -39,7 +39,7 @@ def chain(*parts: Any) -> dict[str, Any]:
     return {'target': 'optax:chain', 'args': parts}
 
 
-def masked(inner: dict[str, Any], mask: str) -> dict[str, Any]:
+def mask_config(inner: dict[str, Any], mask: str) -> dict[str, Any]:
     return {'target': 'optax:masked', 'inner': inner, 'mask': {'ref': f'{AT}:{mask}'}}
 
 
@@ -66,7 +66,7 @@ OPTIMIZERS: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
     'F4, F5': (0.9168, (
         {'groups': {'kernels': {**SGD, 'params': '.*/kernel'},
                     'biases': {**SLOW, 'params': '.*/bias'}}},
-        chain(masked(SGD, 'kernels'), masked(SLOW, 'biases')),
+        chain(mask_config(SGD, 'kernels'), mask_config(SLOW, 'biases')),
         {'target': 'optax:multi_transform', 'transforms': {'kernel': SGD, 'bias': SLOW},
          'param_labels': {'ref': f'{AT}:labels'}},
     )),
@@ -75,7 +75,7 @@ OPTIMIZERS: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
 
 
 @functools.cache
-def fitted(name: str, index: int) -> tuple[float, Any]:
+def fit(name: str, index: int) -> tuple[float, Any]:
     """Returns the accuracy on the test split and the parameters after the epoch."""
     trainer = perceptron.trainer(OPTIMIZERS[name][1][index])
     assert trainer.experiment.training.total_steps == 469
@@ -88,10 +88,10 @@ def fitted(name: str, index: int) -> tuple[float, Any]:
 def test_accuracies_of_the_guide(name: str) -> None:
     """Within .012 of the guide; all forms of an optimizer are bit-equal."""
     printed, forms = OPTIMIZERS[name]
-    accuracy, params = fitted(name, 0)
+    accuracy, params = fit(name, 0)
     assert accuracy == pytest.approx(printed, abs=0.012)
     for index in range(1, len(forms)):
-        other, same = fitted(name, index)
+        other, same = fit(name, index)
         assert other == accuracy
         jax.tree.map(np.testing.assert_array_equal, same, params)
 
@@ -99,8 +99,8 @@ def test_accuracies_of_the_guide(name: str) -> None:
 @pytest.mark.slow
 def test_multiplier_equals_a_smaller_rate() -> None:
     """Up to rounding, because the product is computed in two operations."""
-    accuracy, params = fitted('F4', 0)
-    other, same = fitted('F4, F5', 0)
+    accuracy, params = fit('F4', 0)
+    other, same = fit('F4, F5', 0)
     assert accuracy == pytest.approx(other, abs=2e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same)
 
@@ -114,7 +114,7 @@ def test_initial_parameters_have_chance_accuracy() -> None:
 
 def test_unmasked_updates_pass_through() -> None:
     """Updates that no mask covers are not zeroed; the masks of the chain above cover all."""
-    made = perceptron.trainer(chain(masked(SGD, 'kernels'))).experiment.optimizer
+    made = perceptron.trainer(chain(mask_config(SGD, 'kernels'))).experiment.optimizer
     params = {'Dense_0': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
     tx = made.transformation(params)
     updates, _ = tx.update(params, tx.init(params), params)
@@ -158,7 +158,7 @@ def test_drop_in_replacements(name: str) -> None:
     )
 
 
-def injected(**numbers: float) -> optax.GradientTransformation:
+def inject(**numbers: float) -> optax.GradientTransformation:
     """An optimizer of a user, with hyperparameters in its state."""
     return optax.inject_hyperparams(optax.adamw)(**numbers)
 
@@ -179,7 +179,7 @@ def test_hyperparameters_and_counts_are_in_the_state(tmp_path: pathlib.Path) -> 
     """Numeric arguments of an optimizer are in its state, next to its count."""
     SEEN.clear()
     trainer = perceptron.trainer(
-        {'target': f'{__name__}:injected', 'accepts_any': True,
+        {'target': f'{__name__}:inject', 'accepts_any': True,
          'learning_rate': 0.01, 'weight_decay': 0.1},
         train_for='30 steps', log={'every': '10 steps'}, evals={},
         hooks={'look': {'ref': f'{__name__}:look'}},

@@ -76,7 +76,7 @@ def test_the_page_has_every_optimizer() -> None:
 
 
 @functools.cache
-def trained(name: str) -> tuple[Any, TrainState, TrainState]:
+def train(name: str) -> tuple[Any, TrainState, TrainState]:
     """Returns the shapes of the state, the state before two steps, and the one after them.
 
     The steps run one operation at a time: compiling a program for each optimizer takes minutes.
@@ -93,7 +93,7 @@ def trained(name: str) -> tuple[Any, TrainState, TrainState]:
 @pytest.mark.parametrize('name', slow_after(3, ALL))
 def test_it_trains(name: str) -> None:
     """Its parameters move and are finite; its state keeps its shapes, so it compiles once."""
-    abstract, first, state = trained(name)
+    abstract, first, state = train(name)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), first.params, state.params)
     assert any(jax.tree.leaves(moved))
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.params))
@@ -107,7 +107,7 @@ def test_it_trains(name: str) -> None:
 @pytest.mark.slow
 def test_every_state_is_saved_and_restored(tmp_path: pathlib.Path) -> None:
     """All of them in one checkpoint, bit for bit."""
-    states = {name: trained(name)[2].opt_state for name in ALL}
+    states = {name: train(name)[2].opt_state for name in ALL}
     state = TrainState(step=jnp.int32(2), params={}, opt_state=states, collections={}, metrics=None)
     checkpoints = Checkpoints(tmp_path, Retention())
     checkpoints.save(2, state, {'step': 2})
@@ -200,7 +200,7 @@ def distance(params: Any) -> jax.Array:
     return sum(jnp.sum((x - 0.3) ** 2) for x in (params['a']['kernel'], params['b']['bias']))
 
 
-def updated(tx: Any, params: Any) -> Any:
+def update_thrice(tx: Any, params: Any) -> Any:
     """Returns the parameters after three updates; gradients of frozen parameters are not 0."""
     tx = optax.with_extra_args_support(tx)
     state = tx.init(params)
@@ -222,9 +222,9 @@ def test_a_frozen_part_does_not_count(name: str) -> None:
     base = trainer(HOLDERS[name]).experiment.optimizer.base
     assert base is not None
     frozen = {**PARAMS, **FROZEN}
-    found = updated(Optimizer(base=base, freeze=('c/.*',)).transformation(frozen), frozen)
+    found = update_thrice(Optimizer(base=base, freeze=('c/.*',)).transformation(frozen), frozen)
     np.testing.assert_array_equal(found['c']['kernel'], frozen['c']['kernel'])
-    alone = updated(base, PARAMS)
+    alone = update_thrice(base, PARAMS)
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), alone, PARAMS)))
     for part in PARAMS:
         jax.tree.map(

@@ -145,10 +145,10 @@ class Scanned(nn.Module):
 def test_carry_of_a_scan_has_the_compute_dtype(precision: Precision, bridged: bool) -> None:
     """Also during initialization, where parameters are float32."""
 
-    def of_linen(rngs: nnx.Rngs) -> nnx.Module:
+    def wrap_linen(rngs: nnx.Rngs) -> nnx.Module:
         return nnx.bridge.ToNNX(Scanned(), rngs=rngs)
 
-    model = as_functional(of_linen if bridged else Scanned(), precision)
+    model = as_functional(wrap_linen if bridged else Scanned(), precision)
 
     def task(model: Any, batch: Any) -> jax.Array:
         return model(batch['x'])
@@ -274,7 +274,7 @@ def test_scale_prevents_underflow_in_float16() -> None:
     batch = {'x': batch_of()['x']}
     mesh = make_mesh({'data': -1})
 
-    def moved(scale: float | None) -> float:
+    def movement(scale: float | None) -> float:
         step = TrainStep(
             StepContext(model=as_functional(MLP((4,)), F16), loss_scale=scale, **options)
         )
@@ -284,8 +284,8 @@ def test_scale_prevents_underflow_in_float16() -> None:
         return float(optax.tree.norm(jax.tree.map(jnp.subtract, after, before))) / 1e6
 
     exact = 3e-8 * np.linalg.norm(np.r_[batch['x'].mean(0), 1.0]) * 2
-    assert moved(None) < 0.5 * exact
-    assert moved(2.0**20) == pytest.approx(exact, rel=0.01)
+    assert movement(None) < 0.5 * exact
+    assert movement(2.0**20) == pytest.approx(exact, rel=0.01)
 
 
 @pytest.mark.slow

@@ -57,12 +57,12 @@ def test_norms_are_equal_on_accelerators(
     """There, all small parameters are concatenated, except for those that are sharded."""
     joined = []
 
-    def concatenated(arrays: Any) -> Any:
+    def concatenate(arrays: Any) -> Any:
         joined.append(len(arrays))
         return original(arrays)
 
     original = norms._concatenate
-    monkeypatch.setattr(norms, '_concatenate', concatenated)
+    monkeypatch.setattr(norms, '_concatenate', concatenate)
 
     def step() -> Any:
         run = trainer(model__features=(64, 10), log__every='1 step', **options)

@@ -368,7 +368,7 @@ def with_a_default(learning_rate: float = 0.3) -> optax.GradientTransformation:
     return optax.sgd(learning_rate)
 
 
-def made(optimizer: Mapping[str, Any], *logged: str, **groups: Any) -> Optimizer:
+def make_optimizer(optimizer: Mapping[str, Any], *logged: str, **groups: Any) -> Optimizer:
     sections = OptimizerSection(node=dict(optimizer), **groups)
     clock = Clock(batch_size=32, steps_per_epoch=Fraction(5), total_steps=10)
     return build_optimizer(sections, clock, logged=logged)[0]
@@ -378,8 +378,8 @@ def made(optimizer: Mapping[str, Any], *logged: str, **groups: Any) -> Optimizer
 def test_learning_rate_of_a_nested_optimizer(name: str) -> None:
     """The logged rate is minus the update for a gradient of 1."""
     node, key = NESTED[name]
-    assert key is None or made(node).learning_rates is None
-    optimizer = made(node, *() if key is None else (key,))
+    assert key is None or make_optimizer(node).learning_rates is None
+    optimizer = make_optimizer(node, *() if key is None else (key,))
     rate = optimizer.learning_rates
     assert callable(rate)
     params = {'x': jnp.ones(())}
@@ -417,9 +417,11 @@ def test_several_rates_have_distinct_names(tmp_path: pathlib.Path) -> None:
     assert [row['train/learning_rate/kernel'] for row in rows] == pytest.approx([0.1, 0.125, 0.15])
     assert [row['train/learning_rate/bias'] for row in rows] == pytest.approx([1e-3] * 3)
     groups = {'body': GroupSection(params='.*', node=PARTS)}
-    rates = made({}, *(f'groups.body.{key}' for key in keys), groups=groups).learning_rates
+    rates = make_optimizer(
+        {}, *(f'groups.body.{key}' for key in keys), groups=groups
+    ).learning_rates
     assert isinstance(rates, Mapping) and set(rates) == {'body/bias', 'body/kernel'}
-    pair = made(
+    pair = make_optimizer(
         {'target': 'optax:chain', 'args': (SGD, {'target': 'optax:sgd', 'args': (0.5,)})},
         'args[0].learning_rate', 'args[1].args[0]',
     )  # fmt: skip
@@ -444,13 +446,13 @@ def test_several_rates_have_distinct_names(tmp_path: pathlib.Path) -> None:
 def test_unknown_rate_is_warned_about(
     node: dict[str, Any], inside: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert made(node).learning_rates is None
+    assert make_optimizer(node).learning_rates is None
     hint = f": name it in config.log.learning_rates=('{inside}',)" if inside else ''
     text = f'The learning rate of config.optimizer is unknown and will not be logged{hint}'
     assert caplog.messages == [text]
     caplog.clear()
-    made(SGD)
-    made({'target': 'optax:set_to_zero'})
+    make_optimizer(SGD)
+    make_optimizer({'target': 'optax:set_to_zero'})
     assert not caplog.messages
 
 
@@ -477,7 +479,7 @@ def test_unknown_keys_of_rates_are_rejected(
     node: dict[str, Any], key: str, groups: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        made(node, key, groups=groups)
+        make_optimizer(node, key, groups=groups)
     assert message in str(caught.value)
 
 
@@ -507,14 +509,14 @@ def test_unknown_keys_of_rates_are_rejected(
 )  # fmt: skip
 def test_invalid_optimizers_and_rates_are_rejected(node: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        made(node)
+        make_optimizer(node)
 
 
-def of_two(count: Any) -> Any:
+def pair_of_counts(count: Any) -> Any:
     return jnp.stack([count, count])
 
 
-@pytest.mark.parametrize('name', ['optax:constant_schedule', f'{__name__}:of_two'])
+@pytest.mark.parametrize('name', ['optax:constant_schedule', f'{__name__}:pair_of_counts'])
 def test_rate_that_is_not_a_scalar_is_rejected(name: str) -> None:
     """Its signature is valid, so the error comes from tracing shapes, before training."""
     trainer = Trainer(load_and_build(CONFIG, optimizer__learning_rate={'ref': name}, **SMALL))

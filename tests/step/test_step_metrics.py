@@ -36,12 +36,12 @@ def test_conditional_norms_equal_unconditional_ones(frozen: tuple[str, ...], dty
     joined = norms_lib.norms(**step, due=None, replicated=whole)
 
     @jax.jit
-    def branched(arrays: Any, due: Any) -> Any:
+    def norms(arrays: Any, due: Any) -> Any:
         return norms_lib.norms(**arrays, frozen=step['frozen'], due=due)
 
     arrays = {name: x for name, x in step.items() if name != 'frozen'}
-    told = branched(arrays, jnp.bool_(True))
-    assert all(float(x) == 0 for x in branched(arrays, jnp.bool_(False)).values())
+    told = norms(arrays, jnp.bool_(True))
+    assert all(float(x) == 0 for x in norms(arrays, jnp.bool_(False)).values())
     for name, value in always.items():
         assert float(told[name]) == pytest.approx(float(value), rel=1e-5), name
         assert float(joined[name]) == pytest.approx(float(value), rel=1e-5), name

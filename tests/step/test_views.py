@@ -142,10 +142,10 @@ def test_checkpoint_with_half_precision_slots_is_explained(tmp_path: pathlib.Pat
     made = tiny.trainer(tmp_path / 'old', **options)
     state: TrainState = made.fit(max_steps=5).state
 
-    def halved(x: jax.Array) -> jax.Array:
+    def halve(x: jax.Array) -> jax.Array:
         return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
 
-    old = state.replace(opt_state=jax.tree.map(halved, state.opt_state))  # type: ignore[attr-defined]
+    old = state.replace(opt_state=jax.tree.map(halve, state.opt_state))  # type: ignore[attr-defined]
     assert made.checkpoints is not None
     made.checkpoints.save(7, old, made.checkpoints.meta(5))
     made.checkpoints.close()

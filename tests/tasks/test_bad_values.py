@@ -73,7 +73,7 @@ def same(example: dict[str, Any]) -> dict[str, Any]:
     return example
 
 
-def of(loader: str) -> dict[str, Any]:
+def loader_config(loader: str) -> dict[str, Any]:
     stages = ({'target': 'trainer.data.stages:Map', 'fn': {'ref': f'{__name__}:same'}},)
     return {'target': f'trainer.data.streaming:{loader}', 'stages': stages}
 
@@ -82,12 +82,14 @@ def of(loader: str) -> dict[str, Any]:
 def test_label_out_of_range_in_a_stream_names_the_row() -> None:
     """Examples of a stream have no numbers."""
     made = trainer(
-        {'bad': -1, 'at': 37}, data__loader=of('StreamLoader'), checkpoint__every='never'
+        {'bad': -1, 'at': 37}, data__loader=loader_config('StreamLoader'), checkpoint__every='never'
     )
-    with pytest.raises(UserError, match=r'contains -1 \(row \d of batch 0 in step \d'):
+    with pytest.raises(UserError, match=r'contains -1 \(example \d of batch 0 in step \d'):
         made.fit()
-    made = trainer({}, {'bad': 9, 'at': 37}, evals__test__data__loader=of('StreamEvalLoader'))
-    with pytest.raises(UserError, match=r'contains 9 \(row 5 of batch 2 of its split\)'):
+    made = trainer(
+        {}, {'bad': 9, 'at': 37}, evals__test__data__loader=loader_config('StreamEvalLoader')
+    )
+    with pytest.raises(UserError, match=r'contains 9 \(example 5 of batch 2 of its split\)'):
         made.fit()
 
 
@@ -148,7 +150,7 @@ def test_invalid_shapes_and_dtypes_are_rejected(
     assert re.search(message, str(caught.value), re.S), caught.value
 
 
-def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
+def step_by_hand(state: Any, batch: Any, ctx: Any) -> Any:
     """A custom step without `ctx.gradients`, whose loss has another name."""
     loss, grads = jax.value_and_grad(lambda p: ctx.loss(ctx.task(ctx.bind(p), batch)))(state.params)
     params = jax.tree.map(lambda p, g: p - 0.01 * g, state.params, grads)
@@ -159,7 +161,7 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
 @pytest.mark.parametrize('options', [{}, WARN])
 def test_labels_are_checked_in_custom_steps(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r'contains 9 \(example 37 in step'):
-        trainer({'bad': 9}, step={'ref': f'{__name__}:by_hand'}, evals={}, **options).fit()
+        trainer({'bad': 9}, step={'ref': f'{__name__}:step_by_hand'}, evals={}, **options).fit()
 
 
 @pytest.mark.parametrize(('loss', 'bad'), [('sigmoid', 7.0), ('sigmoid', -1), ('softmax', -1.0)])

@@ -40,7 +40,7 @@ def test_dtypes_that_devices_store(dtype: Any, held: Any) -> None:
     assert device_dtype(np.dtype(dtype)) == (None if held is None else np.dtype(held))
 
 
-def placed(x: Any) -> np.ndarray:
+def convert(x: Any) -> np.ndarray:
     x = np.asarray(x)
     fields = Fields.from_spec({'x': ArraySpec((2, *x.shape[2:]), x.dtype)}, 'config.data')
     return fields.to_device_dtypes({'x': x}, IDS)['x']
@@ -56,14 +56,14 @@ def placed(x: Any) -> np.ndarray:
 )  # fmt: skip
 def test_values_that_fit_are_converted(values: Any, dtype: str) -> None:
     x = np.array(values, dtype)
-    found = placed(x)
+    found = convert(x)
     assert found.dtype == device_dtype(x.dtype)
     np.testing.assert_array_equal(found, x.astype(found.dtype))
 
 
 def test_arrays_that_need_no_conversion_are_not_copied() -> None:
     x = np.ones((2, 2, 3), np.float32)
-    assert placed(x) is x
+    assert convert(x) is x
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_values_that_do_not_fit_are_an_error(
     x = np.zeros((2, 2, 3), dtype)
     x[(*place, 2)] = value
     with pytest.raises(UserError) as info:
-        placed(x)
+        convert(x)
     message = str(info.value)
     assert (
         f"config.data: the field 'x' of example {example} has the value {x[(*place, 2)]},"
@@ -92,7 +92,7 @@ def test_values_that_do_not_fit_are_an_error(
 def test_error_names_a_real_example_and_not_padding() -> None:
     x = np.array([[0, 0], [2**40, 2**40]])
     with pytest.raises(UserError, match='of example 7 '):
-        placed(x)
+        convert(x)
 
 
 def runner(task: Any = None, *transforms: Any, kept: Any = None) -> TaskRunner:

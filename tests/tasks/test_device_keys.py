@@ -41,7 +41,7 @@ class Points(ArraySource):
         super().__init__({'x': x, 'unused': x, 'name': name})
 
 
-def drawn(batch: Any, key: Any, training: bool) -> Any:
+def draw(batch: Any, key: Any, training: bool) -> Any:
     """Adds the numbers that it draws, and whether it trains."""
     rows = batch['x'].shape[0]
     return {**batch, 'noise': jax.random.normal(key, (rows,)), 'on': jnp.full(rows, training)}
@@ -51,7 +51,7 @@ def also_drawn(batch: Any, *, key: Any = None) -> Any:
     return {**batch, 'other': jax.random.normal(key, (batch['x'].shape[0],))}
 
 
-def renamed(batch: Any, key: str = 'x') -> Any:
+def rename(batch: Any, key: str = 'x') -> Any:
     return {**batch, 'x2': batch[key]}
 
 
@@ -74,9 +74,9 @@ class Weighted(Fit):
         return TaskOutput(loss=loss, metrics=metrics, weights=(batch['x'][:, 0] > 0) * 1.0)
 
 
-def made(**options: Any) -> Experiment:
+def make_experiment(**options: Any) -> Experiment:
     name = __name__
-    transforms = tuple({'ref': f'{name}:{f}'} for f in ('drawn', 'also_drawn', 'renamed'))
+    transforms = tuple({'ref': f'{name}:{f}'} for f in ('draw', 'also_drawn', 'rename'))
     data = {'source': {'target': f'{name}:Points'}, 'device_transforms': transforms}
     config = ConfigDict({
         'seed': 0, 'train_for': '6 steps', 'model': {'target': f'{name}:Line'},
@@ -113,9 +113,9 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def test_parameters_are_recognized_by_name() -> None:
-    assert KeyedTransform.wrap(renamed, 0) is renamed
+    assert KeyedTransform.wrap(rename, 0) is rename
     assert KeyedTransform.wrap(np.negative, 0) is np.negative
-    takes = [KeyedTransform.wrap(f, 0).takes for f in (drawn, also_drawn)]
+    takes = [KeyedTransform.wrap(f, 0).takes for f in (draw, also_drawn)]
     assert takes == [{'key', 'training'}, {'key'}]
     assert KeyedTransform.wrap(functools.partial(also_drawn, key=None), 0).takes == {'key'}
 
@@ -123,7 +123,7 @@ def test_parameters_are_recognized_by_name() -> None:
 def test_key_depends_on_seed_mode_step_index_and_position() -> None:
     runner = TaskRunner.from_task(
         lambda model, batch: batch['x'],
-        [KeyedTransform.wrap(drawn, 0), KeyedTransform.wrap(also_drawn, 1)],
+        [KeyedTransform.wrap(draw, 0), KeyedTransform.wrap(also_drawn, 1)],
     )
     seen = []
     for where in (
@@ -138,21 +138,21 @@ def test_key_depends_on_seed_mode_step_index_and_position() -> None:
 
 
 def test_without_a_model_there_is_no_key() -> None:
-    runner = TaskRunner.from_task(lambda model, batch: batch['x'], [KeyedTransform.wrap(drawn, 0)])
-    with pytest.raises(UserError, match=r'device transform <function drawn.*keys of its step'):
+    runner = TaskRunner.from_task(lambda model, batch: batch['x'], [KeyedTransform.wrap(draw, 0)])
+    with pytest.raises(UserError, match=r'device transform <function draw.*keys of its step'):
         runner(None, {'x': jnp.zeros(3)})
 
 
 def test_only_functions_of_a_batch_run_on_devices() -> None:
     with pytest.raises(UserError, match=r'device_transforms\[0\].*move it to config.data.transfo'):
-        made(data__device_transforms=({'target': f'{__name__}:OnHost'},))
+        make_experiment(data__device_transforms=({'target': f'{__name__}:OnHost'},))
 
 
 @pytest.mark.slow
 def test_each_step_draws_its_own_numbers_and_a_resume_the_same(tmp_path: pathlib.Path) -> None:
-    whole = Trainer(made(), str(tmp_path / 'whole')).fit()
+    whole = Trainer(make_experiment(), str(tmp_path / 'whole')).fit()
     expected = [normal(seed=0, mode='train', step=step).mean() for step in range(6)]
-    assert logged(tmp_path / 'whole', 'train/noise') == pytest.approx(expected, abs=1e-6)
+    assert read_column(tmp_path / 'whole', 'train/noise') == pytest.approx(expected, abs=1e-6)
     other = normal(seed=0, mode='train', step=5, name='device_transforms[1]').mean()
     assert whole.metrics['train/other'] == pytest.approx(other, abs=1e-6)
     assert (whole.metrics['train/on'], whole.metrics['eval/test/on']) == (1, 0)
@@ -162,16 +162,18 @@ def test_each_step_draws_its_own_numbers_and_a_resume_the_same(tmp_path: pathlib
         np.concatenate(batches)[:64].mean(), abs=1e-6
     )
     first = str(tmp_path / 'parts')
-    Trainer(made(), first).fit(max_steps=3)
-    assert_same(Trainer(made(), first).fit().state.params, whole.state.params)
-    fused = Trainer(made(steps_per_call=3, log__every='3 steps')).fit()
+    Trainer(make_experiment(), first).fit(max_steps=3)
+    assert_same(Trainer(make_experiment(), first).fit().state.params, whole.state.params)
+    fused = Trainer(make_experiment(steps_per_call=3, log__every='3 steps')).fit()
     assert_same(fused.state.params, whole.state.params)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('task', ['Fit', 'Weighted'])
 def test_micro_batches_draw_their_own_numbers(task: str) -> None:
-    result = Trainer(made(accumulate=2, task__target=f'{__name__}:{task}')).fit(max_steps=1)
+    result = Trainer(make_experiment(accumulate=2, task__target=f'{__name__}:{task}')).fit(
+        max_steps=1
+    )
     mine = np.concatenate([
         normal(ROWS // 2, seed=0, mode='train', index=index) for index in range(2)
     ])  # fmt: skip
@@ -182,9 +184,9 @@ def test_micro_batches_draw_their_own_numbers(task: str) -> None:
 
 @pytest.mark.slow
 def test_a_member_draws_the_numbers_of_its_own_run() -> None:
-    both = Trainer(made(ensemble={'size': 2})).fit()
+    both = Trainer(make_experiment(ensemble={'size': 2})).fit()
     for member in range(2):
-        alone = Trainer(made(seed=member)).fit()
+        alone = Trainer(make_experiment(seed=member)).fit()
         for name in ('train/noise', 'eval/test/noise'):
             own = name.replace('/noise', f'/member_{member}/noise')
             assert both.metrics[own] == pytest.approx(alone.metrics[name], abs=1e-6)
@@ -194,9 +196,9 @@ def test_a_member_draws_the_numbers_of_its_own_run() -> None:
 @pytest.mark.slow
 def test_predictions_captures_features_and_exports(tmp_path: pathlib.Path) -> None:
     capture = {'all': {'match': 'Dense_0'}}
-    trainer = Trainer(made(capture=capture), str(tmp_path / 'run'))
+    trainer = Trainer(make_experiment(capture=capture), str(tmp_path / 'run'))
     result = trainer.fit()
-    assert logged(tmp_path / 'run', 'capture/all/Dense_0/mean')
+    assert read_column(tmp_path / 'run', 'capture/all/Dense_0/mean')
     found = precompute(trainer, 'test', str(tmp_path / 'features.npz'), result.state)
     expected = np.concatenate([normal(24, seed=0, mode='eval', step=6, index=i) for i in range(3)])
     np.testing.assert_allclose(found['noise'], expected[:64], atol=1e-6)
@@ -208,6 +210,6 @@ def test_predictions_captures_features_and_exports(tmp_path: pathlib.Path) -> No
     assert outputs['noise'].shape == (5,) and not outputs['on'].any()
 
 
-def logged(workdir: pathlib.Path, name: str) -> list[float]:
+def read_column(workdir: pathlib.Path, name: str) -> list[float]:
     rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
     return [row[name] for row in rows if name in row]

@@ -8,6 +8,7 @@ import pathlib
 import re
 from typing import Any
 
+import clu.metrics
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from trainer import metrics
 from trainer.config.errors import UserError
 from trainer.data.mnist import MNIST
 from trainer.experiment import load_and_build
-from trainer.tasks import Classification, NextToken, Regression
+from trainer.tasks import Answer, Classification, NextToken, Regression
 from trainer.tasks.runner import TaskRunner
 from trainer.trainer import Trainer
 
@@ -34,7 +35,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def made(name: str, **arguments: Any) -> dict[str, Any]:
+def node(name: str, **arguments: Any) -> dict[str, Any]:
     return {'target': f'trainer.metrics:{name}', **arguments}
 
 
@@ -93,15 +94,47 @@ def test_perplexity_of_tokens() -> None:
     assert values['accuracy'] == pytest.approx(right.mean())
 
 
+class Speaker:
+    """A model that answers with given tokens, and is less sure of them in training."""
+
+    def __init__(self, said: Any, training: bool):
+        self.said, self.training = said, training
+
+    def __call__(self, inputs: Any, lengths: Any, targets: Any) -> Any:
+        return jax.nn.one_hot(targets, 4)
+
+    def greedy(self, inputs: Any, lengths: Any, count: int) -> Any:
+        return self.said
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_metrics_of_answers_leave_out_what_follows_their_end(training: bool) -> None:
+    targets = jnp.array([[1, 2, 0, 3], [3, 0, 1, 1]])
+    said = jnp.array([[1, 1, 0, 0], [3, 0, 2, 2]])
+    task = Answer(
+        extra_metrics={
+            'f1': metrics.F1(scores='answer', classes=4, average='micro'),
+            'table': metrics.ConfusionMatrix(),
+        }
+    )
+    runner = TaskRunner.from_task(task)
+    batch = {'inputs': targets, 'lengths': jnp.array([4, 4]), 'targets': targets}
+    values = runner.measure(runner(Speaker(said, training), batch)).compute()
+    # Four of five tokens are right, and one of two answers; given the correct ones, all of them.
+    assert values['f1'] == pytest.approx(1.0 if training else 0.8)
+    assert values['exact_match'] == (1.0 if training else 0.5)
+    np.testing.assert_array_equal(values['table'], np.diag([2, 1, 1, 1]))
+
+
 def test_metrics_of_a_whole_split_by_config() -> None:
     """On 8 devices, with padding in the last batch; the other metrics are as without them."""
     extra = {
-        'f1': made('F1', average='macro'),
-        'matrix': made('ConfusionMatrix'),
-        'ece': made('CalibrationError', bins=10),
-        'perplexity': made('Perplexity'),
+        'f1': node('F1', average='macro'),
+        'matrix': node('ConfusionMatrix'),
+        'ece': node('CalibrationError', bins=10),
+        'perplexity': node('Perplexity'),
         'hits': {'ref': 'clu.metrics:Accuracy'},
-        'auc': made('AUC', average='weighted'),
+        'auc': node('AUC', average='weighted'),
     }
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
     trainer = Trainer(load_and_build(config, task__extra_metrics=extra, **OPTIONS))
@@ -136,7 +169,7 @@ def test_a_run_resumes_with_other_metrics(
     given = {**options, 'checkpoint__every': '4 steps', 'log__every': '3 steps'}
     first = small.trainer_in(tmp_path, train_for='4 steps', **given)
     state = first.fit().state
-    extra = {'f1': made('F1'), 'matrix': made('ConfusionMatrix')}
+    extra = {'f1': node('F1'), 'matrix': node('ConfusionMatrix')}
     measured = small.trainer_in(tmp_path, task__extra_metrics=extra, **given)
     found = measured.evaluate(measured.restore('latest'))['test']
     assert found['loss'] == first.evaluate(state)['test']['loss']
@@ -152,7 +185,7 @@ def test_a_run_resumes_with_other_metrics(
 
 @pytest.mark.slow
 def test_rows_of_training_have_them_too() -> None:
-    extra = {'f1': made('F1', average='micro')}
+    extra = {'f1': node('F1', average='micro')}
     for options in ({}, {'ensemble__size': 2, 'accumulate': 2, 'steps_per_call': 3}):
         given = {**OPTIONS, **options, 'task__extra_metrics': extra}
         trainer = Trainer(load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **given))
@@ -165,14 +198,14 @@ def test_rows_of_training_have_them_too() -> None:
 @pytest.mark.parametrize(
     ('extra', 'message'),
     [
-        ({'accuracy': made('F1')}, "the task has a metric 'accuracy'; choose another name"),
-        ({'f-1': made('F1')}, "extra_metrics: expected Python identifiers as names, got 'f-1'"),
+        ({'accuracy': node('F1')}, "the task has a metric 'accuracy'; choose another name"),
+        ({'f-1': node('F1')}, "extra_metrics: expected Python identifiers as names, got 'f-1'"),
         ({'f1': 'f1'}, r"extra_metrics\.f1: expected a metric, such as dict\(target=.* got str"),
         ({'f1': {'ref': 'trainer.metrics:F1'}},
          "got the function trainer.metrics:F1: name it by 'target', not by 'ref'$"),
-        ({'f1': made('F1', average='marco')}, r'task\.extra_metrics\.f1: .* average: expected one'),
-        ({'f1': made('F1', avrage='macro')}, r'Did you mean config\.task\.extra_metrics\.f1\.av'),
-        ({'learning_rate': made('F1')}, "'learning_rate', but this name is reserved"),
+        ({'f1': node('F1', average='marco')}, r'task\.extra_metrics\.f1: .* average: expected one'),
+        ({'f1': node('F1', avrage='macro')}, r'Did you mean config\.task\.extra_metrics\.f1\.av'),
+        ({'learning_rate': node('F1')}, "'learning_rate', but this name is reserved"),
     ],
 )  # fmt: skip
 def test_what_is_no_metric_is_refused_when_the_config_is_built(extra: Any, message: str) -> None:
@@ -182,15 +215,37 @@ def test_what_is_no_metric_is_refused_when_the_config_is_built(extra: Any, messa
     assert "without a 'target'" not in str(caught.value)
 
 
-def test_a_metric_of_another_task_is_refused_before_the_first_step() -> None:
+@pytest.mark.parametrize('name', ['F1', 'AUC'])  # On the devices, and on the host.
+def test_a_metric_of_another_task_is_refused_before_the_first_step(name: str) -> None:
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
-    task = {
-        'target': 'trainer.tasks:Classification',
-        'extra_metrics': {'f1': made('F1', scores='x')},
-    }
-    trainer = Trainer(load_and_build(config, evals__test__task=task, **OPTIONS))
-    message = re.escape(
-        "config.evals.test: the metric F1 reads 'x', which the task does not return"
+    extra = {'mine': node(name, scores='x')}
+    task = {'target': 'trainer.tasks:Classification', 'extra_metrics': extra}
+    message = f"extra_metrics.mine: the metric {name} reads 'x', which the task does not return"
+    for path, options in (
+        ('config.evals.test.task', {'evals__test__task': task}),
+        ('config.task', {'task__extra_metrics': extra}),
+    ):
+        trainer = Trainer(load_and_build(config, **options, **OPTIONS))
+        with pytest.raises(UserError, match=re.escape(f'{path}.{message}')) as caught:
+            trainer.compile()
+        assert str(caught.value).count('config.evals.test') <= 1
+
+
+class OfTask:
+    """A task with metrics of its own, which read what it does not return."""
+
+    metrics = clu.metrics.Collection.create(
+        loss=metrics.WeightedMean.from_output('loss'), right=metrics.F1(scores='score')
     )
-    with pytest.raises(UserError, match=message):
-        trainer.evaluate(trainer.init_state())
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        return model(batch['x'])[:, 0], {'labels': batch['y']}
+
+
+def test_a_metric_of_the_task_itself_is_named() -> None:
+    runner = TaskRunner.from_task(OfTask())
+    batch = {'x': jnp.asarray(LOGITS), 'y': jnp.zeros(3, jnp.int32)}
+    output = runner(lambda x: x, batch)
+    where = re.escape(f"the metric 'right' of the task {__name__}:OfTask: the metric F1 reads")
+    with pytest.raises(UserError, match=where):
+        runner.measure(output)

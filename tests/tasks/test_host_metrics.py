@@ -36,7 +36,7 @@ def mean_precision(yes: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> 
 
 
 @pytest.fixture(scope='module')
-def ranked() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def ranking() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns answers, scores with ties, and weights, some of which are 0."""
     rng = np.random.default_rng(1)
     scores = rng.normal(size=(SIZE, 3)).round(1)
@@ -48,8 +48,8 @@ def ranked() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ('function', 'definition'),
     [(metrics.auc, share_of_pairs), (metrics.average_precision, mean_precision)],
 )
-def test_by_definition(function: Any, definition: Any, ranked: Any) -> None:
-    yes, scores, weights = ranked
+def test_by_definition(function: Any, definition: Any, ranking: Any) -> None:
+    yes, scores, weights = ranking
     each = [definition(yes[:, i], scores[:, i], weights) for i in range(3)]
     got = function(yes[:, 0], scores[:, 0], weights)
     assert type(got) is float and got == pytest.approx(each[0])
@@ -114,8 +114,8 @@ def collect(metric: Any, batches: Any) -> Any:
     return total.compute()
 
 
-def test_the_metric_is_the_function_of_all_examples(ranked: Any) -> None:
-    yes, scores, weights = ranked
+def test_the_metric_is_the_function_of_all_examples(ranking: Any) -> None:
+    yes, scores, weights = ranking
     arrays = {'logits': scores, 'labels': yes, 'weights': weights}
     batches = [
         {name: jnp.asarray(x[i : i + 20]) for name, x in arrays.items()} for i in (0, 20, 40)

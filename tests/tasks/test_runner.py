@@ -87,7 +87,7 @@ def test_task_with_another_signature_is_rejected() -> None:
         TaskRunner.from_task(lambda batch: batch)
 
 
-def weighted(model: Any, batch: Any) -> TaskOutput:
+def weighted_task(model: Any, batch: Any) -> TaskOutput:
     """A task that returns weights; a label of 0 gives a loss that is not finite."""
     loss = model(1 / batch['label'])
     return TaskOutput(loss=loss, weights=batch['weight'], metrics={'half': loss / 2})
@@ -118,7 +118,7 @@ def test_the_task_does_not_see_the_mask() -> None:
 
 def test_examples_of_weight_0_affect_neither_loss_nor_gradient() -> None:
     batch = {'label': jnp.array([1.0, 0.0, 2.0]), 'weight': jnp.array([1.0, 0.0, 3.0])}
-    runner = TaskRunner.from_task(weighted)
+    runner = TaskRunner.from_task(weighted_task)
 
     def loss(scale: Any) -> Any:
         output = runner(lambda x: scale * x, batch)

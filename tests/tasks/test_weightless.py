@@ -88,7 +88,7 @@ def two_losses(model: Any, batch: Any) -> TaskOutput:
     return TaskOutput(loss={'a': errors[:, 0], 'b': errors[:, 1]}, weights=weights)
 
 
-def by_logits(model: Any, batch: Any) -> TaskOutput:
+def weigh_by_logits(model: Any, batch: Any) -> TaskOutput:
     """A task with weights from the model's output: non-finite examples do not count."""
     logits = model(batch['x'])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
@@ -116,7 +116,7 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
     return jax.make_mesh((devices,), ('data',), devices=jax.devices()[:1], axis_types=axis_types)
 
 
-def stepped(program: Programs, batch: Any, *, devices: int = 1, steps: int = 2) -> TrainState:
+def run_steps(program: Programs, batch: Any, *, devices: int = 1, steps: int = 2) -> TrainState:
     state = program.init()
     read = {name: batch[name] for name in program.fields.sent}
     read = jax.device_put(read, batch_sharding(mesh_of(devices)))
@@ -138,7 +138,7 @@ TASKS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     'function': (cross_entropy, None, {}),
     'micro-batches': (cross_entropy, None, {'accumulate': 4}),
     'of NNX': (cross_entropy, NNXNet, {}),
-    'by logits': (by_logits, None, {}),
+    'by logits': (weigh_by_logits, None, {}),
     'two losses': (
         two_losses, None,
         {'optimizer': Optimizer(groups={
@@ -153,9 +153,9 @@ TASKS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def test_values_of_weight_0_change_nothing(name: str) -> None:
     task, model, options = TASKS[name]
     program = programs(task, model, **options)
-    expected = stepped(program, batch_of(1.0))
+    expected = run_steps(program, batch_of(1.0))
     for fill, label in ((np.nan, 3), (np.inf, -1), (1e38, 1000)):
-        same(expected, stepped(program, batch_of(fill, label)))
+        same(expected, run_steps(program, batch_of(fill, label)))
     assert program.step.compiles == 1
     assert int(expected.collections.get('counts', {}).get('calls', 2 * 1)) == 2 * options.get(
         'accumulate', 1
@@ -165,9 +165,9 @@ def test_values_of_weight_0_change_nothing(name: str) -> None:
 @pytest.mark.slow
 def test_values_of_weight_0_change_nothing_on_eight_devices() -> None:
     program = programs(cross_entropy, devices=8)
-    expected = stepped(program, batch_of(1.0), devices=8)
-    same(expected, stepped(program, batch_of(np.nan), devices=8))
-    alone = stepped(programs(cross_entropy), batch_of(np.nan))
+    expected = run_steps(program, batch_of(1.0), devices=8)
+    same(expected, run_steps(program, batch_of(np.nan), devices=8))
+    alone = run_steps(programs(cross_entropy), batch_of(np.nan))
     for x, y in zip(jax.tree.leaves(expected.params), jax.tree.leaves(alone.params), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
@@ -186,7 +186,7 @@ def test_update_is_that_of_the_counted_examples() -> None:
         return (values * live['weight']).sum() / live['weight'].sum()
 
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
-    state = stepped(program, batch, steps=1)
+    state = run_steps(program, batch, steps=1)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), state.params, expected)
     metrics = compute_metrics(state.metrics)['task']
     assert metrics['loss'] == pytest.approx(float(loss(params)), rel=1e-5)
@@ -199,7 +199,7 @@ def test_batch_without_counted_examples() -> None:
     batch = {**batch_of(np.nan), 'weight': np.zeros(ROWS, np.float32)}
     batch['x'][:] = np.nan
     program = programs(cross_entropy, model)
-    state, before = stepped(program, batch), jax.device_get(program.init().params)
+    state, before = run_steps(program, batch), jax.device_get(program.init().params)
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
 
@@ -219,10 +219,10 @@ def test_tokens_of_weight_0() -> None:
     task = NextToken(positions='scale', weight='weight')
     batch = {'tokens': tokens, 'weight': weight, 'scale': scale}
     program = programs(task, Tokens(), batch=batch)
-    expected = stepped(program, batch)
+    expected = run_steps(program, batch)
     bad = {**batch, 'scale': scale.copy(), 'tokens': tokens.copy()}
     bad['scale'][2], bad['tokens'][2] = np.nan, 99
-    same(expected, stepped(program, bad))
+    same(expected, run_steps(program, bad))
 
 
 @pytest.mark.parametrize('fill', [1.0, np.nan])
@@ -254,11 +254,11 @@ def test_second_run_uses_the_same_random_numbers_and_collections() -> None:
     def plain(model: Any, batch: Any) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(batch['x']), batch['label'])
 
-    def weighted(model: Any, batch: Any) -> TaskOutput:
+    def weighted_task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=plain(model, batch), weights=jnp.ones(ROWS))
 
     batch = batch_of(1.0)
-    a, b = (stepped(programs(task, Net(dropout=0.5)), batch) for task in (plain, weighted))
+    a, b = (run_steps(programs(task, Net(dropout=0.5)), batch) for task in (plain, weighted_task))
     same(a, b)
     assert int(b.collections['counts']['calls']) == 2
 
@@ -269,17 +269,17 @@ class Normed(nn.Module):
         return nn.Dense(4)(nn.BatchNorm(use_running_average=not train)(x))
 
 
-def unweighted(model: Any, batch: Any) -> jax.Array:
+def plain_task(model: Any, batch: Any) -> jax.Array:
     return (model(batch['x']) ** 2).mean(-1)
 
 
 @pytest.mark.parametrize(
     ('task', 'model', 'padded', 'why'),
     [
-        (unweighted, Normed, True, "(config.data.remainder='pad')"),
+        (plain_task, Normed, True, "(config.data.remainder='pad')"),
         (cross_entropy, Normed, False, '(a task that returns weights)'),
         (cross_entropy, Normed, True, "(config.data.remainder='pad' and a task that returns"),
-        (unweighted, Normed, False, None),
+        (plain_task, Normed, False, None),
         (cross_entropy, Net, True, None),
     ],
 )
@@ -293,23 +293,23 @@ def test_batch_statistics_are_warned_about(
 
 def test_batch_statistics_are_finite_for_any_value_of_weight_0() -> None:
     program = programs(cross_entropy, Normed())
-    same(stepped(program, batch_of(1.0)), stepped(program, batch_of(np.nan)))
+    same(run_steps(program, batch_of(1.0)), run_steps(program, batch_of(np.nan)))
 
 
 @pytest.mark.parametrize('accumulate', slow_after(1, [1, 2]))
 @pytest.mark.parametrize('layer', slow_after(1, [nn.Dense, nn.remat(nn.Dense)]))
 def test_program_has_one_forward_pass(accumulate: int, layer: Any) -> None:
-    def of(task: Callable[..., Any]) -> tuple[float, float, int]:
+    def costs(task: Callable[..., Any]) -> tuple[float, float, int]:
         step = programs(task, Net(layer=layer), accumulate=accumulate).step
         text = step.executable().as_text() or ''
         products = text.count(' dot(') + text.count('__onednn') + text.count('custom-call')
         return flops.count(step.jaxpr()), step.flops() or 0.0, products
 
-    def unweighted(model: Any, batch: Any) -> Any:
+    def plain_task(model: Any, batch: Any) -> Any:
         output = cross_entropy(model, batch)
         return output.loss, {'first': output.metrics['first'], 'weight': batch['weight']}
 
-    without, given = of(unweighted), of(cross_entropy)
+    without, given = costs(plain_task), costs(cross_entropy)
     assert given[0] == without[0] > 0
     # Replacing examples costs little compared with a matrix product.
     assert without[1] < given[1] < 1.3 * without[1]
@@ -337,7 +337,7 @@ def test_metrics_without_weights_count_all_examples() -> None:
     program = programs(task, optimizer=Optimizer(groups={'all': group}))
     variables = jax.device_get(program.init())
     expected = Net().apply(variables.variables, batch['x'])[:, 0].mean()
-    state = stepped(program, batch, steps=1)
+    state = run_steps(program, batch, steps=1)
     assert compute_metrics(state.metrics)['task']['first'] == pytest.approx(float(expected), 1e-4)
 
 
@@ -350,7 +350,7 @@ def test_losses_that_are_not_per_example_are_not_replaced() -> None:
 
     program = programs(task)
     assert program.task.is_weighted is False
-    assert np.isfinite(jax.tree.leaves(stepped(program, batch_of(1.0)).params)[0]).all()
+    assert np.isfinite(jax.tree.leaves(run_steps(program, batch_of(1.0)).params)[0]).all()
 
 
 def test_weights_of_another_length_are_rejected() -> None:
@@ -390,7 +390,7 @@ def test_nothing_changes_without_counted_examples(accumulate: int) -> None:
         batch['weight'][: ROWS // 2] = 1
     made = programs(cross_entropy, Scaled(batch_norm=True), accumulate=accumulate)
     before = made.init()
-    after = stepped(made, batch, steps=1)
+    after = run_steps(made, batch, steps=1)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
     if accumulate == 1:
         old, new = ((state.params, state.collections) for state in (before, after))
@@ -398,7 +398,9 @@ def test_nothing_changes_without_counted_examples(accumulate: int) -> None:
         return
     # As if the batch were only the first micro-batch.
     half = {name: x[: ROWS // 2] for name, x in batch.items()}
-    expected = stepped(programs(cross_entropy, Scaled(batch_norm=True), batch=half), half, steps=1)
+    expected = run_steps(
+        programs(cross_entropy, Scaled(batch_norm=True), batch=half), half, steps=1
+    )
     for a, b in zip(
         jax.tree.leaves((after.params, after.collections)),
         jax.tree.leaves((expected.params, expected.collections)),

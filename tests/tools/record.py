@@ -137,7 +137,7 @@ def record(tree: pathlib.Path, run: Run) -> dict[str, Any]:
         codes = [process.returncode for process in started]
         if any(codes):
             print(*errors, sep='\n', file=sys.stderr)
-        return {'codes': codes, **written(workdir)}
+        return {'codes': codes, **read_run(workdir)}
 
 
 def together(processes: int) -> list[list[str]]:
@@ -150,7 +150,7 @@ def together(processes: int) -> list[list[str]]:
     return [[*common, f'--process_id={number}'] for number in range(processes)]
 
 
-def written(workdir: pathlib.Path) -> dict[str, Any]:
+def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns what a run has written, without what depends on the clock or the machine."""
     found: dict[str, Any] = {}
     if (workdir / 'result.json').exists():

@@ -30,7 +30,7 @@ def windows(x: np.ndarray, size: tuple[int, int], stride: int) -> np.ndarray:
     return found[:, :, ::stride, ::stride]
 
 
-def padded(x: np.ndarray, padding: int, value: float = 0.0) -> np.ndarray:
+def pad(x: np.ndarray, padding: int, value: float = 0.0) -> np.ndarray:
     sides = (padding, padding)
     return np.pad(double(x), ((0, 0), (0, 0), sides, sides), constant_values=value)
 
@@ -40,7 +40,7 @@ def conv2d(
 ) -> np.ndarray:
     """`torch.nn.Conv2d`: weight (outputs, inputs of a group, height, width)."""
     kernel = double(w[f'{at}weight'])
-    seen = windows(padded(x, padding), kernel.shape[2:], stride)
+    seen = windows(pad(x, padding), kernel.shape[2:], stride)
     each = [
         np.einsum('bihwkl,oikl->bohw', part, outputs)
         for part, outputs in zip(
@@ -111,14 +111,14 @@ def avg_pool2d(
     x: np.ndarray, size: int, *, stride: int, padding: int, count_include_pad: bool
 ) -> np.ndarray:
     """`torch.nn.AvgPool2d`."""
-    sums = windows(padded(x, padding), (size, size), stride).sum((-1, -2))
-    inside = windows(padded(np.ones_like(x), padding), (size, size), stride).sum((-1, -2))
+    sums = windows(pad(x, padding), (size, size), stride).sum((-1, -2))
+    inside = windows(pad(np.ones_like(x), padding), (size, size), stride).sum((-1, -2))
     return sums / (size * size if count_include_pad else inside)
 
 
 def max_pool2d(x: np.ndarray, size: int, *, stride: int, padding: int = 0) -> np.ndarray:
     """`torch.nn.MaxPool2d`."""
-    return windows(padded(x, padding, -np.inf), (size, size), stride).max((-1, -2))
+    return windows(pad(x, padding, -np.inf), (size, size), stride).max((-1, -2))
 
 
 def relu(x: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ class Reviews(ArraySource):
     """Eight texts of two classes."""
 
     def __init__(self) -> None:
-        tokens = np.concatenate([tokenized(model_directory())] * 4)
+        tokens = np.concatenate([tokenize(model_directory())] * 4)
         super().__init__({'image': tokens, 'label': np.tile([0, 0, 1, 1], 4).astype('i4')})
 
 
@@ -43,7 +43,7 @@ def model_directory() -> pathlib.Path:
     return pathlib.Path(found.origin).parent / 'model'
 
 
-def tokenized(directory: pathlib.Path) -> np.ndarray:
+def tokenize(directory: pathlib.Path) -> np.ndarray:
     """Returns the sentences in BERT's word pieces (4, 16), longest pieces first, padded with 0."""
     words = (directory / 'vocab.txt').read_text(encoding='utf-8').splitlines()
     vocabulary = {word: number for number, word in enumerate(words)}
@@ -105,7 +105,7 @@ def torch_layer(weights: Any, at: str) -> Any:
 def test_embeddings_equal_those_of_torch(tmp_path: pathlib.Path) -> None:
     """Within 1e-4 of the torch reference; similar sentences are close to each other."""
     directory = model_directory()
-    tokens = tokenized(directory)
+    tokens = tokenize(directory)
     file = directory / 'model.safetensors'
     run = trainer(
         tmp_path,

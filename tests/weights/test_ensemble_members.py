@@ -82,17 +82,17 @@ def test_a_run_starts_from_one_member(tmp_path: pathlib.Path) -> None:
     assert_same(state.collections, member.collections)
     assert_same(state.opt_state, member.opt_state)
 
-    def refused(**init_from: Any) -> pytest.ExceptionInfo[UserError]:
+    def error_of(**init_from: Any) -> pytest.ExceptionInfo[UserError]:
         with pytest.raises(UserError) as error:
             trainer(tmp_path, init_from=init_from).init_state()
         return error
 
-    assert refused(path=path, member=3).match('the ensemble has the members 0 to 2')
-    assert refused(path=path).match('the 3 members of an ensemble: select one')
-    assert refused(path=path, member=0, layout='torch').match(
+    assert error_of(path=path, member=3).match('the ensemble has the members 0 to 2')
+    assert error_of(path=path).match('the 3 members of an ensemble: select one')
+    assert error_of(path=path, member=0, layout='torch').match(
         r'member is not supported with layout='
     )
     alone = tmp_path / 'alone'
     alone.mkdir()
     path, _ = pretrain(alone)
-    assert refused(path=path, member=0).match('the checkpoint is not one of an ensemble')
+    assert error_of(path=path, member=0).match('the checkpoint is not one of an ensemble')

@@ -41,17 +41,17 @@ def test_adam_of_flax_optim(tmp_path: pathlib.Path, layout: str) -> None:
     grads = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype('f4'), params) for _ in '1234']
     before = {'Dense_0': 'Dense_0', 'BatchNorm_0': 'BatchNorm_1', 'Dense_1': 'Dense_2'}
 
-    def named(tree: Any) -> Any:
+    def with_old_names(tree: Any) -> Any:
         if layout == 'flax':
             return tree
         backbone = {before[name]: x for name, x in tree['backbone'].items()}
         return {'params': {**tree, 'backbone': backbone}}
 
     state = adam_of_flax(grads[:3])[0]
-    state['param_states'] = named(state['param_states'])
+    state['param_states'] = with_old_names(state['param_states'])
     stats = {f'/backbone/{before[k]}': x for k, x in stats['backbone'].items()} if (
         layout == 'pre_linen') else {'batch_stats': stats}  # fmt: skip
-    old = {'optimizer': {'target': named(params), 'state': state}, 'model_state': stats}
+    old = {'optimizer': {'target': with_old_names(params), 'state': state}, 'model_state': stats}
     file = tmp_path / 'old.msgpack'
     file.write_bytes(serialization.msgpack_serialize(old))
     init_from = {'path': str(file), 'layout': layout, 'optimizer': True}

@@ -17,7 +17,7 @@ from tests.weights.examples import assert_same, flatten, pretrain, trainer
 from trainer.config.errors import UserError
 
 
-def stopped(model: Any, batch: Any) -> jax.Array:
+def frozen_loss(model: Any, batch: Any) -> jax.Array:
     """Cross-entropy without a gradient into the backbone."""
     logits = model.stop_gradient('backbone/.*')(batch['image'])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
@@ -43,7 +43,7 @@ def head_only(learning_rate: float) -> optax.GradientTransformation:
 @pytest.mark.parametrize(
     'options',
     [
-        {'task': {'ref': f'{__name__}:stopped'}},
+        {'task': {'ref': f'{__name__}:frozen_loss'}},
         {'optimizer__freeze': 'backbone/.*'},
         {'optimizer__target': f'{__name__}:head_only'},
     ],
@@ -69,7 +69,7 @@ NNX = {
         'features': (12, 3),
         'batch_norm': True,
     },
-    'step': {'ref': 'tests.step.steps:by_hand'},
+    'step': {'ref': 'tests.step.steps:step_by_hand'},
 }
 
 

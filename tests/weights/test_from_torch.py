@@ -23,7 +23,7 @@ from tests.weights import torch_networks  # noqa: E402
 F = torch.nn
 
 
-def given(*shape: int, seed: int = 0) -> np.ndarray:
+def random_array(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype('f4')
 
 
@@ -87,7 +87,7 @@ def inner(layer: Any) -> Any:
 )
 def test_layers_with_the_channels_last(mine: Any, theirs: Any, shape: Any) -> None:
     """A linear layer's weight is transposed, square or not."""
-    x, layer = given(*shape), inner(theirs())
+    x, layer = random_array(*shape), inner(theirs())
     close(convert(Inner(mine), layer, x), layer['layer'](torch.from_numpy(x)).detach().numpy())
 
 
@@ -111,14 +111,14 @@ def test_layers_with_the_channels_last(mine: Any, theirs: Any, shape: Any) -> No
 )  # fmt: skip
 def test_layers_with_the_channels_first(mine: Any, theirs: Any, shape: Any) -> None:
     """Kernels, running statistics, and a transposed convolution."""
-    x, layer = given(*shape), inner(theirs())
+    x, layer = random_array(*shape), inner(theirs())
     close(convert(Inner(mine), layer, x), last(layer['layer'](first(x))))
 
 
 def test_momentum_of_batch_norm() -> None:
     """PyTorch's 0.1 is Flax's 0.9, and a training batch moves the mean equally (PyTorch's
     variance is that of a sample)."""
-    x, layer = given(4, 3, 3, 2), inner(F.BatchNorm2d(2, momentum=0.1))
+    x, layer = random_array(4, 3, 3, 2), inner(F.BatchNorm2d(2, momentum=0.1))
     mine = Inner(nn.BatchNorm(use_running_average=False, momentum=0.9))
     variables = mine.init(jax.random.key(0), x)
     loaded = restore.torch_variables(layer.state_dict(), variables)
@@ -129,7 +129,7 @@ def test_momentum_of_batch_norm() -> None:
 
 def test_pooling() -> None:
     """`count_include_pad`, and the maximum."""
-    x, pads = given(2, 6, 6, 3), ((1, 1), (1, 1))
+    x, pads = random_array(2, 6, 6, 3), ((1, 1), (1, 1))
     for count in (True, False):
         theirs = F.AvgPool2d(3, 2, 1, count_include_pad=count)(first(x))
         mine = nn.avg_pool(x, (3, 3), (2, 2), pads, count_include_pad=count)
@@ -147,7 +147,7 @@ def test_embedding() -> None:
 
 def test_attention() -> None:
     """PyTorch's three projections are one tensor, Flax's kernels have a dimension of heads."""
-    x = given(2, 5, 12)
+    x = random_array(2, 5, 12)
     layer = inner(F.MultiheadAttention(12, 3, batch_first=True))
     mine = nn.MultiHeadDotProductAttention(num_heads=3)
     query = torch.from_numpy(x)
@@ -162,7 +162,7 @@ class Cross(nn.Module):
 
 def test_attention_to_other_widths() -> None:
     """PyTorch then has a tensor for each projection."""
-    inputs = given(2, 5, 12), given(2, 4, 7, seed=1), given(2, 4, 9, seed=2)
+    inputs = random_array(2, 5, 12), random_array(2, 4, 7, seed=1), random_array(2, 4, 9, seed=2)
     theirs = inner(F.MultiheadAttention(12, 3, kdim=7, vdim=9, batch_first=True))
     mine = Cross()
     loaded = restore.torch_variables(theirs.state_dict(), mine.init(jax.random.key(0), *inputs))
@@ -174,7 +174,7 @@ def test_attention_to_other_widths() -> None:
 def test_flatten_order(height: int) -> None:
     """The dense layer's rows are reordered for Flax: the model needs no transpose."""
     theirs = scramble(torch_networks.Flat(height))
-    x = given(2, height, 4, 3)
+    x = random_array(2, height, 4, 3)
     flatten = (('fc', (5, height, 4)),)
     close(convert(Flat(), theirs, x, flatten=flatten), theirs(first(x)).detach().numpy())
     if height > 1:
@@ -197,13 +197,13 @@ def test_a_wrong_flattening_is_refused(pattern: str, sizes: Any, message: str) -
     """Neither a wrong size nor a pattern without a match passes silently."""
     with pytest.raises(UserError, match=message):
         flatten = ((pattern, sizes),)
-        convert(Flat(), torch_networks.Flat(6), given(2, 6, 4, 3), flatten=flatten)
+        convert(Flat(), torch_networks.Flat(6), random_array(2, 6, 4, 3), flatten=flatten)
 
 
 def test_resnet_18(tmp_path: pathlib.Path) -> None:
     """With a map of names, from Python and by `config.init_from`."""
     theirs = scramble(torch_networks.ResNet())
-    x = given(2, 64, 64, 3)
+    x = random_array(2, 64, 64, 3)
     expected = theirs(first(x)).detach().numpy()
     mine = ResNet()
     close(convert(mine, theirs, x, rename=NAMES), expected)
@@ -228,7 +228,7 @@ def test_resnet_18(tmp_path: pathlib.Path) -> None:
 def test_a_transformer_encoder_layer(norm_first: bool) -> None:
     """Attention, norms and MLP of `torch.nn.TransformerEncoderLayer`."""
     theirs = scramble(torch_networks.encoder_layer(norm_first))
-    x = given(2, 7, 16)
+    x = random_array(2, 7, 16)
     expected = theirs(torch.from_numpy(x)).detach().numpy()
     close(convert(ViT(norm_first), theirs, x), expected)
 
@@ -236,7 +236,7 @@ def test_a_transformer_encoder_layer(norm_first: bool) -> None:
 def test_mismatches_are_listed() -> None:
     """The message lists tensors and arrays; an incomplete map of names is refused."""
     theirs = scramble(torch_networks.ResNet())
-    x = given(1, 32, 32, 3)
+    x = random_array(1, 32, 32, 3)
     with pytest.raises(UserError) as caught:
         convert(ResNet(), theirs, x, rename=NAMES[:1])
     assert 'the state_dict does not fit the model.\nMissing:\n' in str(caught.value)

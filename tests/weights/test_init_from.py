@@ -280,13 +280,13 @@ def test_differential_learning_rates_from_loaded_weights(tmp_path: pathlib.Path)
     ).fit().state  # fmt: skip
     fast = trainer(tmp_path, **common).fit().state
 
-    def moved(state: Any, part: str) -> np.ndarray:
+    def movement(state: Any, part: str) -> np.ndarray:
         return flatten(state.params)[part] - flatten(old.params)[part]
 
     part = 'backbone/Dense_1/kernel'
-    np.testing.assert_allclose(moved(slow, part), 0.1 * moved(fast, part), atol=1e-7)
-    np.testing.assert_array_equal(moved(slow, 'head/kernel'), moved(fast, 'head/kernel'))
-    assert moved(fast, part).any()
+    np.testing.assert_allclose(movement(slow, part), 0.1 * movement(fast, part), atol=1e-7)
+    np.testing.assert_array_equal(movement(slow, 'head/kernel'), movement(fast, 'head/kernel'))
+    assert movement(fast, part).any()
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_boxes_of_linen(tmp_path: pathlib.Path) -> None:
     variables = Net().init(jax.random.key(7), X)
     variables['batch_stats'] = jax.tree.map(lambda x: x + 0.3, variables['batch_stats'])
 
-    def boxed(only: str) -> Any:
+    def box_params(only: str) -> Any:
         def box(path: Any, x: jax.Array) -> Any:
             chosen = only in jax.tree_util.keystr(path)
             return nn.Partitioned(x, names=(None,) * x.ndim) if chosen else x
@@ -95,17 +95,17 @@ def test_boxes_of_linen(tmp_path: pathlib.Path) -> None:
 
     run = trainer(tmp_path)
     for only in ('', 'kernel'):
-        save(tmp_path / f'boxed{only}', boxed(only))
-        (tmp_path / f'{only}.msgpack').write_bytes(serialization.to_bytes(boxed(only)))
+        save(tmp_path / f'boxed{only}', box_params(only))
+        (tmp_path / f'{only}.msgpack').write_bytes(serialization.to_bytes(box_params(only)))
         for name in (f'boxed{only}', f'{only}.msgpack'):
             initial = initial_state(run, path=str(tmp_path / name))
             assert_same(initial.params, variables['params'])
             assert_same(initial.collections['batch_stats'], variables['batch_stats'])
-    params = boxed('')['params']
+    params = box_params('')['params']
     tx = optax.adam(0.1)
     grads = jax.tree.map(lambda x: x + 1, params)
     slots = tx.update(grads, tx.init(params), params)[1]
-    save(tmp_path / 'trained', {**boxed(''), 'opt_state': slots})
+    save(tmp_path / 'trained', {**box_params(''), 'opt_state': slots})
     initial = initial_state(run, path=str(tmp_path / 'trained'), optimizer=True)
     assert_same(initial.opt_state[0].mu, nn.meta.unbox(slots[0].mu))
 

@@ -133,17 +133,17 @@ def test_slots_of_other_shapes() -> None:
 def test_resize() -> None:
     kernel = {'head': {'kernel': np.arange(6.0).reshape(2, 3)}}
 
-    def resized(**options: Any) -> Any:
+    def resize(**options: Any) -> Any:
         return operate([Resize(pattern='head/kernel', **options)], kernel)[0]['head']['kernel']
 
-    assert resized(size=2).tolist() == [[0, 1], [3, 4]]
-    assert resized(size=4, keep=(2, 0), fill=9.0).tolist() == [[2, 0, 9, 9], [5, 3, 9, 9]]
-    assert resized(size=4, fill='mean').tolist() == [[0, 1, 2, 1], [3, 4, 5, 4]]
-    assert resized(size=3, axis=0).tolist() == [[0, 1, 2], [3, 4, 5], [0, 0, 0]]
+    assert resize(size=2).tolist() == [[0, 1], [3, 4]]
+    assert resize(size=4, keep=(2, 0), fill=9.0).tolist() == [[2, 0, 9, 9], [5, 3, 9, 9]]
+    assert resize(size=4, fill='mean').tolist() == [[0, 1, 2, 1], [3, 4, 5, 4]]
+    assert resize(size=3, axis=0).tolist() == [[0, 1, 2], [3, 4, 5], [0, 0, 0]]
     with pytest.raises(UserError, match='keep has 3 entries, more than size=2'):
-        resized(size=2, keep=(0, 1, 2))
+        resize(size=2, keep=(0, 1, 2))
     with pytest.raises(UserError, match=r'on params/head/kernel \[2, 3\]: '):
-        resized(size=2, keep=(0, 3))
+        resize(size=2, keep=(0, 3))
 
 
 def test_interpolate() -> None:

@@ -23,7 +23,7 @@ from trainer.weights import restore, safetensors
 AT = 'layer.'
 
 
-def given(*shape: int, seed: int = 0) -> np.ndarray:
+def random_array(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype('f4')
 
 
@@ -31,7 +31,7 @@ def weights(shapes: dict[str, tuple[int, ...]], at: str = AT) -> dict[str, np.nd
     """Returns a state_dict with random values; scales and variances are positive."""
     arrays = {}
     for seed, (name, shape) in enumerate(shapes.items(), start=1):
-        values = np.asarray(0.5 * given(*shape, seed=seed))
+        values = np.asarray(0.5 * random_array(*shape, seed=seed))
         of_norm = len(shape) == 1 and name.endswith(('weight', 'running_var'))
         arrays[at + name] = abs(values) + np.float32(0.5) if of_norm else values
     return arrays
@@ -50,7 +50,7 @@ def linear(inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
     return {'weight': (outputs, inputs), 'bias': (outputs,)}
 
 
-def below(**parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def nest(**parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a module with submodules; '__' means '.'."""
     return {
         f'{at.replace("__", ".")}.{name}': shape
@@ -94,13 +94,13 @@ class Inner(nn.Module):
 @pytest.mark.parametrize(
     ('mine', 'shapes', 'theirs', 'x'),
     [
-        (nn.Dense(4), linear(4, 4), layers.linear, given(2, 5, 4)),
-        (nn.Dense(3, use_bias=False), {'weight': (3, 4)}, layers.linear, given(2, 4)),
-        (nn.LayerNorm(epsilon=1e-5), norm(6), layers.layer_norm, given(2, 3, 6)),
+        (nn.Dense(4), linear(4, 4), layers.linear, random_array(2, 5, 4)),
+        (nn.Dense(3, use_bias=False), {'weight': (3, 4)}, layers.linear, random_array(2, 4)),
+        (nn.LayerNorm(epsilon=1e-5), norm(6), layers.layer_norm, random_array(2, 3, 6)),
         (nn.Embed(4, 4), {'weight': (4, 4)}, layers.embedding, np.array([[1, 2], [3, 0]])),
         (nn.MultiHeadDotProductAttention(3),
-         {'in_proj_weight': (36, 12), 'in_proj_bias': (36,), **below(out_proj=linear(12, 12))},
-         lambda x, w, at: layers.self_attention(x, w, at, heads=3), given(2, 5, 12)),
+         {'in_proj_weight': (36, 12), 'in_proj_bias': (36,), **nest(out_proj=linear(12, 12))},
+         lambda x, w, at: layers.self_attention(x, w, at, heads=3), random_array(2, 5, 12)),
     ],
     ids=['linear', 'no bias', 'layer norm', 'embedding', 'attention'],
 )  # fmt: skip
@@ -133,14 +133,14 @@ def test_layers_with_the_channels_first(
     mine: nn.Module, shapes: Any, theirs: Callable[..., np.ndarray], shape: tuple[int, ...]
 ) -> None:
     """Kernels, and running statistics."""
-    x, tensors = given(*shape), weights(shapes)
+    x, tensors = random_array(*shape), weights(shapes)
     close(convert(Inner(mine), tensors, x), last(theirs(first(x), tensors, AT)))
 
 
 @pytest.mark.parametrize('count', [True, False])
 def test_pooling(count: bool) -> None:
     """`count_include_pad`, and the maximum."""
-    x, pads = given(2, 6, 6, 3), ((1, 1), (1, 1))
+    x, pads = random_array(2, 6, 6, 3), ((1, 1), (1, 1))
     theirs = layers.avg_pool2d(first(x), 3, stride=2, padding=1, count_include_pad=count)
     close(nn.avg_pool(x, (3, 3), (2, 2), pads, count_include_pad=count), last(theirs))
     theirs = layers.max_pool2d(first(x), 3, stride=2, padding=1)
@@ -159,7 +159,7 @@ class Network(nn.Module):
 
 
 NETWORK = weights(
-    below(
+    nest(
         features__0={'weight': (5, 3, 3, 3), 'bias': (5,)},
         features__1=batch_norm(5),
         fc=linear(5 * 8 * 8, 2),
@@ -180,7 +180,7 @@ def network(x: np.ndarray) -> np.ndarray:
 
 def test_a_network_that_flattens(tmp_path: pathlib.Path) -> None:
     """From Python, and by `config.init_from` from a file; the order of rows is the model's."""
-    x = given(2, 32, 32, 3)
+    x = random_array(2, 32, 32, 3)
     expected, mine = network(x), Network()
     close(convert(mine, NETWORK, x, rename=NAMES, flatten=FLATTEN), expected)
     wrong = convert(mine, NETWORK, x, rename=NAMES)
@@ -201,7 +201,7 @@ def test_a_network_that_flattens(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_incomplete_map_of_names_is_refused() -> None:
-    x = given(2, 32, 32, 3)
+    x = random_array(2, 32, 32, 3)
     with pytest.raises(UserError, match='the state_dict does not fit the model') as caught:
         convert(Network(), NETWORK, x, flatten=FLATTEN)
     assert 'features_0/kernel' in str(caught.value)
@@ -210,12 +210,12 @@ def test_an_incomplete_map_of_names_is_refused() -> None:
 @pytest.mark.slow
 def test_a_transformer_encoder_layer() -> None:
     """The names of `torch.nn.TransformerEncoderLayer`, norms before the branches."""
-    shapes = below(
+    shapes = nest(
         self_attn={'in_proj_weight': (48, 16), 'in_proj_bias': (48,)},
         self_attn__out_proj=linear(16, 16),
         linear1=linear(16, 32), linear2=linear(32, 16), norm1=norm(16), norm2=norm(16),
     )  # fmt: skip
-    x, w = given(2, 7, 16), weights(shapes, at='')
+    x, w = random_array(2, 7, 16), weights(shapes, at='')
     y = x + layers.self_attention(layers.layer_norm(x, w, 'norm1.'), w, 'self_attn.', heads=4)
     hidden = layers.gelu(layers.linear(layers.layer_norm(y, w, 'norm2.'), w, 'linear1.'))
     close(convert(ViT(), w, x), y + layers.linear(hidden, w, 'linear2.'))
@@ -236,7 +236,7 @@ def bert(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
         parts[f'{at}attention__output__LayerNorm'] = parts[f'{at}output__LayerNorm'] = norm(width)
         parts[f'{at}intermediate__dense'] = linear(width, inner)
         parts[f'{at}output__dense'] = linear(inner, width)
-    return below(**parts)
+    return nest(**parts)
 
 
 def sentence(tokens: np.ndarray, w: layers.Weights, sizes: dict[str, int]) -> np.ndarray:

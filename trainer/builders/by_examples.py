@@ -29,7 +29,7 @@ def find_schedules(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
 
     Args:
         node: the optimizer's node, with durations as given in the config.
-        path: its config path.
+        path: config path of the optimizer, for messages.
         clock: the clock of a run whose batch size has changed.
 
     Raises:

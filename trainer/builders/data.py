@@ -22,6 +22,7 @@ from trainer.config.sections import (
 from trainer.evaluate.score import Score, discard
 from trainer.evaluate.spec import Evaluation
 from trainer.input.data import EvalData, TrainData
+from trainer.tasks.default_prediction import ScoredTask, has_predict
 from trainer.tasks.runner import TaskRunner
 from trainer.tasks.transformed import KeyedTransform, parameters_of
 
@@ -72,8 +73,12 @@ def _evaluation(
     path = f'config.evals.{name}'
     if section.ema and sections.ema is None:
         raise UserError(f'{path}.ema: this run has no moving average; set config.ema.decay')
+    task_path = 'config.task'
     if section.task is not None:
-        task = targets.instantiate(section.task, f'{path}.task')
+        task_path = f'{path}.task'
+        task = targets.instantiate(section.task, task_path)
+    if section.score is not None and has_predict(task) and not callable(task):
+        task = ScoredTask(task)
     source = targets.instantiate(section.data.source, f'{path}.data.source')
     transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
     batch_size = section.data.batch_size or sections.data.batch_size
@@ -95,7 +100,9 @@ def _evaluation(
         every=section.every,
         final=section.final,
         ema=section.ema,
-        task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
+        task=TaskRunner.from_task(
+            task, build_device_transforms(section.data, f'{path}.data'), task_path
+        ),
         model=build_model(sections, section.model, f'{path}.model') if section.model else None,
         score=None if section.score is None else _build_score(section.score, f'{path}.score'),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
@@ -138,18 +145,22 @@ def as_source(data: Any, path: str) -> Any:
     """Returns a source of arrays; any other source as it is.
 
     Args:
-        data: a dict of arrays (examples, ...), or a source.
+        data: a dict of arrays (examples, ...), a tuple or another tree of them, or a source.
         path: what messages name.
 
     Raises:
         UserError: for arrays of different lengths, and for any other object.
     """
-    if isinstance(data, Mapping):
-        node = {'target': 'trainer.data.sources:ArraySource', 'args': (data,)}
-        return targets.instantiate(node, path)
+    if isinstance(data, Mapping | list | tuple):
+        make = targets.instantiate({'ref': 'trainer.data.sources:ArraySource'}, path)
+        # Not in `instantiate`, which would look for objects to make in the tree.
+        try:
+            return make(data)
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{path}: {error}') from error
     if not hasattr(data, 'gather') and not hasattr(data, 'collate'):
         raise UserError(
-            f'{path}: expected a dict of arrays, each with one row per example, or a source (an '
+            f'{path}: expected a dict of arrays, each with one entry per example, or a source (an '
             f'object with __len__, spec and gather, or with collate), got a {type(data).__name__}'
         )
     return data

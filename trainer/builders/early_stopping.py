@@ -28,7 +28,7 @@ class EarlyStopping:
         """Whether a value improves on the best so far; NaN never does.
 
         Args:
-            value: the value of an evaluation.
+            value: value of the metric in the newest evaluation.
             best: the best value so far; None before the first evaluation.
         """
         # Before the first comparison: as the best value, NaN could never be improved on.

@@ -51,7 +51,7 @@ def build_model(
     """Returns the model's functional interface; an NNX module is created later.
 
     Args:
-        sections: of the config.
+        sections: all sections of the config.
         changes: arguments that differ from `config.model`, for an evaluation.
         path: where the config has them, for messages.
 

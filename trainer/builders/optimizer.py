@@ -36,7 +36,7 @@ def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIM
 
     Args:
         section: `config.optimizer`, or one of its groups.
-        path: its config path.
+        path: its config path, for messages.
 
     Raises:
         UserError: for a name that does not exist, or an invalid argument.

@@ -102,12 +102,12 @@ def _is_early_stopping(value: Any) -> bool:
 
 
 def _is_health(value: Any) -> bool:
-    """Whether a value is a row of 32-bit integers, or one such row per ensemble member."""
+    """Whether a value is a list of 32-bit integers, or one such list per ensemble member."""
 
-    def is_row(row: Any) -> bool:
-        return bool(row) and _is_list_of(row, lambda x: is_int(x) and -(2**31) <= x < 2**31)
+    def is_list(value: Any) -> bool:
+        return bool(value) and _is_list_of(value, lambda x: is_int(x) and -(2**31) <= x < 2**31)
 
-    return is_row(value) or (bool(value) and _is_list_of(value, is_row))
+    return is_list(value) or (bool(value) and _is_list_of(value, is_list))
 
 
 def _is_empty_arrays(value: Any) -> bool:

@@ -67,7 +67,7 @@ class Checkpoints:
         """Sets the directory; the first save creates it.
 
         Args:
-            directory: directory of the checkpoints.
+            directory: where the checkpoints are, one directory for each step.
             retention: which checkpoints to keep.
             on_commit: called in the background, by the main process, when a save is committed.
         """
@@ -106,7 +106,7 @@ class Checkpoints:
         """Returns the metadata of a step, including `digest`.
 
         Args:
-            step: step of the checkpoint.
+            step: number of the step that was saved.
             needed: keys that it must have, such as `checked.RUN_KEYS`.
 
         Raises:
@@ -126,7 +126,7 @@ class Checkpoints:
         """Returns the state of a step, with the shardings of the abstract one.
 
         Args:
-            step: step of the checkpoint.
+            step: number of the step that was saved.
             abstract: shape, dtype and sharding of each leaf.
             free: a field of the state whose leaves may differ: see `reading.read_state`.
 

@@ -57,7 +57,7 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
     """Returns Orbax's manager of a directory, after removing incomplete saves.
 
     Args:
-        directory: directory of the steps.
+        directory: where the checkpoints are, one directory for each step.
         policy: Orbax preservation policy.
     """
     import orbax.checkpoint as ocp

@@ -35,7 +35,7 @@ def advice(value: Any, path: str = '') -> str:
 
     Args:
         value: a value that a config cannot contain.
-        path: its key path.
+        path: its key path, for messages.
     """
     # '<' is in '<lambda>' and 'f.<locals>.g', which cannot be imported by name.
     is_importable = hasattr(value, '__qualname__') and '<' not in value.__qualname__

@@ -19,7 +19,7 @@ def from_name(value: Any, default: Any, path: str, *, must: bool) -> Any:
     """Returns the dtype with a name, as the same type of object as the default.
 
     Args:
-        value: the config value.
+        value: the value in the config, such as 'bfloat16'.
         default: default of the argument.
         path: key path of the value, for messages.
         must: whether the argument must be a dtype; otherwise any other value is returned unchanged.

@@ -29,7 +29,7 @@ def from_name(value: Any, default: Any, path: str, *, must: bool) -> Any:
     """Returns the initializer with a name, from the module of the default.
 
     Args:
-        value: the config value.
+        value: the value in the config, such as 'he_normal'.
         default: default of the argument.
         path: key path of the value, for messages.
         must: whether the argument must be an initializer; otherwise a value that resembles none is

@@ -75,7 +75,7 @@ def check(value: Any, path: str, keys: Sequence[str | int]) -> None:
     """Checks that a config may contain a value.
 
     Args:
-        value: the value.
+        value: what a config key is set to.
         path: 'config.a.b', for messages.
         keys: the same path as keys.
 
@@ -133,7 +133,7 @@ def check_names(node: Mapping[Any, Any], path: str, keys: Sequence[str | int]) -
     of a schedule.
 
     Args:
-        node: the dict.
+        node: the dict whose keys are checked.
         path: 'config.a.b', for messages.
         keys: the same path as keys.
 

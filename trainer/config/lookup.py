@@ -30,7 +30,8 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
 
     Args:
         config: the config.
-        keys: the path. Negative indices are replaced in place by those from the start.
+        keys: the key path, as names and indices. Negative indices are replaced in place by those
+            from the start.
 
     Raises:
         UserError: for an unknown key, or an index out of range.
@@ -61,7 +62,7 @@ def check_names(config: Any, given: Any, keys: paths.Keys) -> None:
     Args:
         config: the config, which contains the value already.
         given: the dict, tuple or list.
-        keys: the path.
+        keys: the key path, as names and indices.
 
     Raises:
         UserError: for an unknown key.

@@ -90,7 +90,7 @@ def from_python(value: Any, path: str) -> str:
 
     Args:
         value: text, or anything else that a config can contain.
-        path: its key path.
+        path: its key path, for messages.
 
     Raises:
         UserError: for a value that a config cannot contain.

@@ -54,7 +54,7 @@ def nest(node: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns {'a': {'b': value}} for {'a.b': value}, at every depth.
 
     Args:
-        node: the dict.
+        node: a dict whose keys may be paths.
         path: 'config.a.b', for messages.
 
     Raises:

@@ -14,7 +14,7 @@ def expand(path: str | os.PathLike[str], where: str) -> str:
     The shell does not expand it in `--workdir=~/runs`, where it does not begin a word.
 
     Args:
-        path: of a file or directory.
+        path: path of a file or directory.
         where: the flag or key, for messages.
 
     Raises:

@@ -8,7 +8,10 @@ such as a class of a notebook, goes with the name, so that the run can use it in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +23,8 @@ from trainer.config.errors import UserError
 from trainer.config.objects import Named
 
 _PLAIN = (type(None), bool, int, float, str)
+_ADDRESS = re.compile(r' at 0x[0-9a-f]+')
+_MAX_ARGUMENTS = 200
 
 
 def name_objects(node: Any, keys: Sequence[str | int] = ()) -> Any:
@@ -108,4 +113,24 @@ def _name(value: Any) -> str:
         with contextlib.suppress(UserError):
             if objects.resolve(name, '') is value:
                 return name
-    return Named(name if has_name else f'{name}(...)', value)
+    return Named(name if has_name else f'{name}({_arguments(value)})', value)
+
+
+def _arguments(value: Any) -> str:
+    """Returns 'width=8' for an instance of a dataclass, such as a Linen module; else '...'.
+
+    The name identifies the run, so what differs between two instances must be in it.
+    """
+    if not dataclasses.is_dataclass(value):
+        return '...'
+    given = []
+    for field in dataclasses.fields(value):
+        x = getattr(value, field.name, None)
+        is_default = x is field.default or (isinstance(x, _PLAIN) and x == field.default)
+        if field.init and field.repr and not is_default:
+            # Addresses of functions differ between two starts.
+            given.append(f'{field.name}={_ADDRESS.sub("", " ".join(repr(x).split()))}')
+    text = ', '.join(given)
+    if len(text) <= _MAX_ARGUMENTS:
+        return text
+    return f'{text[:_MAX_ARGUMENTS]}... {hashlib.sha256(text.encode()).hexdigest()[:8]}'

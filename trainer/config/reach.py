@@ -29,7 +29,7 @@ def may_be_set(node: Any, keys: Sequence[str | int], depth: int) -> bool:
 
     Args:
         node: the plain value at the first `depth` keys.
-        keys: the path.
+        keys: the key path, as names and indices.
         depth: index of the key in question.
 
     Raises:
@@ -70,7 +70,7 @@ def repair(config: Any, keys: Sequence[str | int]) -> tuple[paths.Keys, bool]:
 
     Args:
         config: the plain config.
-        keys: the path.
+        keys: the key path, as names and indices.
 
     Returns:
         The beginning of the path that could be repaired, and whether that is the whole path.

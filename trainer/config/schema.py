@@ -135,7 +135,7 @@ def section_below(path: str, hint: Any) -> tuple[str, type] | None:
     Of a key with several sections by name, such as `evals`, the path is `evals.<name>`.
 
     Args:
-        path: the key path.
+        path: key path of the key.
         hint: the type of the key.
     """
     hint = without_none(hint)
@@ -185,7 +185,7 @@ def _read_section(section: type, node: Any, path: str, config: Mapping[str, Any]
     """Returns a section.
 
     Args:
-        section: its class.
+        section: the dataclass of the section.
         node: its value in the config.
         path: its key path, for messages.
         config: the whole plain config, for suggestions.

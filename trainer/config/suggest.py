@@ -65,7 +65,7 @@ def did_you_mean(path: str, config: Mapping[str, Any], more: Iterable[str] = ())
     """Returns 'Did you mean config.x.y?', or where to look if nothing is similar.
 
     Args:
-        path: the unknown path.
+        path: the key path that the config does not have.
         config: the plain config.
         more: valid paths that the config does not contain.
     """

@@ -27,7 +27,7 @@ def message(config: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
 
     Args:
         config: the plain config.
-        keys: the path.
+        keys: the key path, as names and indices.
         depth: index of its first unknown key.
     """
     path = f'config.{paths.join(keys)}'

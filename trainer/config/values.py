@@ -37,10 +37,10 @@ def parse(
     """Returns the value of an override.
 
     Args:
-        text: text of the override.
+        text: what the override sets: the text after '='.
         old: value of the key until now; None if it has none.
         hint: type of the key; None if it has none, as arguments of targets.
-        keys: key path.
+        keys: key path, as names and indices.
         path: the same as 'config.a.b', for messages.
         annotation: returns the annotation of the argument that the key is.
 
@@ -74,8 +74,8 @@ def convert(
     annotation decides about sequences, and any other value is accepted.
 
     Args:
-        value: the literal.
-        text: its text.
+        value: the value that the text stands for, as a Python literal.
+        text: the text that was given.
         old: value of the key until now; None if it has none.
         hint: type of the key; None if it has none, as arguments of targets.
         path: 'config.a.b', for messages.
@@ -262,8 +262,8 @@ def _convert_element(value: Any, hint: Any, others: Sequence[Any], path: str) ->
     """Returns an element with the type of its annotation, or else that of one of the old elements.
 
     Args:
-        value: the element.
-        hint: its annotation.
+        value: one element of the sequence.
+        hint: the annotation of the element.
         others: the old elements that it may be like.
         path: its path, for messages.
     """

@@ -34,7 +34,7 @@ def resolve_word(value: Any, parameter: inspect.Parameter, path: str) -> Any:
 
     Args:
         value: the config value of an argument.
-        parameter: the parameter of the target.
+        parameter: the parameter that the word is given for.
         path: key path of the value, for messages.
 
     Raises:

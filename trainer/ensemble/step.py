@@ -110,7 +110,7 @@ class PerMember(clu.metrics.Metric):
     """A tree of metrics whose arrays have a leading dimension for the members.
 
     Attributes:
-        stacked: the tree.
+        stacked: tree of arrays (members, ...).
     """
 
     stacked: Any

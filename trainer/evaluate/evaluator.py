@@ -20,7 +20,7 @@ from trainer.config.errors import UserError
 from trainer.evaluate.host_scores import HostScores, StepWithRows
 from trainer.evaluate.model_form import find_fresh_collections
 from trainer.evaluate.prediction import Prediction
-from trainer.evaluate.score import Score, check_fields, check_names
+from trainer.evaluate.score import Score, check_fields, check_names, list_arrays
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.input.batch import LoadedBatch
 from trainer.input.data import EvalData
@@ -148,6 +148,8 @@ class Evaluator:
         )
         # From shapes alone: a metric that cannot be computed is found before training starts.
         self._trial_metrics = self._check_metrics()
+        with self._add_name_to_errors():
+            jax.eval_shape(self.step.task.collect, ensemble_output)
         if self._score is not None:
             prediction = self._trace_prediction(state)
             check_names(self._score, prediction.computed, prediction.unchanged)
@@ -165,10 +167,15 @@ class Evaluator:
         try:
             yield
         except UserError as error:
-            raise UserError(f'{self.path}: {error}') from error
+            raise self._with_path(error) from error
         except Exception as error:
             error.add_note(f'This happened in the metrics of {self.path}')
             raise
+
+    def _with_path(self, error: UserError) -> UserError:
+        """Returns the error with the path of the evaluation, once."""
+        text = str(error)
+        return UserError(text if text.startswith(f'{self.path}.') else f'{self.path}: {text}')
 
     def _output_shapes(self, state: TrainState) -> Any:
         shapes = None
@@ -337,14 +344,17 @@ class Evaluator:
         if self._score is None and not collecting:
             return None
         by_id = self.data.num_batches is not None
-        return HostScores(self.name, collecting, self._score, by_id=by_id)
+        return HostScores(
+            self.name, collecting, self._score, by_id=by_id, structure=self.data.structure
+        )
 
     def _prefetch_options(self, prediction: Prediction | None) -> dict[str, Any]:
         """Returns which fields of a batch are sent to the devices, and which stay on the host."""
         if prediction is None or self._score is None or self._fields is None:
             return {'fields': self._fields}
         sent = self._all_fields.with_sent(self._fields.sent | prediction.fields.sent)
-        return {'fields': sent, 'host': {*prediction.unchanged.values(), *self._score.fields}}
+        fields = {n for field in self._score.fields for n in list_arrays(field, self.data.spec)}
+        return {'fields': sent, 'host': {*prediction.unchanged.values(), *fields}}
 
     def _leave_out_diverged(self, state: TrainState) -> tuple[int, ...]:
         """Leaves diverged members out of an ensemble, unless all have diverged.

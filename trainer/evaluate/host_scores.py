@@ -13,9 +13,10 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.evaluate.host_rows import AllRows, Arrays, gather_rows
 from trainer.evaluate.prediction import Prediction
-from trainer.evaluate.score import Score, discard, is_streaming
+from trainer.evaluate.score import Score, discard, is_streaming, list_arrays
 from trainer.evaluate.step import EvalStep
 from trainer.input.batch import LoadedBatch
+from trainer.input.structure import Structure
 from trainer.modules.reuse import reuse_calls
 from trainer.observe.summaries import with_summaries
 from trainer.parallel import processes
@@ -81,7 +82,13 @@ class HostScores:
     """
 
     def __init__(
-        self, evaluation: str, collecting: Collecting, score: Score | None, *, by_id: bool
+        self,
+        evaluation: str,
+        collecting: Collecting,
+        score: Score | None,
+        *,
+        by_id: bool,
+        structure: Structure | None = None,
     ):
         """Creates the score of this pass.
 
@@ -90,7 +97,9 @@ class HostScores:
             collecting: names and classes of the collecting metrics.
             score: of the config, if there is one.
             by_id: whether ids are positions in the split.
+            structure: of nested batches.
         """
+        self._structure = structure
         self._evaluation = evaluation
         self._collecting = collecting
         self._score = score
@@ -112,8 +121,9 @@ class HostScores:
             batch: the batch that they were computed from.
         """
         requested = () if self._score is None else self._score.fields
+        names = {name: None for field in requested for name in list_arrays(field, batch.host)}
         # A field that is also predicted under its own name, unchanged, is sent once.
-        fields = [name for name in requested if unchanged.get(name) != name]
+        fields = [name for name in names if unchanged.get(name) != name]
         host = {f'{_FIELD}{name}': batch.host[name] for name in fields}
         host.update({f'{_PREDICTED}{output}': batch.host[n] for output, n in unchanged.items()})
         gathered = gather_rows(self._messages, rows, host, batch)
@@ -186,7 +196,17 @@ class HostScores:
             measured.add(str(name), with_summaries(value))
 
     def _examples(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
-        return {**_with_prefix(arrays, _PREDICTED), **_with_prefix(arrays, _FIELD)}
+        """Returns what the score gets: predictions by name, and the fields that it asks for."""
+        predicted, given = _with_prefix(arrays, _PREDICTED), _with_prefix(arrays, _FIELD)
+        whole = {**predicted, **given}
+        assert self._score is not None
+        fields = {
+            field: whole[field]
+            if field in whole or self._structure is None
+            else self._structure.select(field).rebuild(whole)
+            for field in self._score.fields
+        }
+        return {**predicted, **fields}
 
     def _try(self, act: Any) -> None:
         try:

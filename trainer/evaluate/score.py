@@ -39,7 +39,8 @@ class Score:
     Attributes:
         make: returns the score of one evaluation: a function of all examples, or a
             `StreamingScore`.
-        fields: fields of the batch that it gets in addition to the predictions.
+        fields: fields of the batch that it gets in addition to the predictions: by path if they are
+            nested ('inputs/x'), or all below a path ('inputs').
         path: config path, for messages.
     """
 
@@ -84,6 +85,16 @@ def check_names(score: Score, computed: Iterable[str], unchanged: Mapping[str, s
             )
 
 
+def list_arrays(field: str, names: Iterable[str]) -> list[str]:
+    """Returns the arrays of a batch that a field of a score stands for.
+
+    Args:
+        field: the path of an array, or of a node of a nested batch.
+        names: paths of the arrays.
+    """
+    return [name for name in names if name == field or name.startswith(f'{field}/')]
+
+
 def check_fields(score: Score, spec: Mapping[str, Any], rows: int) -> None:
     """Checks that the batches have the fields that a score asks for.
 
@@ -96,13 +107,16 @@ def check_fields(score: Score, spec: Mapping[str, Any], rows: int) -> None:
         UserError: naming the first that they lack, or that has not one entry for each example.
     """
     for name in score.fields:
-        if name not in spec:
+        names = list_arrays(name, spec)
+        if not names:
             raise UserError(
                 f'{score.path}.fields: the batches have no field {name!r}; they have '
                 f'{", ".join(sorted(spec.keys() - {MASK}))}'
             )
-        if tuple(spec[name].shape[:1]) != (rows,):
-            raise UserError(
-                f'{score.path}.fields: {name!r} has the shape {list(spec[name].shape)} in a batch '
-                f'of {rows} examples; a score only gets fields with one entry for each example'
-            )
+        for array in names:
+            if tuple(spec[array].shape[:1]) != (rows,):
+                raise UserError(
+                    f'{score.path}.fields: {array!r} has the shape {list(spec[array].shape)} in a '
+                    f'batch of {rows} examples; a score only gets fields with one entry for each '
+                    'example'
+                )

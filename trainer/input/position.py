@@ -64,11 +64,15 @@ class DataPosition:
             meta['data_states'] = processes.gather(self._state)
         return meta
 
-    def restart(self) -> None:
-        """Restarts with the first batch."""
+    def restart(self, step: int = 0) -> None:
+        """Moves the data to a step without a checkpoint; a stream restarts from its beginning.
+
+        Args:
+            step: number of completed updates.
+        """
         self._digest, self._state = DataDigest(), None
         # Also after a failed start: the prefetcher may have moved a stream.
-        self._data.restore(0, None)
+        self._data.restore(step, None)
 
     def resume(self, step: int) -> None:
         """Moves the data of this process back to the batch after the last recorded one.

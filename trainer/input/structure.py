@@ -8,7 +8,7 @@ its path: 'inputs/x' in nested dicts, 'pair/0' in a tuple, 'graph/nodes' in a Na
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -100,6 +100,43 @@ class Structure:
 
         return build(self.template)
 
+    def select(self, path: str) -> Structure:
+        """Returns the structure of a node of the tree; its arrays keep their whole paths.
+
+        Args:
+            path: such as 'inputs', of a node and not of an array.
+        """
+        node = self.template
+        for name in path.split('/'):
+            children = {param_path(key): child for key, child in _children(node)}
+            node = children[name]
+        return Structure._from_template(node)
+
+    def restrict(self, names: Collection[str]) -> Structure:
+        """Returns the structure with some of the arrays only, in plain containers.
+
+        The others are left out of dicts, and None in lists and tuples. NamedTuples and other
+        classes become dicts: no caller needs to know them.
+        """
+
+        def prune(node: Any) -> Any:
+            children = _children(node)
+            if not children:
+                return node if node in names else None
+            pruned = [prune(child) for _, child in children]
+            if type(node) in (list, tuple):
+                return type(node)(pruned)
+            keys = [key.key if type(node) is dict else param_path((key,)) for (key,), _ in children]
+            items = zip(keys, pruned, strict=True)
+            return {key: child for key, child in items if jax.tree.leaves(child)}
+
+        return Structure._from_template(prune(self.template))
+
+    @classmethod
+    def _from_template(cls, template: Any) -> Structure:
+        names, treedef = jax.tree.flatten(template)
+        return cls(treedef, tuple(names))
+
     def _difference(self, tree: Any) -> str:
         """Returns how a batch differs from this structure."""
         paths, treedef = _flatten_with_paths(tree)
@@ -144,6 +181,12 @@ def without_mask(tree: Any) -> Any:
     if isinstance(tree, Mapping) and MASK in tree:
         return {name: x for name, x in tree.items() if name != MASK}
     return tree
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    """Returns the items of a node, each with its key path of one key; none for a leaf."""
+    pairs = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    return [(path, child) for path, child in pairs if path]
 
 
 def _flatten_with_paths(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:

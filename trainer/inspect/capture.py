@@ -36,8 +36,8 @@ class CaptureResult:
 
     Attributes:
         row: flat name to value.
-        histograms: by flat name.
-        message: for the user, or None.
+        histograms: histograms by flat name.
+        message: text to print, or None.
     """
 
     row: dict[str, float]
@@ -54,7 +54,7 @@ class Captures:
         """Compiles and writes nothing yet.
 
         Args:
-            captures: by name.
+            captures: settings of each capture, by name.
             forward: the forward pass of the train step.
             directory: where files go; None to write none.
         """
@@ -68,8 +68,8 @@ class Captures:
         """Checks that every pattern matches something.
 
         Args:
-            state: shapes.
-            batch: shapes.
+            state: shapes and dtypes of the train state.
+            batch: shapes and dtypes of a batch.
 
         Raises:
             UserError: for a pattern without a match, naming the paths that exist.
@@ -101,10 +101,10 @@ class Captures:
         """Runs captures and writes their files.
 
         Args:
-            names: of the captures.
+            names: names of the captures that are due.
             step: number of completed updates.
-            state: at this step.
-            batch: of this step.
+            state: train state after this step.
+            batch: the batch that this step consumed.
             stacked: whether `batch` is a stack of the batches of several fused steps.
         """
         # One transfer for everything: the results are replicated, so each device has all of them.
@@ -124,7 +124,7 @@ class Captures:
                 if 'histogram' in capture.what:
                     histograms[where] = histogram(values)
             if 'file' in capture.what and self._directory is not None:
-                arrays = {label: values['rows'] for label, values in matching.items()}
+                arrays = {label: values['examples'] for label, values in matching.items()}
                 messages += self._write(name, capture, step, arrays)
         return CaptureResult(row, histograms, '\n'.join(messages) or None)
 
@@ -137,8 +137,8 @@ class Captures:
 
     def _make_function(self, due: Sequence[Capture]) -> Callable[[TrainState, Batch], Any]:
         what = frozenset[str]().union(*(capture.what for capture in due))
-        # One program serves all captures that are due, so it returns as many rows as the largest
-        # one wants. `_write` truncates them for the others.
+        # One program serves all captures that are due, so it returns as many examples as the
+        # largest one wants. `_write` truncates them for the others.
         rows = max((capture.rows for capture in due if 'file' in capture.what), default=0)
         measure = make_measure(what, rows)
 
@@ -184,8 +184,8 @@ class Captures:
         assert self._directory is not None
         folder = self._directory / 'capture' / name
         folder.mkdir(parents=True, exist_ok=True)
-        rows = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
-        size = write_npz(folder / f'{step}.npz', rows)
+        arrays = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
+        size = write_npz(folder / f'{step}.npz', arrays)
         # By number: as text, '1000.npz' comes before '200.npz'.
         steps = sorted(int(path.stem) for path in folder.glob('*.npz') if path.stem.isdigit())
         # Files of later steps are left over from before the run was resumed at an earlier step.

@@ -30,8 +30,8 @@ class Gradient:
     """The gradient with respect to one value.
 
     Attributes:
-        path: of the module whose output the value is, or its name in `self.perturb`.
-        gradient: of the loss, in the shape of the value, with a leading dimension for each
+        path: path of the module whose output the value is, or its name in `self.perturb`.
+        gradient: gradient of the loss, in the shape of the value, with a leading dimension for each
             enclosing scan. For a module that is called several times, the sum over the calls;
             calls with outputs of another shape have their own entry ('embed#1').
         value_norm: L2 norm of the value over these calls; None for a value of `self.perturb`.
@@ -123,7 +123,7 @@ def _to_gradients(grads: Any, records: list[Any]) -> list[Gradient]:
     """Returns the gradients in the order of the calls, with the norms of the values.
 
     Args:
-        grads: with respect to the perturbations, a nested dict.
+        grads: gradients with respect to the perturbations, a nested dict.
         records: the recorded calls, with the sums of squares of the outputs.
     """
     squares: dict[str, dict[str, float]] = {}

@@ -34,8 +34,8 @@ class Row:
     """A module without its submodules, which have their own rows.
 
     Attributes:
-        path: of the module.
-        kind: its class.
+        path: path of the module.
+        kind: name of the module's class.
         output: shape of its (first) output for a whole batch, with a leading dimension for each
             enclosing scan.
         parameters: number of values.
@@ -74,8 +74,8 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
 
     Args:
         forward: the forward pass of the train step.
-        state: shapes.
-        batch: shapes.
+        state: shapes and dtypes of the train state.
+        batch: shapes and dtypes of a batch.
     """
     state = dataclasses.replace(state, metrics=None)
 

@@ -132,7 +132,7 @@ class Monitors:
         Args:
             batch: the last batch that the run has consumed.
             step: number of completed updates.
-            state: at this step.
+            state: train state after this step.
 
         Raises:
             NonFiniteError: see `config.guard`.

@@ -50,7 +50,7 @@ def warn_of_other_dtypes(programs: Programs, model: Functional) -> None:
 
     Args:
         programs: the training programs.
-        model: their model.
+        model: the model that they train.
     """
     compute = model.precision.compute
     if compute is None or jnp.dtype(compute).itemsize >= 4:
@@ -66,7 +66,7 @@ def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
     Args:
         programs: the training programs.
         model: their model, with a `precision.compute`.
-        jaxpr: of the step.
+        jaxpr: jaxpr of the step.
     """
     requested = jnp.dtype(model.precision.compute)
     operations = model_operations(jaxpr)
@@ -91,7 +91,7 @@ def model_operations(jaxpr: Any) -> dict[ProductKey, float]:
     """Returns the operations of the model's products and convolutions, in order of occurrence.
 
     Args:
-        jaxpr: of a step or a part of it; the model has a `Precision` with `compute`.
+        jaxpr: jaxpr of a step or a part of it; the model has a `Precision` with `compute`.
     """
     operations = flops.count_by_key(jaxpr, _key_of, ProductKey())
     return {key: n for key, n in operations.items() if key.in_model}

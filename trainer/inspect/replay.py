@@ -43,7 +43,7 @@ class ReplayStart:
     Attributes:
         step: number of completed updates.
         state: a copy of the state, or None if only the position in the data is known.
-        position: of a stream; None for data that is a function of the step.
+        position: position of a stream; None for data that is a function of the step.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Reader:
     """Rereads batches that a run has read before.
 
     Attributes:
-        data: the training data.
+        data: loader of the training data, and what is known of it.
         mesh: the device mesh.
         batch_size: examples of the global batch.
         fields: the batch fields that are sent to the devices.

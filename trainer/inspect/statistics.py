@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of captured arrays: scalars, a histogram, or the first rows."""
+"""Statistics of captured arrays: scalars, a histogram, or the first examples."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_measure(what: frozenset[str], rows: int) -> Callable[[jax.Array], dict[
 
     Args:
         what: some of 'summary', 'histogram' and 'file'.
-        rows: number of rows of an array that go into a file.
+        rows: number of examples of an array that go into a file.
     """
 
     def measure(x: jax.Array) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def make_measure(what: frozenset[str], rows: int) -> Callable[[jax.Array], dict[
         if 'histogram' in what:
             measured['counts'] = bin_counts(x)
         if 'file' in what:
-            measured['rows'] = (x[:rows] if x.ndim else x).astype(jnp.float32)
+            measured['examples'] = (x[:rows] if x.ndim else x).astype(jnp.float32)
         return measured
 
     return measure

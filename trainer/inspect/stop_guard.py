@@ -108,8 +108,8 @@ class StopGuard:
 
         Args:
             step: number of completed updates.
-            state: at this step; assumed to be finite.
-            position: of a stream, or None.
+            state: train state after this step; assumed to be finite.
+            position: position of a stream, or None.
         """
         # Left over from an earlier call of `fit`.
         self._pending = self._candidate = self._checked_step = None
@@ -155,7 +155,7 @@ class StopGuard:
 
         Args:
             step: number of completed updates.
-            state: at this step.
+            state: train state after this step.
 
         Raises:
             NonFiniteError: if a value is not finite, naming the step and where it began; for an
@@ -328,8 +328,8 @@ class StopGuard:
 
         Args:
             number: index of the task's check that failed.
-            value: the label.
-            step: whose batch has it.
+            value: the label that is out of range.
+            step: the step whose batch has it.
         """
         self._stop_reading()
         data = self._reader.data

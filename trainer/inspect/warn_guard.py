@@ -38,7 +38,7 @@ class WarnGuard:
 
         Args:
             step: number of completed updates.
-            state: at this step.
+            state: train state after this step.
             row: the newest value of each metric, by flat name.
 
         Returns:

@@ -32,11 +32,11 @@ class Binding:
     """The values that a model is bound to.
 
     Attributes:
-        definition: the module.
-        params: its parameters.
+        definition: static description of the module, without arrays.
+        params: parameters of the module, a nested dict of arrays.
         collections: its other variables, by collection name.
         rng: a key for all RNG streams, keys by stream name, or None.
-        training: the training flag.
+        training: whether dropout drops and batch norm updates.
         models: the bound submodules that were read so far: a submodule that is used in several
             places is one object.
     """

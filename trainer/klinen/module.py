@@ -219,7 +219,7 @@ def _require_bound(method: Callable[..., Any], *, always: bool) -> Callable[...,
     """Makes a method raise `UnboundError` when the module has no variables.
 
     Args:
-        method: the method.
+        method: the method that needs a bound module.
         always: whether it always needs variables, or only if it calls a method that does.
     """
 

@@ -27,7 +27,10 @@ from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.step import EMA
+from trainer.input.structure import Structure
 from trainer.modes.command import Command, restore, workdir_of
+from trainer.modules.model_view import param_path
+from trainer.modules.shapes import describe
 from trainer.observe import logfile
 from trainer.observe.table import nbytes
 from trainer.parallel.host import fetch
@@ -95,7 +98,7 @@ def write(
     Args:
         evaluator: determines the task, the fields of a batch, and whether the parameters are the
             moving average.
-        state: state of a checkpoint.
+        state: train state of a checkpoint.
         directory: created if missing; files of an earlier export are replaced.
         axes: names of the run's mesh axes, which the model may mention.
         platforms: platforms that the function is compiled for.
@@ -114,7 +117,10 @@ def write(
     variables = fetch(evaluator.variables(state))
     saved = {name: tree for name, tree in variables.items() if name != EMA}
     is_embedded = nbytes(saved) <= max_embedded_bytes
-    predict = _Predict(prediction, int(state.step), variables if is_embedded else None)
+    rows = None if evaluator.data.num_shapes is None else evaluator.data.rows
+    predict = _Predict(
+        prediction, int(state.step), variables if is_embedded else None, whole_rows=rows
+    )
     spec = _spec(prediction, evaluator.name)
     # The model may name axes of the run's mesh, but callers of the function need not have it.
     single_device = jax.make_mesh(
@@ -172,24 +178,44 @@ class _Predict:
     """The predictions as a function of the fields that they depend on; zeros replace the others."""
 
     def __init__(
-        self, prediction: Prediction, count: int, variables: Any, unused: Fields | None = None
+        self,
+        prediction: Prediction,
+        count: int,
+        variables: Any,
+        unused: Fields | None = None,
+        structure: Structure | None = None,
+        whole_rows: int | None = None,
     ):
         self.prediction, self.count, self.variables = prediction, count, variables
         self.unused = unused or {}
+        # Examples of a batch whose arrays may have any first dimension; None for batches of rows.
+        self.whole_rows = whole_rows
+        # Of the batches that it takes; None for a dict of arrays.
+        self.structure = structure
 
     def __call__(self, *args: Any) -> dict[str, jax.Array]:
-        *given, batch = args
+        *given, tree = args
+        batch = tree if self.structure is None else self.structure.flatten(tree, 'the batch')
         # As JAX arrays: a model may index them with traced values, which numpy arrays refuse.
         variables = jax.tree.map(jnp.asarray, given[0] if given else self.variables)
-        size = next(iter(batch.values())).shape[0]
-        fill = {n: jnp.zeros((size, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
+        if self.whole_rows is None:
+            size = next(iter(batch.values())).shape[0]
+            fill = {n: jnp.zeros((size, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
+        else:
+            size = self.whole_rows
+            fill = {n: jnp.zeros(s.shape, s.dtype) for n, s in self.unused.items()}
         whole = {**batch, **fill, MASK: jnp.ones(size, bool)}
         # Batch number 0 and a mask without padding: callers pass whole batches.
         outputs = self.prediction(variables, jnp.int32(self.count), jnp.int32(0), whole)
         return {name: x for name, x in outputs.items() if name != MASK}
 
-    def without_fields(self, unused: Fields) -> _Predict:
-        return _Predict(self.prediction, self.count, self.variables, unused)
+    def with_fields(self, used: Fields, unused: Fields) -> _Predict:
+        structure = self.prediction.step.task.structure
+        if structure is not None:
+            structure = structure.restrict(used)
+        return _Predict(
+            self.prediction, self.count, self.variables, unused, structure, self.whole_rows
+        )
 
 
 def _export(
@@ -216,7 +242,8 @@ def _export(
     ] or spec
     unused = {name: s for name, s in spec.items() if name not in used}
     used_spec = {name: spec[name] for name in used}
-    return _export_any_batch_size(predict.without_fields(unused), leading, used_spec, platforms)
+    predict = predict.with_fields(used_spec, unused)
+    return _export_any_batch_size(predict, leading, used_spec, platforms)
 
 
 def _export_any_batch_size(
@@ -229,14 +256,21 @@ def _export_any_batch_size(
     )
     # The name is part of `export.json`: shapes are written as 'float32[rows, 10]'.
     (rows,) = export.symbolic_shape('rows')
+
+    def arrange(fields: Fields) -> Any:
+        structure = predict.structure
+        return dict(fields) if structure is None else structure.rebuild(fields)
+
+    if predict.whole_rows is not None:
+        shapes = ', '.join(f'{n}: {describe(s)}' for n, s in spec.items())
+        _log.warning('The exported function only takes batches of one shape: %s', shapes)
+        return export_for(*abstract, arrange(spec))
     try:
-        return export_for(
-            *abstract,
-            {n: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype) for n, s in spec.items()},
-        )
+        any_size = {n: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype) for n, s in spec.items()}
+        return export_for(*abstract, arrange(any_size))
     except Exception as error:
         # If the batch size was not the problem, this raises the model's own error.
-        function = export_for(*abstract, spec)
+        function = export_for(*abstract, arrange(spec))
         _log.warning(
             'The exported function only takes batches of %d examples, because the model computes '
             'with the batch size (%s). Use x.shape[0] instead of len(x) in the model',
@@ -250,7 +284,7 @@ def _describe_function(function: export.Exported, arguments: list[str]) -> dict[
     return {
         'function': FUNCTION,
         'arguments': arguments,
-        'batch': _describe_arrays(function.in_tree, function.in_avals)[0][-1],
+        'batch': _list_by_path(_describe_arrays(function.in_tree, function.in_avals)[0][-1]),
         'outputs': _describe_arrays(function.out_tree, function.out_avals),
         'platforms': list(function.platforms),
         'requires': {name: importlib.metadata.version(name) for name in REQUIRES},
@@ -259,3 +293,7 @@ def _describe_function(function: export.Exported, arguments: list[str]) -> dict[
 
 def _describe_arrays(tree: Any, avals: Sequence[Any]) -> Any:
     return jax.tree.unflatten(tree, [f'{x.dtype}[{", ".join(map(str, x.shape))}]' for x in avals])
+
+
+def _list_by_path(tree: Any) -> dict[str, str]:
+    return {param_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}

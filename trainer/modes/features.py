@@ -20,9 +20,10 @@ def precompute(
     """Writes the predictions of an evaluation to an .npz file, for `trainer.data.npz:Npz`.
 
     Args:
-        trainer: of the run; all processes must call this function, and the main process writes.
+        trainer: trainer of the run; all processes must call this function, and the main process
+            writes.
         evaluation: its name in the config; its task is `trainer.tasks:Features` or has `predict`.
-        path: path of the file.
+        path: the .npz file to write.
         state: state to predict with; by default that of a fresh run, with the weights of
             `config.init_from`.
 

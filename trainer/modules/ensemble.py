@@ -44,7 +44,7 @@ class EnsembleModel(BoundModel):
         """Binds; nothing runs before a call.
 
         Args:
-            functional: the module.
+            functional: the model of one member.
             variables: the variables of all members.
             keys: the random keys of the members, apart from the seed.
             seeds: int32 (members,).

@@ -55,7 +55,7 @@ def run_with_linen(run: Callable[[], Any], parts: list[Any], training: bool) -> 
     Args:
         run: calls the NNX module.
         parts: its bridges, from `linen_parts`.
-        training: the training flag.
+        training: whether dropout drops and batch norm updates.
     """
     # Restored afterwards: the module is a part of the graph, which must not change in a call.
     modules = [compat.linen_module(part) for part in parts]

@@ -181,7 +181,7 @@ class CallRecord:
         path: path of the module, '' for the model.
         name: the path, with the index of the layer in a scan over layers ('blocks/mlp[3]'), and
             with the index of the call if there are several ('mlp#1').
-        value: the record.
+        value: what was recorded for the call: arrays, or a tree of arrays.
     """
 
     path: str

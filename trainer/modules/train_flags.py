@@ -116,7 +116,7 @@ def call_with_training(
     Args:
         getters: functions that lead from the bound module to a method or submodule, applied one
             after the other; empty for the module's `__call__`.
-        training: the training flag.
+        training: whether dropout drops and batch norm updates.
         module: bound to its variables.
         *args: positional arguments of the call.
         **kwargs: keyword arguments of the call.
@@ -141,7 +141,7 @@ def pass_training_to_layers(
     """Passes the training flag to the layers of an `nn.Sequential`, which does not do so itself.
 
     Args:
-        training: the training flag.
+        training: whether dropout drops and batch norm updates.
         top: the `nn.Sequential`; None if it is the whole model.
     """
 
@@ -183,7 +183,7 @@ def with_flags(
         target: a module, method or function.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
-        training: the training flag.
+        training: whether dropout drops and batch norm updates.
 
     Returns:
         The arguments of the call with the flags.

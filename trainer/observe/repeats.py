@@ -18,7 +18,7 @@ class Line:
     """One line of a table.
 
     Attributes:
-        path: of the entry, or of all that are folded: 'block_0..23/attention/kernel'.
+        path: path of the entry, or of all that are folded: 'block_0..23/attention/kernel'.
         entry: index of the first entry on this line.
         count: number of entries on this line.
     """
@@ -35,8 +35,8 @@ def fold(paths: Sequence[str], contents: Sequence[Hashable]) -> list[Line]:
     everything inside is equal.
 
     Args:
-        paths: of the entries, with '/' between names.
-        contents: of each entry, whatever must be equal in all blocks.
+        paths: paths of the entries, with '/' between names.
+        contents: for each entry, whatever must be equal in all blocks.
     """
     entries = [(tuple(path.split('/')), index) for index, path in enumerate(paths)]
     return _fold(entries, contents, '', 1)

@@ -132,7 +132,7 @@ class Histogram:
         high: the largest value.
         counts: number of values in bins of equal width from `low` to `high`, (bins,). If all values
             are equal, they are in the first bin.
-        mean: of the values.
+        mean: mean of the values.
         std: their standard deviation.
     """
 
@@ -201,7 +201,7 @@ class Arrays:
     """Arrays by name, for files only.
 
     Attributes:
-        arrays: of any shapes.
+        arrays: arrays of any shapes, by name.
     """
 
     arrays: Mapping[str, np.ndarray]

@@ -42,9 +42,9 @@ def write_files(directory: epath.Path, step: int, summaries: Mapping[str, Summar
     """Writes the files of the summaries of a step.
 
     Args:
-        directory: the work directory.
+        directory: work directory of the run.
         step: number of completed steps.
-        summaries: by name, such as `eval/dev/samples`.
+        summaries: summaries by name, such as `eval/dev/samples`.
 
     Returns:
         Their paths.
@@ -61,7 +61,7 @@ def remove_after(directory: epath.Path, step: int) -> None:
     """Removes the summaries and the arrays of metrics of later steps, like the rows of a resume.
 
     Args:
-        directory: the work directory.
+        directory: work directory of the run.
         step: the step that the run resumes from.
     """
     for path in _children(directory / 'summaries'):

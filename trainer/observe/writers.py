@@ -48,7 +48,7 @@ class MetricsFile:
         """Opens the file to append.
 
         Args:
-            path: the file.
+            path: the file `metrics.jsonl`.
             resume_step: rows after this step and an incomplete last line are removed first;
                 damaged lines move to a separate file.
 

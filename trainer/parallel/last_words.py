@@ -36,7 +36,7 @@ def record(status: str, message: str) -> None:
     """Calls the registered functions; returns within a second, even if they hang.
 
     Args:
-        status: for `result.json`.
+        status: how the run ended, as in `result.json`.
         message: why the process ends.
     """
 

@@ -76,7 +76,7 @@ def whole_batch_sharding(
 
     Args:
         mesh: the device mesh.
-        shape: of the array.
+        shape: shape of the array.
         leading_dims: number of dimensions before the first one of the batch.
     """
     if len(shape) > leading_dims and shape[leading_dims] % batch_shards(mesh) == 0:
@@ -125,7 +125,7 @@ class LocalExamples:
         Args:
             x: (local examples, ...), or (steps, local examples, ...) for a sharding with leading
                 dimensions.
-            sharding: of the global array.
+            sharding: sharding of the global array.
         """
         before = len(sharding.spec) - 1
         shape = (*x.shape[:before], self.total, *x.shape[before + 1 :])

@@ -48,7 +48,7 @@ class PeerWatch:
                 process 0 all others.
             number: index of this process.
             count: number of processes.
-            exit_code: of this process when another one has died.
+            exit_code: exit code of this process when another one has died.
             keepalive_secs: seconds after which a host that does not respond is considered dead.
         """
         self._exit_code = exit_code

@@ -131,7 +131,7 @@ def check_agreement(items: Mapping[str, Any]) -> None:
     """Checks that all processes have equal items; all of them must call it.
 
     Args:
-        items: by name; compared as `json.dumps` writes them.
+        items: values by name; compared as `json.dumps` writes them.
 
     Raises:
         UserError: in every process, naming the processes that differ from process 0, and the
@@ -192,14 +192,14 @@ def _gather_bytes(content: bytes) -> list[bytes]:
     # An all-gather needs equal shapes, so the bytes are padded to the longest.
     sizes = _gather(np.array([len(content)], np.uint32))[:, 0]
     padded = np.frombuffer(content.ljust(sizes.max()), np.uint8)
-    return [row[:size].tobytes() for row, size in zip(_gather(padded), sizes, strict=True)]
+    return [array[:size].tobytes() for array, size in zip(_gather(padded), sizes, strict=True)]
 
 
-def _gather(row: np.ndarray) -> np.ndarray:
-    """Returns the row (n,) of every process, as (processes, n)."""
+def _gather(array: np.ndarray) -> np.ndarray:
+    """Returns the array (n,) of every process, as (processes, n)."""
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(row))
+    return np.asarray(multihost_utils.process_allgather(array))
 
 
 @contextlib.contextmanager
@@ -209,8 +209,8 @@ def exit_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
     A normal exit would wait for the other processes, which wait for this one in a collective.
 
     Args:
-        watch: from `join`.
-        stop: of the run.
+        watch: what `join` returned.
+        stop: stop request of the run.
     """
     try:
         yield

@@ -31,7 +31,7 @@ class Parameter:
 
     Attributes:
         path: 'Dense_0/kernel'.
-        shape: its dimensions.
+        shape: size of each dimension.
         itemsize: bytes of an element.
         names: the logical name of each dimension, or None if the model gives none.
     """
@@ -205,7 +205,7 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
     Args:
         params: tree of shapes and dtypes.
         names: the same tree of `PartitionSpec`s of logical names, empty where there are none.
-        rules: in order of precedence.
+        rules: sharding rules, in order of precedence.
         mesh: the device mesh.
 
     Raises:

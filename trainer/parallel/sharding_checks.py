@@ -42,7 +42,7 @@ def count_shards(axes: Axes, mesh: Mesh, who: str) -> int:
     """Returns the number of shards of a dimension that is sharded over `axes`.
 
     Args:
-        axes: of the mesh.
+        axes: names of mesh axes.
         mesh: the device mesh.
         who: the rule that names them, for the message.
 

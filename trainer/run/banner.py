@@ -46,7 +46,7 @@ def summary(
         paths = ', '.join(f'config.{path}' for path in experiment.origin.objects)
         lines.append(
             f'objects      {paths}: of this program, so no command can resume this run; build it '
-            'again in Python with the same objects'
+            'again in Python with the same objects (only their names are compared)'
         )
     if (ensemble := experiment.ensemble) is not None:
         members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]

@@ -34,7 +34,7 @@ def make_evaluator(experiment: Experiment, name: str, mesh: Mesh, params: Params
 
     Args:
         experiment: what is evaluated.
-        name: of the entry.
+        name: name of the entry in `config.evals`.
         mesh: the device mesh.
         params: returns the parameters of a state to evaluate.
 
@@ -50,7 +50,7 @@ class OtherData:
     """Evaluates and predicts data that the config does not have, as an evaluation of it would.
 
     One evaluator is kept for each evaluation, so that calls with arrays of the same shapes and
-    dtypes (the number of rows aside) compile once.
+    dtypes (the number of examples aside) compile once.
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh, params: Params):
@@ -66,7 +66,7 @@ class OtherData:
         """Returns the metrics over the data.
 
         Args:
-            state: the state to evaluate.
+            state: train state to evaluate.
             data: a dict of arrays (examples, ...), or a source.
             evaluation: the one whose task, transforms and batch size are used; None for the only
                 one, or those of training if there is none.
@@ -79,7 +79,7 @@ class OtherData:
     def predict(
         self, state: TrainState, data: Any, evaluation: str | None
     ) -> dict[str, np.ndarray]:
-        """Returns the predictions for all rows of the data, in their order.
+        """Returns the predictions for all examples of the data, in their order.
 
         Arguments and errors as for `evaluate`.
         """
@@ -143,9 +143,9 @@ def run_for_row(
     """Runs an evaluation of a run and opens its row; returns whether it ran to its end.
 
     Args:
-        evaluator: of an entry of `config.evals`.
+        evaluator: evaluator of an entry of `config.evals`.
         step: number of completed updates.
-        state: at this step.
+        state: train state after this step.
         report: gets the row and the time.
         profile: annotates the evaluation.
         should_stop: asked before each batch.
@@ -183,7 +183,7 @@ def bind_model(
 
     Args:
         experiment: what was trained.
-        state: with all members, for an ensemble.
+        state: train state; for an ensemble, that of all members.
         params: returns the parameters of a state to evaluate.
         member: index of the member, for an ensemble.
 

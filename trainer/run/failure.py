@@ -32,7 +32,7 @@ def describe(error: BaseException, step: int) -> dict[str, Any]:
     """Returns the 'error' entry of `result.json`.
 
     Args:
-        error: the exception.
+        error: the exception that ended the run.
         step: number of completed updates when it was raised.
     """
     lines = str(error).splitlines()

@@ -30,7 +30,7 @@ def adopt(
 
     Args:
         experiment: what is trained from here on.
-        programs: of the experiment.
+        programs: programs of the experiment.
         given: a state of this experiment or of a similar one.
         message: prints a line.
 

@@ -73,7 +73,7 @@ class Hooks:
         Args:
             kind: `Event.kind`.
             step: number of completed updates.
-            state: at this step.
+            state: train state after this step.
             stop: receives the request to stop if a hook fails and there are several processes.
             only: names of the hooks to call; by default all, but at 'log', 'eval' and 'save' those
                 without a period.
@@ -184,9 +184,9 @@ class Hooks:
 
         Args:
             step: number of completed updates.
-            state: at this step, None if the run has failed.
-            status: of the run.
-            error: of the run; if there is one, errors of hooks are only logged.
+            state: train state after this step, None if the run has failed.
+            status: how the run ended, as in `result.json`.
+            error: error that ended the run; if there is one, errors of hooks are only logged.
         """
         if not self._started:
             return
@@ -234,7 +234,7 @@ def returned_values(returned: Any, hook: str, kind: str) -> MetricValues:
     Args:
         returned: None, or a dict of numbers, arrays, texts and images by name.
         hook: name of the hook, for messages.
-        kind: of the event.
+        kind: `Event.kind`.
 
     Raises:
         UserError: for anything else, and at events that have no row.

@@ -32,12 +32,12 @@ class Repository:
     """The state of a git repository.
 
     Attributes:
-        directory: its root.
+        directory: root of its working tree.
         commit: the one that is checked out; None before the first commit.
         branch: None for a detached head.
         dirty: whether tracked files differ from the commit; None if git took too long.
         untracked: files and directories that git neither tracks nor ignores.
-        diff: of the tracked files, possibly truncated.
+        diff: `git diff` of the tracked files, possibly truncated.
     """
 
     directory: str

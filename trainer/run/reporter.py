@@ -192,7 +192,7 @@ class Reporter:
 
         Args:
             step: number of completed updates.
-            metrics: the accumulators.
+            metrics: accumulators of the state (`TrainState.metrics`).
             stopped: for an ensemble, bool (members,): which members have diverged. The means over
                 the members leave them out.
         """
@@ -233,7 +233,7 @@ class Reporter:
         """Opens the row of an evaluation, so that hooks can read and extend it.
 
         Args:
-            name: of the evaluation.
+            name: name of the evaluation.
             step: number of completed steps.
             metrics: its values; the arrays and summaries of a `MetricValues` are written too.
         """
@@ -247,7 +247,7 @@ class Reporter:
         """Adds values to the open row.
 
         Args:
-            values: by name: 'eval/dev/bleu', or 'bleu' for a name of the row's own kind.
+            values: values by name: 'eval/dev/bleu', or 'bleu' for a name of the row's own kind.
 
         Raises:
             UserError: if the row has a value of that name.
@@ -300,7 +300,7 @@ class Reporter:
 
         Args:
             step: number of completed steps.
-            summaries: by name below the prefix.
+            summaries: summaries by name below the prefix.
             prefix: 'eval/dev/', for example.
         """
         if not summaries or self._directory is None:
@@ -372,7 +372,7 @@ class OpenRow:
 
     Attributes:
         step: number of completed steps.
-        values: by name below the prefix.
+        values: values by name below the prefix.
         prefix: 'train/', 'eval/dev/' or 'hook/mine/', for example.
         stem: beginning of the names of its files: 'eval_dev'.
         evaluation: its name; None for another row.
@@ -426,7 +426,7 @@ def flat_row(metrics: Any, stopped: Any = None) -> MetricValues:
     For an ensemble: the means over its members, and 'member_<i>/...' for each member.
 
     Args:
-        metrics: the accumulators.
+        metrics: accumulators of the state (`TrainState.metrics`).
         stopped: for an ensemble, bool (members,): members to leave out of the means, unless all
             have stopped.
     """

@@ -64,9 +64,9 @@ def save_completed(
     """Saves the last completed step before an error ends the run.
 
     Args:
-        recovery: saves.
+        recovery: saves the state.
         step: number of completed updates.
-        state: at this step.
+        state: train state after this step.
         error: what ends the run.
         stop: the request to stop, if there was one.
         call: number of the call of `fit`.

@@ -91,7 +91,7 @@ def restore(
         experiment: what was trained.
         checkpoints: those of the work directory.
         programs: the training programs.
-        step: of one of the checkpoints.
+        step: number of a step that was saved.
 
     Raises:
         CheckpointError: if its arrays differ from those that were saved.

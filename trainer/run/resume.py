@@ -172,18 +172,30 @@ class Recovery:
                 f'directory is of step {latest:,}. Use another work directory, or none'
             )
         self._fingerprint_data()
-        paused = self._paused
-        if paused is not None and paused[1] == step:
-            self._consumed.resume(step)
-        else:
-            self._consumed.restart()
-            if step and self._run.experiment.data.is_stream:
-                message('fit(state): the data is a stream, and starts from its beginning.')
+        if not self._move_data_to(step, latest) and step and self._run.experiment.data.is_stream:
+            message('fit(state): the data is a stream, and starts from its beginning.')
         self._restore_early_stopping({})
         # The evaluations of this step are of another run, unless this Trainer has made them.
         names = [n for n in self._run.experiment.evals if self._report.has_eval(n, step)]
         self._report.restore(step, self._report.latest, names)
         return state, step
+
+    def _move_data_to(self, step: int, latest: int | None) -> bool:
+        """Moves the data to a step; returns whether it continues there, and does not restart.
+
+        Args:
+            step: that of a given state.
+            latest: that of the newest checkpoint of the work directory, or None.
+        """
+        if self._paused is not None and self._paused[1] == step:
+            self._consumed.resume(step)
+            return True
+        checkpoints = self._run.checkpoints
+        if checkpoints is not None and latest == step:
+            meta = checkpoints.meta(step, checked.RUN_KEYS)
+            return self._consumed.restore(step, meta, may_restart=True)
+        self._consumed.restart(step)
+        return False
 
     def open(self, step: int) -> None:
         """Opens the run's files, and writes the config and `run.json`.
@@ -305,7 +317,7 @@ class Recovery:
 
         Args:
             step: number of completed updates.
-            state: at this step.
+            state: train state after this step.
             error: what ends the run; it gets a note if the save fails as well.
             is_finite: returns whether a state is finite.
         """
@@ -380,8 +392,8 @@ class Recovery:
         """Records how the run ends, just before the process exits.
 
         Args:
-            status: for `result.json`.
-            message: why.
+            status: how the run ended, as in `result.json`.
+            message: why it ended.
         """
         step = self._report.step
         self._record(status, {'type': None, 'message': message, 'where': None, 'step': step})
@@ -475,8 +487,9 @@ class Recovery:
         """Counts an evaluation for early stopping.
 
         Args:
-            evaluation: its name.
-            values: by name. Without the metric that early stopping watches, nothing is counted.
+            evaluation: name of the evaluation.
+            values: metrics of the evaluation by name. Without the metric that early stopping
+                watches, nothing is counted.
 
         Returns:
             A message if the run ends because of it, None otherwise.

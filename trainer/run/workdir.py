@@ -291,8 +291,8 @@ class Workdir:
         Args:
             status: see `trainer.run.result.Result`; also 'failed' and 'diverged'.
             step: the last step that the run has reached.
-            digest: of the state at that step; None if it was not saved.
-            data_digest: of the batches up to that step; None if it is unknown.
+            digest: digest of the state at that step; None if it was not saved.
+            data_digest: digest of the batches up to that step; None if it is unknown.
             metrics: the newest value of each metric, by flat name.
             error: what ended the run, from `trainer.run.failure.describe`.
         """

@@ -36,7 +36,7 @@ def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, is_custom_step: bo
 
     Args:
         optimizer: the optimizer of the run.
-        opt_state: its state, or the shapes of its state.
+        opt_state: state of the optimizer, or its shapes.
         ema: whether the run keeps a moving average of the parameters.
         is_custom_step: whether `config.step` replaces the default step.
 

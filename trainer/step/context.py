@@ -28,8 +28,8 @@ class StateFacts:
 
     Attributes:
         tx: the complete optax transformation for these parameters.
-        frozen: for each parameter whether it is frozen.
-        replicated: for each parameter whether every device has all of it; None if unknown.
+        frozen: tree of bools: whether each parameter is frozen.
+        replicated: tree of bools: whether every device has all of a parameter; None if unknown.
         all_replicated: whether every device has all of every parameter.
         handles_non_finite: whether the optimizer handles non-finite gradients by itself.
         scales_rates: whether the optimizer state contains factors of the learning rate.

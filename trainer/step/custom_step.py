@@ -38,7 +38,7 @@ from trainer.step.step_metrics import measure, step_metrics
 from trainer.tasks.batch import device_fields
 from trainer.tasks.measured import check_accumulates
 from trainer.tasks.metrics import WeightedMean, is_metric
-from trainer.tasks.runner import TaskRunner, loss_sums, mean_loss, run_checks
+from trainer.tasks.runner import MASK, loss_sums, mean_loss, run_checks
 from trainer.tasks.sums import empty_like as fit_sums
 from trainer.tasks.task import THROUGHPUT, TaskOutput, duplicate_name_message
 from trainer.tasks.weightless import compute_only_needed
@@ -55,20 +55,25 @@ class CustomStepContext:
     Attributes:
         context: the context of the default step.
         state: the state at the beginning of this step.
+        mask: the mask of a nested batch that has no place for it, such as a tuple; or None.
     """
 
     context: StepContext
     state: TrainState
+    mask: jax.Array | None = None
     # Names of the parts that the function has used: see `check_used` and `runs_task`.
     _called: set[str] = dataclasses.field(default_factory=set)
     # The gradients that `gradients` has returned, each with its loss.
     _objectives: list[tuple[Any, Objective]] = dataclasses.field(default_factory=list)
 
     @property
-    def task(self) -> TaskRunner:
+    def task(self) -> Callable[[Any, Any], TaskOutput]:
         """The task, as `task(model, batch) -> TaskOutput` with weights, 0 for padding."""
         self._called.add('task')
-        return self.context.task
+        task = self.context.task
+        if task.structure is None:
+            return task
+        return lambda model, batch: task(model, task.flatten_batch(batch, self.mask))
 
     @property
     def runs_task(self) -> bool:
@@ -136,7 +141,7 @@ class CustomStepContext:
         """
         self._called.add('gradients')
         grads, collections, metrics, objective = train_step.gradients(
-            state, device_fields(batch), self.context
+            state, self.context.task.flatten_batch(batch, self.mask), self.context
         )
         # So that `update` can pass the loss of these gradients to the optimizer.
         self._objectives.append((grads, objective))
@@ -234,8 +239,10 @@ def run(
     state: TrainState, batch: Batch, ctx: StepContext, *, function: CustomStepFunction
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the function of `config.step`, checks its result, and updates the health."""
-    context = CustomStepContext(ctx, state)
-    result = function(state, ctx.task.wrap_batch(batch, 'the function of config.step'), context)
+    view = ctx.task.wrap_batch(batch, 'the function of config.step')
+    mask = None if isinstance(view, Mapping) else batch.get(MASK)
+    context = CustomStepContext(ctx, state, mask)
+    result = function(state, view, context)
     context.check_used()
     new, metrics, findings = check_result(state, result)
     if ctx.tracks_health:
@@ -253,7 +260,7 @@ def _findings(
 
     Args:
         state: the state before the step.
-        batch: the batch of the step.
+        batch: arrays (batch, ...) by field name.
         metrics: the metrics of the function; its losses are found among them by name.
         ctx: the context of the default step.
         labels: whether to check the labels by running the task. The model itself does not run,

@@ -86,7 +86,7 @@ def bind_loss(tx: optax.GradientTransformation, name: str | None) -> optax.Gradi
     """Wraps the optimizer of a group, so that it gets the value and function of its own loss only.
 
     Args:
-        tx: the optimizer.
+        tx: optimizer as an `optax` transformation.
         name: name of the loss; None if the task has one unnamed loss.
     """
     if name is None:
@@ -172,8 +172,8 @@ def structure_error(updates: Any, opt_state: Any, state: TrainState) -> UserErro
     """Returns the error for an optimizer that returned trees of another structure than it got.
 
     Args:
-        updates: its updates.
-        opt_state: its new state.
+        updates: what the optimizer returned as updates.
+        opt_state: what the optimizer returned as its new state.
         state: the state before the update.
     """
     found, expected = map(str, map(jax.tree.structure, (updates, state.params)))

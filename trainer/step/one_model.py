@@ -80,7 +80,7 @@ class TrainStep:
 
         Args:
             state: arrays or their shapes.
-            replicated: for each parameter whether every device has all of it; None if unknown.
+            replicated: tree of bools: whether every device has all of a parameter; None if unknown.
         """
         optimizer, opt_state = self.context.optimizer, state.opt_state
         # Once per run and not in the step: each needs the whole tree, and a step is traced often.

@@ -50,7 +50,7 @@ class Program:
     """A function compiled ahead of time for given shapes, in the background.
 
     Attributes:
-        name: name in messages.
+        name: what messages call it, such as 'step'.
         compile_secs: seconds of tracing and compiling; complete after `executable()`.
         late_secs: the part of it that was spent in calls, after the first compilation.
         compiles: number of compilations so far.
@@ -68,8 +68,8 @@ class Program:
         """Prepares the program; `start` or the first call compiles it.
 
         Args:
-            name: name in messages.
-            fn: the function.
+            name: what messages call it, such as 'step'.
+            fn: function to compile.
             arguments: arrays, or their shapes, dtypes and shardings.
             tracing: returns the context in which `fn` is traced.
             **jit: options of `jax.jit`.
@@ -194,7 +194,7 @@ class ProgramPerShape(Program):
         """Prepares the program for one shape of the batch.
 
         Args:
-            name: name in messages.
+            name: what messages call it, such as 'step'.
             *args: as for `Program`.
             num_shapes: how many shapes there may be.
             where: config path of the data, for messages.
@@ -228,8 +228,8 @@ class ProgramPerShape(Program):
         fields = ', '.join(f'{n}: {describe(x)}' for n, x in batch.items() if n != MASK)
         if number > self._num_shapes:
             raise UserError(
-                f'{self._where}: the batches have more shapes than the {self._num_shapes} that '
-                f'their loader names in `num_shapes`; the newest is {fields}'
+                f'{self._where}: the source has num_shapes={self._num_shapes}, but a batch has one '
+                f'more shape: {fields}. Raise num_shapes, or return fewer shapes from collate'
             )
         _log.warning(
             '%s compiles for another shape of its batches (%d of at most %d): %s',
@@ -255,14 +255,14 @@ def make_program(
     """Returns the program of a function whose last argument is a batch.
 
     Args:
-        name: name in messages.
-        fn: the function.
+        name: what messages call it, such as 'step'.
+        fn: function to compile.
         arguments: as for `Program`.
-        num_shapes: how many shapes the batches may have; None for one.
+        num_shapes: how many shapes whole batches may have; None for batches of rows.
         where: config path of the data, for messages.
         **options: as for `Program`.
     """
-    if num_shapes is None or num_shapes == 1:
+    if num_shapes is None:
         return Program(name, fn, arguments, **options)
     return ProgramPerShape(name, fn, arguments, num_shapes=num_shapes, where=where, **options)
 
@@ -341,7 +341,7 @@ class Programs:
             train_step: the functions of the step.
             spec: shape and dtype of each field of a global batch from the loader.
             mesh: the device mesh.
-            structure: of nested batches; None for a dict of arrays.
+            structure: tree structure of nested batches; None for a dict of arrays.
             sharding: rules that shard parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
             num_shapes: how many shapes whole batches may have; None for batches of rows.
@@ -399,10 +399,12 @@ class Programs:
             update = self._train_step.update
             return jax.lax.scan(lambda s, b: (update(s, b), None), state, batches)[0]
 
-        return Program(
+        return make_program(
             f'the program of {self._fused_steps} train steps',
             run_steps,
             (self.abstract, self._batch((self._fused_steps,))),
+            num_shapes=self._num_shapes,
+            where=self.fields.where,
             tracing=self._tracing,
             donate_argnums=0,
             keep_unused=_keeps_unused_arguments(self._mesh),
@@ -573,9 +575,10 @@ def _keeps_unused_arguments(mesh: Mesh) -> bool:
     move to other buffers, which costs copies and prevents the replay of CUDA graphs. CPUs have no
     such graphs.
     """
-    # On a CPU each argument costs time, too little to measure: without them, a step of the MLP
-    # takes 0.96 [0.83, 1.12] of the CPU time (`tests/benchmarks/beside.py OTHER mlp`, 11 pairs,
-    # jax 0.10.2). `tests/step/test_programs.py` checks the pairs of buffers.
+    # On accelerators only the pairs of buffers have been checked (`tests/step/test_programs.py`),
+    # not the time. On a CPU each argument costs time, too little to measure: without them, a step
+    # of the MLP takes 0.96 [0.83, 1.12] of the CPU time (`tests/benchmarks/beside.py OTHER mlp`, 11
+    # pairs, jax 0.10.2).
     return mesh.devices.flat[0].platform != 'cpu'
 
 

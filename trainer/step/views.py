@@ -23,8 +23,8 @@ class RealAndImaginary(NamedTuple):
     """The real view of a complex parameter, its gradient, or its optimizer state.
 
     Attributes:
-        real: the real part.
-        imaginary: the imaginary part.
+        real: real part of a complex array.
+        imaginary: imaginary part, of the same shape and dtype.
     """
 
     real: Any

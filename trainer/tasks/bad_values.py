@@ -48,7 +48,7 @@ def describe_bad_value(
 def _find_example(
     name: str, check: Check, value: float, blocks: Iterable[Any], *, numbered: bool
 ) -> str:
-    """Returns 'example 37' or 'row 5 of batch 2' for the first match, '' if there is none."""
+    """Returns 'example 37' or 'example 5 of batch 2' for the first match, '' if there is none."""
     batches = 0
     for block in blocks:
         if name not in block.arrays:
@@ -60,11 +60,11 @@ def _find_example(
         same = np.isclose(values.astype(np.float32), value, rtol=1e-6, atol=0, equal_nan=True)
         bad = same & is_out_of_range(check, values)
         # Ids of padding are negative: it repeats an example that is reported itself.
-        rows = bad.reshape(*block.ids.shape, -1).any(-1) & (block.ids >= 0)
-        if rows.any():
-            batch, row = np.argwhere(rows)[0]
+        is_bad = bad.reshape(*block.ids.shape, -1).any(-1) & (block.ids >= 0)
+        if is_bad.any():
+            batch, index = np.argwhere(is_bad)[0]
             if numbered:
-                return f'example {block.ids[batch, row]}'
-            return f'row {row} of batch {batches + batch}'
-        batches += len(rows)
+                return f'example {block.ids[batch, index]}'
+            return f'example {index} of batch {batches + batch}'
+        batches += len(is_bad)
     return ''

@@ -251,7 +251,7 @@ def view_batch(
     Reading a tuple, or another tree that is no dict, reads all that is in it.
 
     Args:
-        structure: of the batch; None for a dict of arrays.
+        structure: tree structure of the batch; None for a dict of arrays.
         fields: the arrays by name; other arguments as for `Batch`.
         reader: description of the code that reads them.
         origins: fields that each one is computed from.

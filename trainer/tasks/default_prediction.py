@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The predictions of a task that has no method `predict`: the output of its call of the model."""
+"""Predictions without a method `predict`, and tasks that have nothing but this method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import clu.metrics
 import jax
+import jax.numpy as jnp
 
 from trainer.config.errors import UserError
 from trainer.modules import seen
@@ -14,19 +16,50 @@ from trainer.modules.model_view import path_names
 from trainer.modules.shapes import describe
 from trainer.tasks.batch import MissingFieldError
 from trainer.tasks.returned import name_of
+from trainer.tasks.task import TaskOutput
 
 # The name of an output that is an array.
 OUTPUT = 'output'
 
 _ADVICE = (
     'Make the task a class with the methods __call__(model, batch) and predict(model, batch); '
-    'predict returns a dict of arrays with one row for each example'
+    'predict returns a dict of arrays with one entry for each example'
 )
 
 
 def has_predict(task: Any) -> bool:
     """Whether a task has a method `predict`."""
     return callable(getattr(task, 'predict', None))
+
+
+class ScoredTask:
+    """A task of an evaluation with a score, made from one that has nothing but a method `predict`.
+
+    It has neither loss nor metrics.
+    """
+
+    metrics = clu.metrics.Collection.create()
+
+    def __init__(self, task: Any):
+        self._named_task = task
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_'):  # Such as `_named_task` itself while an object is copied.
+            raise AttributeError(name)
+        return getattr(self._named_task, name)
+
+    def predict(self, model: Any, batch: Any) -> Any:
+        """Returns the predictions of the task."""
+        return self._named_task.predict(model, batch)
+
+    def __call__(self, model: Any, batch: Any) -> None:
+        """Calls the model as `predict` does, to initialize its variables."""
+        self.predict(model, batch)
+
+    def empty_output(self, mask: jax.Array) -> TaskOutput:
+        """Returns what an evaluation accumulates for a batch with this mask: no metric."""
+        weights = mask.astype(jnp.float32)
+        return TaskOutput(loss=jnp.zeros_like(weights), weights=weights)
 
 
 def predict_by_call(task: Any, model: Any, batch: Any) -> dict[str, Any]:
@@ -57,10 +90,10 @@ def predict_by_call(task: Any, model: Any, batch: Any) -> dict[str, Any]:
 
 
 def shape_message(task: Any, name: str, value: Any, num_examples: int) -> str:
-    """Returns the error message for an output without one row for each example."""
+    """Returns the error message for an output without one entry for each example."""
     return (
-        f'{_explain(task)}. But its {name!r} is {describe(value)}, which has not one row for each '
-        f'of the {num_examples} examples of a batch. {_ADVICE}'
+        f'{_explain(task)}. But its {name!r} is {describe(value)}; expected one entry for each of '
+        f'the {num_examples} examples of a batch. {_ADVICE}'
     )
 
 
@@ -79,9 +112,26 @@ def select_output(task: Any, calls: Sequence[seen.Call]) -> dict[str, Any]:
             f'{_explain(task)}. But the task calls the model within a transformation of JAX, such '
             f'as jax.grad or jax.vmap. {_ADVICE}'
         )
-    root = () if isinstance(call.result, Mapping) else (OUTPUT,)
-    leaves = jax.tree_util.tree_leaves_with_path(call.result)
-    return {'/'.join((*root, *path_names(path))): x for path, x in leaves}
+    is_dict = isinstance(call.result, Mapping)
+    return flatten_outputs(call.result if is_dict else {OUTPUT: call.result})
+
+
+def flatten_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns predictions, which may be nested, by path.
+
+    Raises:
+        UserError: if two of them have the same path, because a name has a '/' in it.
+    """
+    named: dict[str, Any] = {}
+    for output, value in outputs.items():
+        # None has no leaves; as an output it stays, so that it is reported.
+        leaves = [((), None)] if value is None else jax.tree_util.tree_leaves_with_path(value)
+        for path, x in leaves:
+            name = '/'.join((output, *path_names(path)))
+            if name in named:
+                raise UserError(f'two predictions are named {name!r}: rename one of them')
+            named[name] = x
+    return named
 
 
 def _explain(task: Any) -> str:

@@ -47,7 +47,7 @@ class Mixup:
         """Returns the batch with inputs and labels mixed.
 
         Args:
-            batch: fields (batch, ...).
+            batch: arrays (batch, ...) by field name.
             key: random key of the step.
             training: whether this is a training step.
 
@@ -86,7 +86,7 @@ class Resize:
 
     Attributes:
         size: the new height and width.
-        method: of `jax.image.resize`; images that get smaller are smoothed first.
+        method: method of `jax.image.resize`; images that get smaller are smoothed first.
         inputs: field of floating-point images.
     """
 

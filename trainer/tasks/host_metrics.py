@@ -38,7 +38,7 @@ def AUC(
     Args:
         average: over labels or classes: 'micro' pools them, 'macro' is their mean, 'weighted' by
             their number of examples, 'per_class' an array.
-        multi_class: of several classes, 'ovr' compares each with the rest; 'ovo' each with each of
+        multi_class: for several classes, 'ovr' compares each with the rest; 'ovo' each with each of
             the others, for the averages 'macro' and 'weighted'.
         skip_absent: whether means leave out labels without a positive or without a negative
             example; otherwise these are NaN.

@@ -16,10 +16,10 @@ from trainer.modules.ensemble_outputs import mean_softmax
 from trainer.tasks import returned
 from trainer.tasks.checks import Check
 from trainer.tasks.extra_metrics import add_to_means
-from trainer.tasks.metrics import mean_collection
 from trainer.tasks.task import Batch, TaskOutput
 
 _MEANS = ('loss', 'accuracy')
+_ANSWER_MEANS = ('loss', 'exact_match')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,21 +114,30 @@ class Answer:
         lengths: batch key of the number of input tokens, int (batch,).
         targets: batch key of the answer, int (batch, length).
         end: the token that ends an answer.
+        extra_metrics: metrics by name, such as `trainer.metrics:F1`. They may read the outputs
+            `logits`, given the correct tokens before each; `answer`, the generated tokens in
+            evaluation; and `labels`, -1 after the end of an answer.
     """
 
     inputs: str = 'inputs'
     lengths: str = 'lengths'
     targets: str = 'targets'
     end: int = 0
+    extra_metrics: Mapping[str, type[clu.metrics.Metric]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
+
+    def __post_init__(self) -> None:
+        add_to_means(_ANSWER_MEANS, self.extra_metrics)
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
-        """loss in nats per answer, and the share of answers that match exactly.
+        """loss in nats per answer, the share of answers that match exactly, and extra metrics.
 
         In evaluation these are generated answers; in training each token is predicted from the
         correct ones before it.
         """
-        return mean_collection(('loss', 'exact_match'))
+        return add_to_means(_ANSWER_MEANS, self.extra_metrics)
 
     def __call__(self, model: Any, batch: Batch) -> TaskOutput:
         """Returns losses and hits (batch,)."""
@@ -147,7 +156,10 @@ class Answer:
         checks = {self.targets: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
         # Ignored tokens can be any number, so their loss can be NaN: select, do not multiply by 0.
         loss = jnp.where(counts, loss, 0.0).sum(-1)
-        return TaskOutput(loss=loss, metrics={'exact_match': exact}, checks=checks)
+        metrics = {'exact_match': exact}
+        if self.extra_metrics:
+            metrics.update(logits=logits, answer=answer, labels=jnp.where(counts, targets, -1))
+        return TaskOutput(loss=loss, metrics=metrics, checks=checks)
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns the generated answer, int (batch, length)."""

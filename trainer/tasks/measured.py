@@ -44,7 +44,7 @@ class MetricValues(dict[str, float]):
         """Adds a value under a name; the values of a (nested) dict under 'name/key'.
 
         Args:
-            name: flat name.
+            name: name with '/' between its parts.
             value: a number, an array, a summary, or a dict of these. An array of one element is a
                 number.
 
@@ -136,6 +136,20 @@ def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
     named = ((jax.tree_util.keystr(path[-1:], simple=True), x) for path, x in leaves)
     # clu's collections have bookkeeping fields beside their metrics.
     return [(name, x) for name, x in named if not compat.is_reduction_counter(name)]
+
+
+def find_failing_metric(
+    collection: type[clu.metrics.Collection], outputs: Mapping[str, Any]
+) -> str | None:
+    """Returns the name of the first metric that these outputs of a task make fail, or None."""
+    # A collection does not say which of its metrics has failed, so each is tried alone.
+    for name, kind in collection.__annotations__.items():
+        if hasattr(kind, 'from_model_output'):
+            try:
+                kind.from_model_output(**outputs)
+            except Exception:
+                return name
+    return None
 
 
 def check_accumulates(empty: Any, new: Any) -> None:

@@ -37,6 +37,7 @@ _NO_MEAN = (
 
 def name_of(task: Any) -> str:
     """Returns 'mine.task:soft_margin' for a function or class; for an object, its class."""
+    task = getattr(task, '_named_task', task)  # Of a `ScoredTask`, which has no name of its own.
     named = task if inspect.isroutine(task) or inspect.isclass(task) else type(task)
     return public_name(named)
 
@@ -45,7 +46,7 @@ def require_array(output: Any, task: Any, what: str) -> jax.Array:
     """Returns the output of a model as an array.
 
     Args:
-        output: the output of the model.
+        output: what the model returned.
         task: the task that expects an array.
         what: such as 'logits', for the message.
 
@@ -111,7 +112,7 @@ def check_num_examples(loss: Any, mask: jax.Array) -> None:
     """Checks that dimension 0 of a loss is the batch, so that padding can be masked out.
 
     Args:
-        loss: the loss of the task.
+        loss: what the task returned as its loss.
         mask: bool (batch,), False for padding.
 
     Raises:
@@ -128,10 +129,10 @@ def warn_about_pairs(loss: Any, batch: Mapping[str, Any], task: Any) -> None:
     """Warns once about a loss with a value for each pair of examples, a mistake of broadcasting.
 
     Args:
-        loss: the loss of the task.
+        loss: what the task returned as its loss.
         batch: arrays (batch, ...). A loss (batch, batch) is not a mistake if examples are sequences
             of that length, or one longer, for next-token losses.
-        task: the task.
+        task: the task, for its name.
     """
     shapes = [jnp.shape(x) for x in batch.values()]
     size = next((shape[0] for shape in shapes if shape), 1)

@@ -22,10 +22,10 @@ from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.tasks import returned
 from trainer.tasks.batch import (
-    Batch,
     PlainBatch,
     UnsentField,
     device_fields,
+    flatten_batch,
     note_weights,
     reads,
     view_batch,
@@ -36,7 +36,7 @@ from trainer.tasks.collecting import (
     explain_missing_output,
     split_collecting,
 )
-from trainer.tasks.measured import check_accumulates, metrics_by_name
+from trainer.tasks.measured import check_accumulates, find_failing_metric, metrics_by_name
 from trainer.tasks.metrics import broadcast_weights, is_metric, mean_collection
 from trainer.tasks.summaries import check_summaries
 from trainer.tasks.sums import empty_like
@@ -74,8 +74,9 @@ class TaskRunner:
             output of the task is checked in that first trace.
         collecting: names and classes of the metrics that need all examples at once, on the host:
             `clu.metrics.CollectingMetric`. They are not in `metrics`.
-        structure: of nested batches, which the task sees as the loader returns them; None for a
-            dict of arrays. All other code sees the arrays by name.
+        structure: tree structure of nested batches, which the task sees as the loader returns them;
+            None for a dict of arrays. All other code sees the arrays by name.
+        path: the config path of the task, for messages.
     """
 
     task: Callable[..., Any]
@@ -85,12 +86,21 @@ class TaskRunner:
     is_weighted: bool | None = None
     collecting: tuple[tuple[str, type[clu.metrics.CollectingMetric]], ...] = ()
     structure: Structure | None = None
+    path: str = 'config.task'
 
     @classmethod
     def from_task(
-        cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()
+        cls,
+        task: Callable[..., Any],
+        transforms: Sequence[Transform] = (),
+        path: str = 'config.task',
     ) -> TaskRunner:
         """Returns the runner of a task object or of a plain function.
+
+        Args:
+            task: called as `task(model, batch)`.
+            transforms: device transforms.
+            path: the config path of the task, for messages.
 
         Raises:
             UserError: if it cannot be called with a model and a batch.
@@ -109,7 +119,7 @@ class TaskRunner:
                 f'the task {returned.name_of(task)} {duplicate_name_message("metric", name)}'
             )
         on_devices, collecting = split_collecting(metrics)
-        return cls(task, on_devices, tuple(transforms), collecting=collecting)
+        return cls(task, on_devices, tuple(transforms), collecting=collecting, path=path)
 
     def with_host_fields(
         self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
@@ -121,18 +131,47 @@ class TaskRunner:
         """Returns the runner for batches of a structure."""
         return dataclasses.replace(self, structure=structure)
 
-    def wrap_batch(self, batch: Mapping[str, Any], reader: str) -> Batch:
+    def wrap_batch(self, batch: Mapping[str, Any], reader: str) -> Any:
         """Returns the batch of the loader, with the mask, for code other than a task.
 
+        A nested batch whose top is no dict has no place for the mask.
+
         Args:
-            batch: arrays (batch, ...).
+            batch: arrays (batch, ...) by field name.
             reader: description of that code, for messages.
         """
         fields = device_fields(batch)
         rest, unsent = self._hidden_fields(fields)
         rest.update({name: UnsentField(name) for name in unsent})
         origins = {name: frozenset({name}) for name in fields}
-        return Batch({**fields, **rest}, reader, origins=origins)
+        view = view_batch(self.structure, {**fields, **rest}, reader, origins=origins)
+        if self.structure is not None and self.structure.has_place_for_mask and MASK in fields:
+            view[MASK] = fields[MASK]
+        return view
+
+    def flatten_batch(self, batch: Any, mask: Any) -> dict[str, Any]:
+        """Returns the device fields of a batch, as code other than a task has it, by name.
+
+        Args:
+            batch: of the structure of the loader's batches.
+            mask: of the loader's batch, if it has no place in `batch`; None for none.
+
+        Raises:
+            UserError: if fields are missing or new in a nested batch.
+        """
+        if self.structure is None:
+            return device_fields(batch)
+        fields = flatten_batch(batch)
+        known = {*self.structure.names}
+        missing = known - fields.keys() - {kept.name for kept in self.kept}
+        if different := sorted(missing | (fields.keys() - known - {MASK})):
+            raise UserError(
+                f'a nested batch keeps its structure within a step: {", ".join(different)} '
+                f'{"is missing" if missing else "is new"}. Values can be replaced'
+            )
+        if mask is not None and MASK not in fields:
+            fields[MASK] = mask
+        return fields
 
     def prepare_batch(
         self, batch: Mapping[str, Any], keys: Keys | None, *, passing: bool = False
@@ -140,7 +179,7 @@ class TaskRunner:
         """Returns the batch as the task sees it: without the mask, and transformed.
 
         Args:
-            batch: arrays (batch, ...).
+            batch: arrays (batch, ...) by field name.
             keys: the random keys of this step or evaluation batch, for the transforms.
             passing: whether the task may return fields that stay on the host; it cannot compute
                 with them.
@@ -302,7 +341,7 @@ class TaskRunner:
             raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
 
     def summarize(self, model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the summaries of the task, with rows for padding, too."""
+        """Returns the summaries of the task, with entries for padding, too."""
         # The first run alone: in a second one, examples without weight would be replaced.
         return self._run(model, batch)[0].summaries
 
@@ -310,7 +349,7 @@ class TaskRunner:
         """Returns empty accumulators for outputs of these shapes.
 
         Args:
-            output: the shapes of an output.
+            output: shapes of what the task returns.
 
         Raises:
             UserError: naming a metric whose accumulators change shape.
@@ -326,8 +365,11 @@ class TaskRunner:
         """Returns the metrics of one batch.
 
         Args:
-            output: of the task.
+            output: what the task returned.
             collection: other metrics than those of the task that accumulate on the devices.
+
+        Raises:
+            UserError: that of a metric, which it names.
         """
         loss, weights = output.loss, output.weights
         outputs: dict[str, Any] = {'loss': loss}
@@ -340,7 +382,20 @@ class TaskRunner:
         collection = collection or self.metrics or self._means(output)
         # Not `gather_from_model_output`, clu's usual choice: it gathers over an axis of `pmap`, but
         # a step is one program over the global batch.
-        return collection.single_from_model_output(**{**outputs, **output.metrics})
+        outputs.update(output.metrics)
+        try:
+            return collection.single_from_model_output(**outputs)
+        except Exception as error:
+            name = find_failing_metric(collection, outputs)
+            if name is None:
+                raise
+            where = f'the metric {name!r} of the task {returned.name_of(self.task)}'
+            if name in getattr(self.task, 'extra_metrics', ()):
+                where = f'{self.path}.extra_metrics.{name}'
+            if isinstance(error, UserError):
+                raise UserError(f'{where}: {error}') from error
+            error.add_note(f'This happened in {where}')
+            raise
 
     def collect(self, output: TaskOutput) -> dict[str, dict[str, jax.Array]]:
         """Returns the arrays that collecting metrics collect from one batch, by name.

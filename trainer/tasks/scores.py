@@ -36,9 +36,9 @@ def auc(
             their number of examples, 'per_class' an array.
         skip_absent: whether means leave out labels without a positive or without a negative
             example.
-        multi_class: of several classes, 'ovr' compares each with the rest, and 'ovo' each with each
-            of the others (Hand and Till 2001, https://doi.org/10.1023/A:1010920819831). That is a
-            mean over pairs of classes: 'macro', or 'weighted' by their number of examples.
+        multi_class: for several classes, 'ovr' compares each with the rest, and 'ovo' each with
+            each of the others (Hand and Till 2001, https://doi.org/10.1023/A:1010920819831). That
+            is a mean over pairs of classes: 'macro', or 'weighted' by their number of examples.
 
     Returns:
         A float; NaN if a label of the mean has no positive or no negative example. For 'per_class'
@@ -83,8 +83,8 @@ def pearson(targets: Any, predictions: Any, weights: Any = None) -> float:
     """Returns the linear correlation of two arrays, NaN if one of them is constant.
 
     Args:
-        targets: (examples,).
-        predictions: (examples,).
+        targets: numbers (examples,) to predict.
+        predictions: predicted numbers (examples,).
         weights: (examples,); None weighs all equally.
 
     Raises:
@@ -106,8 +106,8 @@ def spearman(targets: Any, predictions: Any, weights: Any = None) -> float:
     An example of weight 2 counts as two of weight 1.
 
     Args:
-        targets: (examples,).
-        predictions: (examples,).
+        targets: numbers (examples,) to predict.
+        predictions: predicted numbers (examples,).
         weights: (examples,); None weighs all equally.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The summaries that a task returns: images, histograms and arrays with a row for each example."""
+"""The summaries that a task returns: images, histograms and arrays with an entry per example."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from trainer.modules.shapes import describe
 from trainer.observe.summaries import Images, Summary, Traced
 from trainer.observe.summary_files import check_name
 
-_EXPECTED = 'Images, Histogram or Arrays of `trainer.summaries`, of arrays with a row per example'
+_EXPECTED = (
+    'Images, Histogram or Arrays of `trainer.summaries`, of arrays with an entry per example'
+)
 
 
 def check_summaries(summaries: Mapping[str, Any], size: int) -> None:
     """Checks the summaries of a task, from shapes.
 
     Args:
-        summaries: by name.
+        summaries: what the task returned as summaries, by name.
         size: number of examples of the batch.
 
     Raises:
@@ -41,7 +43,7 @@ def check_summaries(summaries: Mapping[str, Any], size: int) -> None:
             least = 3 if summary.kind is Images else 1
             if np.ndim(x) < least or not 0 < np.shape(x)[0] <= size:
                 raise UserError(
-                    f'{what} of {describe(x)}; expected one row for each of the {size} examples '
+                    f'{what} of {describe(x)}; expected one entry for each of the {size} examples '
                     f'of the batch, or for the first of them, in at least {least} dimensions'
                 )
         try:
@@ -51,15 +53,15 @@ def check_summaries(summaries: Mapping[str, Any], size: int) -> None:
 
 
 def create_summaries(summaries: Mapping[str, Any], mask: np.ndarray) -> dict[str, Summary]:
-    """Returns the summaries of a task without the rows of padding.
+    """Returns the summaries of a task without the entries of padding.
 
     Args:
-        summaries: by name, with numpy arrays.
+        summaries: summaries by name, with numpy arrays.
         mask: bool (batch,), False for padding.
     """
     created: dict[str, Summary] = {}
     for name, summary in summaries.items():
-        # If all rows are padding, there is nothing to show.
+        # If all entries are padding, there is nothing to show.
         if all(mask[: len(x)].any() for x in jax.tree.leaves(summary.arrays)):
             created[name] = summary.create(lambda x: x[mask[: len(x)]])
     return created

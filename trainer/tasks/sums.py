@@ -98,7 +98,7 @@ def configure(base: type[M], name: str, **settings: Any) -> type[M]:
     Cached, because the class is part of the pytree type of a state.
 
     Args:
-        base: the metric.
+        base: class of the metric.
         name: name of the subclass, for messages.
         **settings: class attributes, hashable.
     """

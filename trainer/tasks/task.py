@@ -59,7 +59,7 @@ class TaskOutput:
             term.
         checks: range checks by batch key; a value out of range stops the run.
         summaries: `trainer.summaries.Images`, `Histogram` or `Arrays` by name, of arrays with one
-            row for each example, or for the first few. Each evaluation writes those of its first
+            entry for each example, or for the first few. Each evaluation writes those of its first
             batch, without padding. Training does not compute them.
     """
 
@@ -75,7 +75,7 @@ def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:
     """Converts a task's result to a TaskOutput, and checks it.
 
     Args:
-        result: the result of the task.
+        result: what the task returned: a loss, a pair or a `TaskOutput`.
         averaged: whether its metrics are averaged and reported under their names; otherwise they
             are the inputs of the task's own collection.
 

@@ -27,7 +27,7 @@ class KeyedTransform:
     Attributes:
         function: the transform, `function(batch, key=..., training=...)`.
         stream: the name of its RNG stream.
-        takes: which of the two parameters it has.
+        takes: which of the parameters 'key' and 'training' it has.
     """
 
     function: Callable[..., Mapping[str, Any]]
@@ -94,11 +94,11 @@ def apply_transforms(
     """Returns the fields of the batch after all transforms, and their structure.
 
     Args:
-        transforms: the transforms, in order.
+        transforms: device transforms, in the order of their calls.
         fields: arrays (batch, ...).
         hidden: fields that stay on the host; transforms can return them, but not compute with them.
         keys: the random keys of the step; None if no transform needs them.
-        structure: of the batch before the transforms.
+        structure: tree structure of the batch before the transforms.
     """
     batch = {**fields, **hidden}
     for transform in transforms:
@@ -126,11 +126,11 @@ def field_origins(
     """Returns for each transformed field the fields of the loader's batch that it depends on.
 
     Args:
-        transforms: the transforms, in order.
+        transforms: device transforms, in the order of their calls.
         fields: arrays, or their shapes.
         hidden: fields that stay on the host.
         keys: the random keys of the step; None if no transform needs them.
-        structure: of the batch before the transforms.
+        structure: tree structure of the batch before the transforms.
     """
 
     def run(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def optimizer_state(leaves: Leaves, key_paths: Collection[str]) -> Weights:
 
     Args:
         leaves: the arrays of a training state, by key path.
-        key_paths: of the parameters; the slots are boxed in the same way.
+        key_paths: key paths of the parameters; the slots are boxed in the same way.
     """
     # The slots are matched with the parameters by path, so both need the box, or neither.
     box = '' if any(path.endswith(f'/{_BOXED}') for path in key_paths) else f'/{_BOXED}'
@@ -80,7 +80,7 @@ def rename_to_model(weights: Weights, wanted: Collection[str]) -> Weights:
     array moves to the one collection of the model that has its key path.
 
     Args:
-        weights: by path; a path without a counterpart in the model stays.
+        weights: arrays by key path; a path without a counterpart in the model stays.
         wanted: the paths of the model.
     """
     collections = {path.partition('/')[0] for path in wanted if not is_slot(path)}

@@ -53,8 +53,8 @@ class OrbaxLeaf:
     Attributes:
         directory: directory with Orbax's tree.
         keys: key path in the tree.
-        shape: of the array.
-        dtype: of the array.
+        shape: shape of the array.
+        dtype: dtype of the array.
     """
 
     directory: epath.Path
@@ -97,7 +97,7 @@ def slots(optimizer_state: Mapping[str, Any], key_paths: Iterable[str]) -> dict[
 
     Args:
         optimizer_state: leaves by path: 'opt_state/0/mu/Dense_0/kernel'.
-        key_paths: of the parameters: 'Dense_0/kernel'.
+        key_paths: key paths of the parameters: 'Dense_0/kernel'.
     """
     known, matched, rest = set(key_paths), {}, {}
     for path, leaf in optimizer_state.items():
@@ -123,7 +123,7 @@ def align_slots(weights: Weights, wanted: Collection[str]) -> Weights:
     neither optimizer has two slots of that name for it.
 
     Args:
-        weights: by path.
+        weights: arrays by key path.
         wanted: the paths of the model and its optimizer.
     """
     spare = [path for path in weights if is_slot(path) and path not in wanted]
@@ -197,7 +197,7 @@ def load(weights: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> dict[str, ja
 
     Args:
         weights: the arrays to load.
-        wanted: for each of their paths the same shape, a dtype and a sharding.
+        wanted: arrays to read: for each of their paths the same shape, a dtype and a sharding.
     """
     leaves_on_host = {p: leaf for p, leaf in weights.items() if isinstance(leaf, HostLeaf)}
     loaded = {path: _put(leaf.array, wanted[path]) for path, leaf in leaves_on_host.items()}

@@ -143,7 +143,7 @@ def subtree(leaves: Leaves, at: str) -> Leaves:
     """Returns the arrays below a key path, by the rest of their key paths.
 
     Args:
-        leaves: by key path.
+        leaves: leaves of a file, by key path.
         at: the key path: 'model', 'state/ema'; '' for all.
 
     Raises:

@@ -89,7 +89,7 @@ def torch_variables(
     """Returns variables for Linen's `apply` with the values of a PyTorch model, as numpy arrays.
 
     Args:
-        state_dict: that of the PyTorch model, with tensors or numpy arrays.
+        state_dict: `state_dict()` of the PyTorch model, with tensors or numpy arrays.
         variables: those of the Flax model, from `init`, or their shapes; boxes are removed.
         rename: (pattern, replacement) pairs, as in `config.init_from.rename`, from key paths such
             as 'layer1/0/conv1/weight' to those of the Flax model's modules.

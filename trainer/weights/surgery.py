@@ -46,7 +46,7 @@ class Operation(Protocol):
         """Returns the new weights, by path.
 
         Args:
-            weights: by path; must not be changed in place.
+            weights: arrays by key path; must not be changed in place.
 
         Raises:
             UserError: if the operation applies to nothing.
@@ -59,7 +59,7 @@ class Rename:
 
     Attributes:
         pattern: regular expression; it may match a part of a key path.
-        replacement: as for `re.sub`.
+        replacement: text that replaces a match, as for `re.sub`.
     """
 
     pattern: str
@@ -224,7 +224,7 @@ def operate(
     The state has the structure of `tx.init(new_params)`, including masked parameters.
 
     Args:
-        operations: in order.
+        operations: operations of `config.surgery`, in order.
         params: nested dict.
         opt_state: the state of `tx` for these parameters, or None.
         tx: the optimizer; required with `opt_state`.
@@ -284,9 +284,9 @@ def _edit_matching(
     """Returns the weights, edited where the whole key path matches the pattern.
 
     Args:
-        operation: for messages.
+        operation: operation of `config.surgery`, which messages name.
         pattern: regular expression.
-        weights: by path.
+        weights: arrays by key path.
         edit: takes an array and whether it is a slot of an optimizer, and returns the new array.
     """
     where, paths = f'config.surgery: {operation}', _key_paths(weights)

@@ -11,7 +11,7 @@ class DeviceKind:
     """An accelerator, by its vendor's data sheet (TPU: cloud.google.com/tpu/docs; NVIDIA: SXM).
 
     Attributes:
-        memory: bytes.
+        memory: size of its memory in bytes.
         bandwidth: memory bandwidth in bytes per second.
         flops: peak of dense bfloat16 matrix products, per second.
         links: bytes per second to other devices, both directions added.
