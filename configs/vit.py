@@ -102,6 +102,7 @@ def _train_on_imagenet(config: ml_collections.ConfigDict) -> None:
         keys=('image', 'label'),
         encoded=('image',),  # Images of many sizes: the transforms decode them.
     )
+    decode = dict(target='trainer.data.images:Decode', key='image', size=224)
     # To decode and augment, 16 processes of this computer.
     loader = dict(target='trainer.data.grain_loader:GrainLoader', workers=16)
     to_float = dict(target='trainer.data.transforms:Normalize', mean=127.5, std=127.5)
@@ -109,7 +110,7 @@ def _train_on_imagenet(config: ml_collections.ConfigDict) -> None:
         source=dict(source, split='train'),
         loader=loader,
         transforms=(
-            dict(target='trainer.data.encoded_images:RandomResizedCrop', size=224),
+            dict(decode, crop='random', area=(0.05, 1.0)),
             dict(target='trainer.data.transforms:RandomFlip'),
             dict(target='trainer.data.rand_augment:RandAugment', layers=2, magnitude=10.0),
         ),
@@ -125,7 +126,7 @@ def _train_on_imagenet(config: ml_collections.ConfigDict) -> None:
             task=dict(config.task, top_k=(5,)),
             data=dict(
                 source=dict(source, split='validation'),
-                transforms=(dict(target='trainer.data.encoded_images:CenterCrop', size=224),),
+                transforms=(dict(decode, crop='center'),),
                 device_transforms=(to_float,),
                 batch_size=1024,
             ),

@@ -29,8 +29,8 @@ class TFDS(RandomAccessSource):
             data_dir: directory of the datasets; by default that of TFDS.
             keys: fields to read; by default all.
             encoded: fields of images to read as the bytes of their files (JPEG or PNG). Images of
-                different sizes can only be read like this, for a transform that decodes them:
-                `trainer.data.encoded_images`.
+                different sizes can only be read like this, for the transform
+                `trainer.data.images:Decode`.
 
         Raises:
             ValueError: if the dataset is not prepared there in a random-access format, or has no

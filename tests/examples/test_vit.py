@@ -165,7 +165,9 @@ Pictures(data_dir=sys.argv[1], file_format='array_record').download_and_prepare(
 @pytest.mark.parametrize('variant', ['', ':mixer,nnx'])
 def test_the_default_reads_a_dataset_like_imagenet(variant: str, tmp_path: pathlib.Path) -> None:
     """Photographs of different sizes, in the full setting but for the sizes of the model."""
-    pytest.importorskip('PIL', reason='needs the package pillow')
+    pytest.importorskip('PIL')
+    pytest.importorskip('simplejpeg')
+    pytest.importorskip('cv2')
     subprocess.run([sys.executable, '-c', PREPARE, str(tmp_path)], check=True, timeout=300)
     experiment = load_and_build(
         CONFIG + variant,
