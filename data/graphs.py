@@ -187,7 +187,9 @@ def choose_sizes(counts: np.ndarray, graphs: int, number: int) -> list[tuple[int
     usual = counts.mean(0) * graphs + 2 * counts.std(0) * np.sqrt(graphs)
     parts = np.linspace(0, 1, number) if number > 1 else [1.0]
     sizes = {
-        (_round_up(nodes + 1), _round_up(max(edges, 1)))
+        # More nodes than graphs, padding included: an array with as many entries as graphs is taken
+        # to have one for each of them.
+        (_round_up(max(nodes + 1, graphs + 2)), _round_up(max(edges, 1)))
         for nodes, edges in (np.minimum(usual + part * (most - usual), most) for part in parts)
     }
     return sorted(sizes)

@@ -56,6 +56,11 @@ def check_source(source: Source) -> None:
             examples differ in shape.
     """
     missing = [name for name in ('__len__', 'gather') if not hasattr(source, name)]
+    if missing and hasattr(source, 'collate'):
+        raise TypeError(
+            f'the source {_name(source)} makes whole batches with its method collate, so only a '
+            'loader can read it, and no other source'
+        )
     if missing:
         raise TypeError(
             f'the source {_name(source)} has no {missing[0]}; a source has __len__, spec and '

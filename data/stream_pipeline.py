@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from . import nested
+from .collate import is_collating
 from .foreign import as_stage
 from .nested import Tree
 from .order import epoch_order
@@ -55,6 +56,11 @@ class Pipeline:
         for name in ('threads', 'workers'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}: {getattr(self, name)}; expected at least 0')
+        if is_collating(self.source):
+            raise ValueError(
+                f'a stream does not call the collate of {_name(self.source)}: use TrainLoader or '
+                'GrainLoader, or pack or pad the examples in `stages`'
+            )
         if self.workers and not _is_random_access(self.source):
             raise ValueError(
                 f'workers: {self.workers}; {_name(self.source)} has no random access, so only one '

@@ -101,6 +101,19 @@ def molecules(n: int = 40, seed: int = 0, num_shapes: int = 3) -> GraphSource:
     return GraphSource(Molecules(n, seed), num_shapes=num_shapes)
 
 
+class BareGraphs(GraphSource):
+    """A batch is the tuple alone, with the labels as its globals."""
+
+    def collate(self, examples: list[Any], rows: int) -> Any:
+        batch = super().collate(examples, rows)
+        return batch['graph']._replace(globals=batch['label'])
+
+
+def bare_molecules(n: int = 40, seed: int = 0) -> BareGraphs:
+    """Returns the source of graphs without a dict around them."""
+    return BareGraphs(Molecules(n, seed))
+
+
 class GraphNet(nn.Module):
     """One round of messages, and the sum over the nodes of each graph."""
 
@@ -126,14 +139,25 @@ class Molecular:
         return {'logits': model(batch['graph']), 'number': batch['number']}
 
 
+class BareMolecular(Molecular):
+    """The same task for graphs without a dict around them."""
+
+    def __call__(self, model: Any, batch: Any) -> TaskOutput:
+        return super().__call__(model, {'graph': batch, 'label': batch.globals})
+
+
 def make_config(kind: str = 'sentences', **changes: Any) -> ml_collections.ConfigDict:
     """Returns a config of 12 steps.
 
     Args:
-        kind: 'sentences' or 'molecules'.
+        kind: 'sentences', 'molecules' or 'bare_molecules'.
         **changes: top-level keys to replace.
     """
-    model, task = {'sentences': ('Tagger', 'Tagging'), 'molecules': ('GraphNet', 'Molecular')}[kind]
+    model, task = {
+        'sentences': ('Tagger', 'Tagging'),
+        'molecules': ('GraphNet', 'Molecular'),
+        'bare_molecules': ('GraphNet', 'BareMolecular'),
+    }[kind]
     source = {'target': f'{HERE}:{kind}'}
     config = ml_collections.ConfigDict()
     config.train_for = '12 steps'

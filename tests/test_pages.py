@@ -100,17 +100,28 @@ def _module(code: str, dotted: list[str]) -> object:
 
 @functools.cache
 def _members() -> dict[str, set[str]]:
-    """Returns the names defined in each class of the packages, by class name.
+    """Returns the names defined in each class of the packages and in its bases, by class name.
 
     Those of classes of one name are united.
     """
     found: dict[str, set[str]] = {}
+    bases: dict[str, set[str]] = {}
     for folder in ('trainer', 'models', 'data'):
         for path in (ROOT / folder).rglob('*.py'):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef):
                     found.setdefault(node.name, set()).update(_names(node))
-    return found
+                    names = {ast.unparse(base).rpartition('.')[2] for base in node.bases}
+                    bases.setdefault(node.name, set()).update(names)
+
+    def with_bases(name: str, above: frozenset[str]) -> set[str]:
+        # A class may have the name of its base: `class Metric(clu.metrics.Metric)`.
+        inherited = (
+            with_bases(base, above | {name}) for base in bases[name] & found.keys() - above
+        )
+        return found[name].union(*inherited)
+
+    return {name: with_bases(name, frozenset({name})) for name in found}
 
 
 def _names(owner: ast.ClassDef) -> Iterator[str]:

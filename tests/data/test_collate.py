@@ -13,7 +13,9 @@ from tests import ragged
 from trainer.data.collate import Collator
 from trainer.data.grain_loader import GrainLoader
 from trainer.data.loader import Block, EvalLoader, TrainLoader
+from trainer.data.mixture import Mixture
 from trainer.data.nested import leaves_with_names
+from trainer.data.streaming import StreamLoader
 from trainer.data.transforms import PerExample
 
 
@@ -183,6 +185,21 @@ def test_a_transform_of_examples_after_one_of_batches_is_refused() -> None:
         ValueError, match=r'transforms\[1\] .* of single examples.*move it to the end'
     ):
         make(transforms=(Doubled(), PerExample(fn=add_noise)))
+
+
+def test_only_these_loaders_collate() -> None:
+    with pytest.raises(ValueError, match='a stream does not call the collate of Ragged'):
+        StreamLoader(source=Ragged(), batch_size=4)
+    with pytest.raises(TypeError, match='Ragged makes whole batches with its method collate'):
+        Mixture(sources=(Ragged(), Ragged()), weights=(1.0, 1.0))
+
+
+def test_a_run_continues_with_another_batch_size() -> None:
+    loader = make(source=Ragged(padding_rows=1), batch_size=4).after([(0, 2), (3, 4)])
+    block = loader.block(3, 2)
+    np.testing.assert_array_equal(block.ids, [[6, 7, 8, 9, -1], [0, 1, 2, 3, -1]])
+    np.testing.assert_array_equal(block.arrays['id'][:, :4], block.ids[:, :4])
+    assert loader.spec['id'].shape == (5,)
 
 
 def test_mistakes_in_a_source() -> None:

@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 import pytest
+from etils import epath
 
 from tests import command, ragged
 from tests.marks import slow_after
 from tests.parallel.group import finish, start
 from trainer import Trainer, build
 from trainer.config.errors import UserError
+from trainer.modes import export
+from trainer.run.failure import NonFiniteError
 from trainer.trainer import Result
 
 ONE_LENGTH = dict(target='tests.ragged:sentences', lengths=(12,))
@@ -62,7 +66,7 @@ def test_more_shapes_than_announced_are_an_error() -> None:
     run = trainer(train_for='40 steps', data=data(batch_size=2))
     run.experiment.data.loader._collator.num_shapes = 2  # type: ignore[attr-defined]
     with pytest.raises(
-        UserError, match=r'more shapes than the 2 .* the newest is tokens: int32\[2'
+        UserError, match=r'num_shapes=2, but a batch has one more shape: tokens: int32\[2'
     ):
         run.fit()
 
@@ -80,6 +84,14 @@ def test_the_same_numbers_on_any_number_of_devices(kind: str, batch_size: int) -
     one, eight = (trainer(kind, devices=n, **changes).fit() for n in (1, 8))
     assert numbers(one) == pytest.approx(numbers(eight), rel=1e-4)
     assert one.metrics['eval/dev/examples'] == 21
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 8])
+def test_a_batch_may_be_a_tuple_without_a_dict(devices: int) -> None:
+    """Its mask follows from the ids."""
+    bare, whole = (trainer(kind, devices=devices).fit() for kind in ('bare_molecules', 'molecules'))
+    assert numbers(bare) == numbers(whole)
 
 
 @pytest.mark.parametrize('kind', slow_after(1, ['molecules', 'sentences']))
@@ -201,6 +213,29 @@ def test_a_value_out_of_range_names_the_field() -> None:
 
 
 @pytest.mark.slow
+def test_a_value_that_is_not_finite_is_found() -> None:
+    """Its steps are run again, on the same batches."""
+
+    def break_one(batch: Any) -> Any:
+        graph = batch['graph']
+        broken = graph.nodes * np.where(batch['number'][0] == 7, np.nan, 1)
+        return {**batch, 'graph': graph._replace(nodes=broken)}
+
+    config = ragged.make_config('molecules')
+    with config.ignore_type():
+        config.data.transforms = (break_one,)
+    with pytest.raises(NonFiniteError, match='graph/nodes in the batch'):
+        Trainer(build(config), mesh=mesh(8)).fit()
+
+
+@pytest.mark.slow
+def test_members_of_an_ensemble_see_the_same_batches() -> None:
+    changes: dict[str, Any] = {'ensemble': dict(size=2), 'data': data('molecules', batch_size=7)}
+    one, eight = (trainer('molecules', devices=n, **changes).fit() for n in (1, 8))
+    assert numbers(one) == pytest.approx(numbers(eight), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_the_guard_and_captures_see_each_shape() -> None:
     changes: dict[str, Any] = {
         'guard': dict(non_finite='warn'),
@@ -209,6 +244,25 @@ def test_the_guard_and_captures_see_each_shape() -> None:
     }
     run = trainer(train_for='20 steps', data=data(batch_size=2), **changes)
     assert run.fit().status == 'finished'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['sentences', 'molecules'])
+def test_an_exported_function_takes_one_shape(kind: str, tmp_path: pathlib.Path) -> None:
+    run = trainer(kind)
+    state, evaluator = run.init_state(), run.set_up().evaluators['dev']
+    about = export.write(evaluator, state, epath.Path(tmp_path))
+    function = jax.export.deserialize(bytearray((tmp_path / export.FUNCTION).read_bytes()))
+    block = evaluator.data.block(0, 1)
+    fields = {name: block.arrays[name][0] for name in about['batch']}
+    assert {name: f'{x.dtype}{list(x.shape)}' for name, x in fields.items()} == about['batch']
+    batch: dict[str, Any] = {}
+    for name, x in fields.items():
+        graph, _, part = name.rpartition('/')
+        (batch.setdefault(graph, {}) if graph else batch)[part] = x
+    (output,) = function.call(batch).values()
+    first = next(iter(run.predict('dev', state)))
+    np.testing.assert_allclose(output[:6], first['odd' if kind == 'sentences' else 'logits'], 1e-5)
 
 
 @pytest.mark.slow

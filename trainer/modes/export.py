@@ -30,6 +30,7 @@ from trainer.evaluate.step import EMA
 from trainer.input.structure import Structure
 from trainer.modes.command import Command, restore, workdir_of
 from trainer.modules.model_view import param_path
+from trainer.modules.shapes import describe
 from trainer.observe import logfile
 from trainer.observe.table import nbytes
 from trainer.parallel.host import fetch
@@ -116,7 +117,10 @@ def write(
     variables = fetch(evaluator.variables(state))
     saved = {name: tree for name, tree in variables.items() if name != EMA}
     is_embedded = nbytes(saved) <= max_embedded_bytes
-    predict = _Predict(prediction, int(state.step), variables if is_embedded else None)
+    rows = None if evaluator.data.num_shapes is None else evaluator.data.rows
+    predict = _Predict(
+        prediction, int(state.step), variables if is_embedded else None, whole_rows=rows
+    )
     spec = _spec(prediction, evaluator.name)
     # The model may name axes of the run's mesh, but callers of the function need not have it.
     single_device = jax.make_mesh(
@@ -180,9 +184,12 @@ class _Predict:
         variables: Any,
         unused: Fields | None = None,
         structure: Structure | None = None,
+        whole_rows: int | None = None,
     ):
         self.prediction, self.count, self.variables = prediction, count, variables
         self.unused = unused or {}
+        # Examples of a batch whose arrays may have any first dimension; None for batches of rows.
+        self.whole_rows = whole_rows
         # Of the batches that it takes; None for a dict of arrays.
         self.structure = structure
 
@@ -191,8 +198,12 @@ class _Predict:
         batch = tree if self.structure is None else self.structure.flatten(tree, 'the batch')
         # As JAX arrays: a model may index them with traced values, which numpy arrays refuse.
         variables = jax.tree.map(jnp.asarray, given[0] if given else self.variables)
-        size = next(iter(batch.values())).shape[0]
-        fill = {n: jnp.zeros((size, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
+        if self.whole_rows is None:
+            size = next(iter(batch.values())).shape[0]
+            fill = {n: jnp.zeros((size, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
+        else:
+            size = self.whole_rows
+            fill = {n: jnp.zeros(s.shape, s.dtype) for n, s in self.unused.items()}
         whole = {**batch, **fill, MASK: jnp.ones(size, bool)}
         # Batch number 0 and a mask without padding: callers pass whole batches.
         outputs = self.prediction(variables, jnp.int32(self.count), jnp.int32(0), whole)
@@ -202,7 +213,9 @@ class _Predict:
         structure = self.prediction.step.task.structure
         if structure is not None:
             structure = structure.restrict(used)
-        return _Predict(self.prediction, self.count, self.variables, unused, structure)
+        return _Predict(
+            self.prediction, self.count, self.variables, unused, structure, self.whole_rows
+        )
 
 
 def _export(
@@ -248,6 +261,10 @@ def _export_any_batch_size(
         structure = predict.structure
         return dict(fields) if structure is None else structure.rebuild(fields)
 
+    if predict.whole_rows is not None:
+        shapes = ', '.join(f'{n}: {describe(s)}' for n, s in spec.items())
+        _log.warning('The exported function only takes batches of one shape: %s', shapes)
+        return export_for(*abstract, arrange(spec))
     try:
         any_size = {n: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype) for n, s in spec.items()}
         return export_for(*abstract, arrange(any_size))

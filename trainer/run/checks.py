@@ -98,7 +98,10 @@ def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> No
     )
     combinations.warn_about_eval_params(experiment.optimizer, state.opt_state)
     warn_of_micro_batch_stats(experiment, state)
-    warn_of_padding_in_batch_stats(programs)
+    if experiment.data.num_shapes is None:
+        warn_of_padding_in_batch_stats(programs)
+    else:
+        warn_of_padding_of_whole_batches(experiment, state)
     warn_of_idle_axes(experiment, state, mesh)
 
 
@@ -135,6 +138,16 @@ def warn_of_padding_in_batch_stats(programs: Programs) -> None:
             'the model has batch statistics, and examples may have weight 0 (%s): in the '
             'statistics, each of them counts as a copy of an example with nonzero weight',
             ' and '.join(why),
+        )
+
+
+def warn_of_padding_of_whole_batches(experiment: Experiment, state: TrainState) -> None:
+    """Warns that batch statistics may include padding that every batch has."""
+    size = experiment.clock.batch_size
+    if 'batch_stats' in state.collections and experiment.data.rows(size) > size:
+        _log.warning(
+            'the model has batch statistics, and each batch has padding, which counts in them if '
+            'the model does not leave it out: nn.BatchNorm takes a mask'
         )
 
 

@@ -228,8 +228,8 @@ class ProgramPerShape(Program):
         fields = ', '.join(f'{n}: {describe(x)}' for n, x in batch.items() if n != MASK)
         if number > self._num_shapes:
             raise UserError(
-                f'{self._where}: the batches have more shapes than the {self._num_shapes} that '
-                f'their loader names in `num_shapes`; the newest is {fields}'
+                f'{self._where}: the source has num_shapes={self._num_shapes}, but a batch has one '
+                f'more shape: {fields}. Raise num_shapes, or return fewer shapes from collate'
             )
         _log.warning(
             '%s compiles for another shape of its batches (%d of at most %d): %s',
@@ -258,11 +258,11 @@ def make_program(
         name: what messages call it, such as 'step'.
         fn: function to compile.
         arguments: as for `Program`.
-        num_shapes: how many shapes the batches may have; None for one.
+        num_shapes: how many shapes whole batches may have; None for batches of rows.
         where: config path of the data, for messages.
         **options: as for `Program`.
     """
-    if num_shapes is None or num_shapes == 1:
+    if num_shapes is None:
         return Program(name, fn, arguments, **options)
     return ProgramPerShape(name, fn, arguments, num_shapes=num_shapes, where=where, **options)
 
@@ -399,10 +399,12 @@ class Programs:
             update = self._train_step.update
             return jax.lax.scan(lambda s, b: (update(s, b), None), state, batches)[0]
 
-        return Program(
+        return make_program(
             f'the program of {self._fused_steps} train steps',
             run_steps,
             (self.abstract, self._batch((self._fused_steps,))),
+            num_shapes=self._num_shapes,
+            where=self.fields.where,
             tracing=self._tracing,
             donate_argnums=0,
             keep_unused=_keeps_unused_arguments(self._mesh),
