@@ -28,8 +28,9 @@ class TFDS(RandomAccessSource):
             split: 'train', 'test[:10%]', ...
             data_dir: directory of the datasets; by default that of TFDS.
             keys: fields to read; by default all.
-            encoded: fields that are not decoded, but stay bytes, such as images of different sizes
-                for `trainer.data.images:Decode`.
+            encoded: fields of images to read as the bytes of their files (JPEG or PNG). Images of
+                different sizes can only be read like this, for the transform
+                `trainer.data.images:Decode`.
 
         Raises:
             ValueError: if the dataset is not prepared there in a random-access format, or has no
@@ -40,8 +41,8 @@ class TFDS(RandomAccessSource):
         methods = tfds.decode.DeserializeMethod
         # If only some fields are asked for, only these are decoded, which takes much longer than
         # reading.
-        is_partial = keys is not None or bool(encoded)
-        method = methods.RAW_BYTES if is_partial else methods.DESERIALIZE_AND_DECODE
+        raw = keys is not None or bool(encoded)
+        method = methods.RAW_BYTES if raw else methods.DESERIALIZE_AND_DECODE
         try:
             data_dir = None if data_dir is None else os.path.expanduser(data_dir)
             items = tfds.data_source(
@@ -55,7 +56,7 @@ class TFDS(RandomAccessSource):
                 f"  builder = tfds.builder({name!r}{where}, file_format='array_record')\n"
                 '  builder.download_and_prepare()'
             ) from error
-        super().__init__(_Fields(items, keys, encoded) if is_partial else items)
+        super().__init__(_Fields(items, keys, encoded) if raw else items)
 
 
 class _Fields:
@@ -66,12 +67,12 @@ class _Fields:
 
         features = records.dataset_info.features
         keys = tuple(features) if keys is None else keys
-        for argument, given, known in (('keys', keys, features), ('encoded', encoded, keys)):
-            if unknown := set(given) - set(known):
-                raise ValueError(
-                    f'{argument}: unknown {sorted(unknown)}; the fields are '
-                    f'{", ".join(sorted(known))}'
-                )
+        unknown = {*keys, *encoded} - set(features)
+        if unknown:
+            raise ValueError(
+                f'keys, encoded: unknown {sorted(unknown)}; the fields are '
+                f'{", ".join(sorted(features))}'
+            )
         # tfds.decode.PartialDecoding, which is meant for this, imports TensorFlow.
         self._features = tfds.features.FeaturesDict({key: features[key] for key in keys})
         self._decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
@@ -85,9 +86,10 @@ class _Fields:
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         # One call of the library reads all records, which is much faster than one call each.
-        return [self._decode(record) for record in self._records.__getitems__(indices)]
+        records = self._records.__getitems__(indices)
+        return [self._decode(record) for record in records]
 
-    def _decode(self, record: bytes) -> Any:
+    def _decode(self, record: Any) -> Any:
         return self._features.deserialize_example_np(record, decoders=self._decoders)
 
 
