@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 import subprocess
 import sys
@@ -184,6 +185,19 @@ def test_images(tfds_directory: str) -> None:
     assert source.spec['image'] == ArraySpec((4, 5, 1), np.dtype('uint8'))
     images = source.gather(np.array([2, 0]))['image']
     np.testing.assert_array_equal(images, np.stack([image(2), image(0)]))
+
+
+def test_encoded_images_are_bytes(tfds_directory: str) -> None:
+    """Those of the file, for a transform that decodes them."""
+    source = TFDS('pictures', split='train', data_dir=tfds_directory, encoded=('image',))
+    files = source.gather(np.array([2, 0]))['image'].tolist()
+    assert all(content.startswith(b'\x89PNG') for content in files)
+    pillow = pytest.importorskip('PIL.Image', reason='needs the package pillow')
+    for content, i in zip(files, (2, 0), strict=True):
+        pixels = np.asarray(pillow.open(io.BytesIO(content)))
+        np.testing.assert_array_equal(pixels, image(i)[..., 0])
+    with pytest.raises(ValueError, match=r"unknown \['photo'\]; the fields are image, label"):
+        TFDS('pictures', split='train', data_dir=tfds_directory, encoded=('photo',))
 
 
 def test_loaders_read_a_tfds_dataset(tfds_directory: str) -> None:
