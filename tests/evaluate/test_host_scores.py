@@ -275,6 +275,19 @@ def test_texts_may_be_nested_and_lists_empty(tmp_path: pathlib.Path) -> None:
     assert written.read_text() == 'a \\ud800 b\n'
 
 
+def lists(examples: Any) -> dict[str, Any]:
+    return {'each': [0.25, np.float32(0.5)], 'one': [3], 'mean': np.float64(0.5)}
+
+
+def test_a_list_of_numbers_is_an_array(tmp_path: pathlib.Path) -> None:
+    found = trainer(scored.config(score={'ref': f'{__name__}:lists'}), tmp_path / 'run').fit()
+    array = np.load(tmp_path / 'run' / 'metrics' / 'eval_dev_2.npz')['each']
+    np.testing.assert_array_equal(array, [0.25, 0.5])
+    assert found.metrics['eval/dev/one'] == 3
+    # As numbers of Python, which print as such.
+    assert {type(value) for value in found.metrics.values()} == {int, float}
+
+
 def test_a_dry_run_computes_no_score(tmp_path: pathlib.Path) -> None:
     trained = trainer(scored.config(score={'ref': 'tests.evaluate.scored:failing'}))
     trained.compile()

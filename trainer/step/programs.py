@@ -221,7 +221,8 @@ class ProgramPerShape(Program):
             return super().__call__(*args)
         if shapes not in self._others:
             self._others[shapes] = self._compile_for(args[-1])
-        return self._others[shapes](*args)
+        # Counted together: all of them may be in flight at once.
+        return self._wait_if_due(self._others[shapes](*args))
 
     def _compile_for(self, batch: Any) -> Program:
         number = len(self._others) + 2
