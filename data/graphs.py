@@ -162,10 +162,14 @@ class GraphSource:
             # One node more: the edges of padding need a node to end at.
             if nodes > needed[0] and edges >= needed[1]:
                 return nodes, edges
+        advice = 'add a larger one, or leave `sizes` out to have them chosen from the data'
+        if self._given is None:
+            advice = (
+                'it was chosen from the items, and a transform has made them larger. Set `sizes`'
+            )
         raise ValueError(
             f'a batch has {needed[0]} nodes and {needed[1]} edges, and the largest of `sizes` has '
-            f'room for {sizes[-1][0] - 1} and {sizes[-1][1]}: add a larger one, or leave `sizes` '
-            'out to have them chosen from the data'
+            f'room for {sizes[-1][0] - 1} and {sizes[-1][1]}: {advice}'
         )
 
 

@@ -189,19 +189,27 @@ def test_a_batch_that_does_not_divide_is_replicated(caplog: pytest.LogCaptureFix
     assert 'Batch sizes such as 7 do' in caplog.text
 
 
-def center(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A device transform of one field, which returns all of them."""
+def unchanged(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A device transform that returns all fields, and computes with one that the model reads."""
+    if 'graph' in batch:
+        return {**batch, 'graph': batch['graph']._replace(nodes=batch['graph'].nodes * 1)}
     return {**batch, 'tokens': batch['tokens'] * 1}
 
 
 @pytest.mark.slow
-def test_device_transforms_run_for_each_shape() -> None:
+@pytest.mark.parametrize('kind', ['sentences', 'molecules'])
+def test_device_transforms_run_for_each_shape(kind: str) -> None:
     """Fields that the task does not read have the shape of their batch there, too."""
-    with_transform = data(device_transforms=(dict(ref=f'{__name__}:center'),))
-    some, none = (
-        trainer(data=each, train_for='20 steps').fit() for each in (with_transform, data())
-    )
-    assert numbers(some) == pytest.approx(numbers(none), rel=1e-6)
+    changed, plain = ragged.make_config(kind), ragged.make_config(kind)
+    for section in (changed.data, changed.evals.dev.data):
+        section.device_transforms = (dict(ref=f'{__name__}:unchanged'),)
+    one, other = (Trainer(build(config), mesh=mesh(1)) for config in (changed, plain))
+    first, second = one.fit(), other.fit()
+    assert numbers(first) == pytest.approx(numbers(second), rel=1e-6)
+    pairs = zip(one.predict('dev', first.state), other.predict('dev', second.state), strict=True)
+    for mine, theirs in pairs:
+        for name, x in mine.items():
+            np.testing.assert_allclose(x, theirs[name], rtol=1e-5)
 
 
 def test_a_value_out_of_range_names_the_field() -> None:

@@ -351,7 +351,7 @@ class Programs:
         self._num_shapes = num_shapes
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
-        fields = Fields.from_spec(spec, 'config.data')
+        fields = Fields.from_spec(spec, 'config.data', num_shapes=num_shapes)
         self._shapes = fields.shapes
         task = train_step.task.with_structure(structure)
         train_step = train_step.with_context(task=task)
@@ -360,7 +360,7 @@ class Programs:
         # later traces are for batches with only those fields.
         with self._tracing(), record_reads() as reads:
             named = _init_shapes(self._first_step, self._shapes)
-        self.fields = fields.with_read(reads.names, num_shapes, train_step.task.transforms)
+        self.fields = fields.with_read(reads.names, train_step.task.transforms)
         train_step = train_step.with_fields(self.fields.host_fields(), reads.weighted)
         shapes = meta.unbox(named)
         with allow_names_for_rules():
