@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from trainer.data.images import Decode
 from trainer.data.loader import EvalLoader, TrainLoader
 from trainer.data.sources import ArraySpec
 from trainer.data.tfds import TFDS
@@ -177,6 +178,17 @@ def test_omitted_fields_are_not_decoded(tfds_directory: str) -> None:
     """Even if no image library is installed."""
     source = TFDS('pictures', split='train', data_dir=tfds_directory, keys=('label',))
     assert source.gather(np.array([2, 0]))['label'].tolist() == [2, 0]
+
+
+def test_encoded_images_are_decoded_and_cropped_by_a_transform(tfds_directory: str) -> None:
+    pytest.importorskip('simplejpeg')
+    pytest.importorskip('cv2')
+    source = TFDS('pictures', split='train', data_dir=tfds_directory, encoded=('image',))
+    assert set(source.spec) == {'image', 'label'}
+    decode = Decode(size=4, crop='center', center=1.0, key='image', channels=1)
+    arrays = EvalLoader(source=source, batch_size=3, transforms=(decode,)).block(0, 1).arrays
+    np.testing.assert_array_equal(arrays['image'][0], np.stack([image(i)[:, :4] for i in range(3)]))
+    assert arrays['label'][0].tolist() == [0, 1, 2]
 
 
 def test_images(tfds_directory: str) -> None:
