@@ -51,7 +51,8 @@ class PaddedSequences:
             cut: whether a sequence longer than the last of `lengths` is cut; otherwise it is an
                 error.
             group: put so many sequences of similar length together, a few batches of them: most
-                batches are then shorter. All items are read once for it. None for random batches.
+                batches are then shorter. All items are read once for it, as they are before any
+                transform. None for random batches.
 
         Raises:
             ValueError: if there are no examples, or an argument is out of range.
@@ -151,6 +152,8 @@ class PaddedSequences:
 
     def _count(self, example: Any) -> int:
         """Returns the length of the sequences of an example."""
+        if not isinstance(example, Mapping):
+            raise ValueError(f'an example is a {type(example).__name__}; expected a dict of arrays')
         lengths = {}
         for name in self._fields:
             if not has_field(example, name):

@@ -80,6 +80,8 @@ def test_mistakes() -> None:
         source(1, lengths=(8, 4))
     with pytest.raises(ValueError, match='has no examples'):
         source()
+    with pytest.raises(ValueError, match='an example is a tuple; expected a dict of arrays'):
+        PaddedSequences([(np.ones(2),)], fields=('0',), lengths=(4,)).collate([(np.ones(2),)], 1)
     with pytest.raises(ValueError, match="no field 'words'; it has tokens, label, name"):
         collate(1, fields=('words',))
     examples = [{'tokens': np.ones(2), 'tags': np.ones(3)}]

@@ -166,11 +166,11 @@ def test_fused_steps_of_one_shape() -> None:
 
 def test_micro_batches_need_an_entry_for_each_example() -> None:
     with pytest.raises(
-        UserError, match=r'accumulate=2: .*graph/nodes.* has not one entry for each'
+        UserError, match=r'accumulate=2: .*graph/nodes.* does not have one entry for each'
     ):
         trainer('molecules', accumulate=2, data=data('molecules', batch_size=7)).fit()
     with pytest.raises(
-        UserError, match=r'accumulate=4: .* 4 micro-batches on 1 device: 6 examples'
+        UserError, match=r'accumulate=4: .* 4 micro-batches on 1 device: it has 6 examples'
     ):
         trainer(accumulate=4).fit()
 

@@ -149,7 +149,7 @@ class Prediction:
             if tuple(self.fields.spec[field].shape[:1]) != rows:
                 raise UserError(
                     f"the task's predict returned the field {field!r} unchanged as {name!r}, which "
-                    f'has not one entry for each of the {rows[0]} examples of a batch'
+                    f'does not have one entry for each of the {rows[0]} examples of a batch'
                 )
         return frozenset(shapes), unchanged
 

@@ -104,7 +104,8 @@ def check_fields(score: Score, spec: Mapping[str, Any], rows: int) -> None:
         rows: number of examples of a batch.
 
     Raises:
-        UserError: naming the first that they lack, or that has not one entry for each example.
+        UserError: naming the first that they lack, or that does not have one entry for each
+            example.
     """
     for name in score.fields:
         names = list_arrays(name, spec)

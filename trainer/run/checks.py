@@ -68,7 +68,9 @@ def _check_whole_batches(experiment: Experiment, shards: int) -> None:
     if parts > 1:
         other = [f'{n} {list(x.shape)}' for n, x in data.spec.items() if x.shape[:1] != (rows,)]
         if other or rows % (shards * parts):
-            why = f'{other[0]} has not one entry for each example' if other else f'{rows} examples'
+            why = f'it has {rows} examples'
+            if other:
+                why = f'{other[0]} does not have one entry for each example'
             raise UserError(
                 f'config.accumulate={parts}: a batch of this source cannot be divided into {parts} '
                 f'micro-batches on {shards} device{"s" if shards != 1 else ""}: {why}. Set '

@@ -186,7 +186,7 @@ class Predictor:
 
         Raises:
             UserError: if a task without a method `predict` calls the model not exactly once, or its
-                output has not one entry for each example.
+                output does not have one entry for each example.
         """
         state = self._resolve_state(state, 'predict(state)')
         if isinstance(data, str):
