@@ -212,9 +212,19 @@ def _divide(
 
 def _to_arrays(batch: Any, maker: Any) -> Any:
     """Returns a batch with numpy arrays only."""
-    batch = map_arrays(np.asarray, batch)
+    name = type(maker).__name__
+
+    def to_array(x: Any) -> np.ndarray:
+        array = np.asarray(x)
+        if array.dtype == object and not isinstance(x, np.ndarray):
+            raise TypeError(
+                f'{name} returned a batch with a {type(x).__name__} in it; expected dicts, lists, '
+                'tuples and NamedTuples of numpy arrays'
+            )
+        return array
+
+    batch = map_arrays(to_array, batch)
     if not leaves_with_names(batch):
-        name = type(maker).__name__
         raise ValueError(f'{name} returned a batch without arrays; expected a tree of arrays')
     return batch
 

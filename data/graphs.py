@@ -69,7 +69,7 @@ class GraphSource:
                 field of the graph, such as a label.
             sizes: shapes of batches, as (nodes, edges) including padding, ascending; for all batch
                 sizes of a run. A batch has the first that it fits in. By default they are chosen
-                for each batch size from the sizes of all graphs, which are read once for it; then
+                for each batch size from the sizes of all graphs, which are read once, here; then
                 every batch fits.
             num_shapes: without `sizes`, how many shapes to choose. More of them waste less on
                 padding, and each is compiled.
@@ -88,9 +88,12 @@ class GraphSource:
         self.num_shapes = len(sizes) if sizes is not None else num_shapes
         self._items = items
         self._given = sizes
+        self._counts: np.ndarray | None = None
+        if sizes is None:
+            # Now, and not at the first batch, which each thread and worker process would wait for.
+            self._counts = np.array([_count(items[i]) for i in range(len(items))])
         # By the number of graphs of a batch.
         self._chosen: dict[int, list[tuple[int, int]]] = {}
-        self._counts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._items)
@@ -104,9 +107,7 @@ class GraphSource:
         if self._given is not None:
             return self._given
         if graphs not in self._chosen:
-            if self._counts is None:
-                counts = [_count(self._items[i]) for i in range(len(self._items))]
-                self._counts = np.array(counts)
+            assert self._counts is not None
             self._chosen[graphs] = choose_sizes(self._counts, graphs, self.num_shapes)
         return self._chosen[graphs]
 
@@ -161,10 +162,14 @@ class GraphSource:
             # One node more: the edges of padding need a node to end at.
             if nodes > needed[0] and edges >= needed[1]:
                 return nodes, edges
+        advice = 'add a larger one, or leave `sizes` out to have them chosen from the data'
+        if self._given is None:
+            advice = (
+                'it was chosen from the items, and a transform has made them larger. Set `sizes`'
+            )
         raise ValueError(
             f'a batch has {needed[0]} nodes and {needed[1]} edges, and the largest of `sizes` has '
-            f'room for {sizes[-1][0] - 1} and {sizes[-1][1]}: add a larger one, or leave `sizes` '
-            'out to have them chosen from the data'
+            f'room for {sizes[-1][0] - 1} and {sizes[-1][1]}: {advice}'
         )
 
 

@@ -98,7 +98,7 @@ def _decode_jpeg(
     if b'\xff\xd9' not in content:
         raise ValueError('the JPEG file is truncated')
     try:
-        full_height, full_width, *_ = simplejpeg.decode_jpeg_header(content, strict=False)
+        full_height, full_width = map(int, simplejpeg.decode_jpeg_header(content, strict=False)[:2])
     except (ValueError, KeyError) as error:
         raise ValueError('the header of the JPEG file is damaged') from error
     top, left, height, width = box(full_height, full_width)

@@ -65,12 +65,21 @@ def map_arrays(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     Raises:
         StructureError: if one of the others has another structure.
     """
+    if not rest and _is_plain(tree):
+        return {name: fn(x) for name, x in tree.items()}
     return map_named(lambda _, *arrays: fn(*arrays), tree, *rest)
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Like `map_arrays`, for `fn(name, array, *arrays of the others)`."""
+    if not rest and _is_plain(tree):
+        return {name: fn(name, x) for name, x in tree.items()}
     return _map(fn, '', tree, rest, at_node=isinstance(tree, list | tuple) or is_node(tree))
+
+
+def _is_plain(tree: Any) -> bool:
+    """Whether a tree is a dict of numpy arrays: a common case, which costs little here."""
+    return type(tree) is dict and {np.ndarray}.issuperset(map(type, tree.values()))
 
 
 def _map(
@@ -97,6 +106,8 @@ def leaves_with_names(tree: Any) -> dict[str, Any]:
     Raises:
         ValueError: if two arrays have the same path, because a key has a '/' in it.
     """
+    if is_flat(tree):
+        return dict(tree)
     leaves: dict[str, Any] = {}
 
     def add(name: str, leaf: Any) -> None:
@@ -158,6 +169,8 @@ def get_field(batch: Any, path: str) -> Any:
     Raises:
         KeyError: if there is nothing, naming what there is.
     """
+    if type(batch) is dict and path in batch:
+        return batch[path]
     found, value = _find(batch, path)
     if not found:
         raise KeyError(f'{path!r}; the batch has {", ".join(leaves_with_names(batch))}')
@@ -175,6 +188,8 @@ def with_field(batch: Any, path: str, value: Any) -> Any:
     Raises:
         KeyError: if a tuple or a list on the way has no such place.
     """
+    if type(batch) is dict and path in batch:
+        return {**batch, path: value}
     for key, rest in _splits(batch, path):
         new = value if rest is None else with_field(_child(batch, key), rest, value)
         return _rebuild(batch, [(k, new if k == key else x) for k, x in _items(batch)])
@@ -229,15 +244,17 @@ def _find(batch: Any, path: str) -> tuple[bool, Any]:
 
 
 def _splits(batch: Any, path: str) -> Iterator[tuple[Any, str | None]]:
-    """Yields the keys of a node that a path begins with, each with the rest of the path."""
+    """Yields the keys of a node that a path begins with, each with the rest of the path.
+
+    First the key that is the whole path, if there is one: a key may have slashes.
+    """
     if not is_node(batch) and not isinstance(batch, list | tuple):
         return
-    for key, _ in _items(batch):
-        name = str(key)
-        if path == name:
-            yield key, None
-        elif path.startswith(f'{name}/'):
-            yield key, path[len(name) + 1 :]
+    items = _items(batch)
+    yield from ((key, None) for key, _ in items if str(key) == path)
+    for key, value in items:
+        if path.startswith(f'{key}/') and is_node(value):
+            yield key, path[len(f'{key}/') :]
 
 
 def _items(tree: Any) -> list[tuple[Any, Any]]:

@@ -203,7 +203,10 @@ class RandomAccessSource:
         read_many = getattr(self._items, '__getitems__', None)
         items = read_many(wanted) if read_many else [self._items[i] for i in wanted]
         if self._is_flat:  # Items may have more fields than the first one.
-            items = [{name: item[name] for name in self.spec} for item in items]
+            return {
+                name: _stack(name, first, [item[name] for item in items], wanted)
+                for name, first in self.spec.items()
+            }
         try:
             return nested.map_named(
                 lambda name, first, *values: _stack(name, first, values, wanted), self.spec, *items

@@ -60,7 +60,7 @@ SAYS = (
     ('mine/colorings.py', r'^eval test at step 500: .* right 0\.9[89]\d*  examples 500$'),
     ('gan/', r'^  train/gen_loss '),
     ('sam.step', r'^  train/first_norm '),
-    ('init_from.path', r'^starting from scratch, with weights from .*runs/pretrained'),
+    ('init_from.path', r'^starting from scratch, with weights from .*runs/(pretrained|digits)'),
     ('transfer/digits', r'^starting from scratch, with weights from .*runs/pretrained'),
 )
 

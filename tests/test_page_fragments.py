@@ -19,12 +19,14 @@ import pytest
 from optax import contrib
 from PIL import Image
 
+from data import text as text_data
 from tests import command
 from tests.pages import FRAGMENTS, OVERRIDES, TEXTS, Block, Project, needs, parameters, run
 from tests.parallel import group
 from trainer.config import loading, overrides, schema
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build
+from trainer.models.generation import generate
 from trainer.models.transformer import Transformer
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
@@ -114,6 +116,19 @@ def check_stacking(text: str) -> None:
     layers = [jax.tree.leaves(params[f'block_{i}']) for i in range(2)]
     for found, *old in zip(jax.tree.leaves(new['blocks']), *layers, strict=True):
         np.testing.assert_array_equal(found, np.stack(old))
+
+
+def check_generation(text: str) -> None:
+    small = {'model': TINY_LM['model'], 'evals.samples.data.source.limit': 3}
+    never = {'evals.test.every': 'never', 'evals.test.final': False}
+    trainer, result = fit(build_fragment('lm.py', text, {**small, **never}))
+    (found,) = trainer.predict('samples', result.state)
+    source = text_data.python_source(128, split='test', limit=3)
+    prompt = jnp.asarray(source.gather(np.arange(3))['inputs'][:, :32])
+    model, variables = trainer.model(result.state).unbind()
+    expected = generate(model, variables['params'], prompt, 64)
+    np.testing.assert_array_equal(found['continued'], expected)
+    assert 'eval/samples/loss' not in result.metrics
 
 
 class Edited(nn.Module):
@@ -321,6 +336,7 @@ CASES: dict[str, Callable[..., None]] = {
     "compute='float16'": check_loss_scale,
     'trainer.metrics:F1': check_metrics,
     'mine.even:Even': check_metrics,
+    'mine.continued': check_generation,
     'early_stopping': check_early_stopping,
     'config.profile': check_profile,
     'eval_params': check_eval_params,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 from tests import usage
 from tests.command import ROOT
@@ -43,15 +44,46 @@ def test_expensive_files_have_their_own_budget() -> None:
 def test_each_number_has_a_limit() -> None:
     limits = {'cpu_secs': 3, 'processes': 1.5, 'programs': 1}
     other = {'cpu_secs': 10, 'processes': 2, 'programs': 5}
-    budgets = {'limits': limits, 'other': other, 'files': {'a': {**other, 'programs': 50}}}
-    files = {'a': Usage(30, 3, 50), 'b': Usage(30, 3, 5)}
+    budgets = {
+        'slowest_machine': 1,
+        'limits': limits,
+        'other': other,
+        'files': {'a': {**other, 'cpu_secs': 4, 'programs': 50}},
+    }
+    files = {'a': Usage(12, 3, 50), 'b': Usage(30, 3, 5)}
     assert usage.excess(files, budgets) == []
-    files = {'a': Usage(31, 3, 50), 'b': Usage(1, 4, 6)}
+    files = {'a': Usage(13, 3, 50), 'b': Usage(1, 4, 6)}
     assert usage.excess(files, budgets) == [
-        'a: cpu_secs 31, of at most 30',
+        'a: cpu_secs 13, of at most 12',
         'b: processes 4, of at most 3',
         'b: programs 6, of at most 5',
     ]
+
+
+@pytest.mark.parametrize(
+    ('slower', 'extra', 'lines'),
+    [
+        (1, 2, []),
+        (1, 2.1, ['a: cpu_secs 42, of at most 40']),
+        (0.5, 4.2, ['a: cpu_secs 42, of at most 40']),
+        (2, 2, []),
+        (2, 2.1, ['a: cpu_secs 84, of at most 80']),
+        (3.5, 1, ['most files: 3.5 times their cpu_secs, of at most 3']),
+    ],
+)
+def test_cpu_times_are_compared_with_those_of_other_files(
+    slower: float, extra: float, lines: list[str]
+) -> None:
+    """On a slower machine all files take longer; one that takes longer still stands out."""
+    numbers = {'cpu_secs': 20, 'processes': 0, 'programs': 0}
+    limits = {'cpu_secs': 2, 'processes': 1, 'programs': 1}
+    names = ('a', 'b', 'c', 'd', usage.QUICK)
+    budgets = {'slowest_machine': 3, 'limits': limits, 'files': dict.fromkeys(names, numbers)}
+    budgets['other'] = numbers
+    files = {name: Usage(20 * slower) for name in 'abcd'}
+    files['a'] = Usage(20 * slower * extra)
+    files[usage.QUICK] = Usage(1)  # A sum of parts of files, so it says nothing of the machine.
+    assert usage.excess(files, budgets) == lines
 
 
 def test_each_file_with_a_budget_exists() -> None:

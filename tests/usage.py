@@ -14,6 +14,7 @@ import json
 import math
 import pathlib
 import resource
+import statistics
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ _BUDGETS = pathlib.Path(__file__).with_name('budgets.toml')
 QUICK = 'quick tests'
 # The key of what a worker hands to the main process.
 _KEY = 'usage'
+# CPU time of a file from which on it says something about the machine.
+_EXACT_SECS = 5
 
 
 @dataclasses.dataclass
@@ -127,18 +130,40 @@ def budgets() -> dict[str, Any]:
     return tomllib.loads(_BUDGETS.read_text())
 
 
+def slowdown(files: dict[str, Usage], budgets: dict[str, Any]) -> float:
+    """Returns how many times slower most files are than when budgets.toml was written, at least 1.
+
+    Args:
+        files: the usage of each file.
+        budgets: as for `excess`. Files that take only a few seconds are too inexact to count.
+    """
+    ratios = [
+        files[name].cpu_secs / budget['cpu_secs']
+        for name, budget in budgets['files'].items()
+        if name in files and name != QUICK and budget['cpu_secs'] >= _EXACT_SECS
+    ]
+    return max(1.0, statistics.median(ratios)) if ratios else 1.0
+
+
 def excess(files: dict[str, Usage], budgets: dict[str, Any]) -> list[str]:
     """Returns a line for each number that exceeds its limit.
 
     Args:
         files: the usage of each file.
-        budgets: what they had used when budgets.toml was written, and the factors that limit it.
+        budgets: what they had used when budgets.toml was written, the factors that limit it, and
+            how much slower the machine may be.
     """
+    slower = slowdown(files, budgets)
+    most = budgets['slowest_machine']
     lines = []
+    if slower > most:
+        lines.append(f'most files: {slower:.1f} times their cpu_secs, of at most {most}')
     for name, usage in sorted(files.items()):
         budget = budgets['files'].get(name, budgets['other'])
         for kind, factor in budgets['limits'].items():
             found, limit = getattr(usage, kind), budget[kind] * factor
+            if kind == 'cpu_secs':
+                limit *= min(slower, most)
             if found > limit:
                 lines.append(f'{name}: {kind} {found:.0f}, of at most {limit:.0f}')
     return lines

@@ -255,6 +255,8 @@ def test_errors_name_the_example() -> None:
     assert large.value.__notes__ == ['while collating the examples 4, 5, 6, 7']
     with pytest.raises(ValueError, match='NoArrays returned a batch without arrays'):
         make(source=type('NoArrays', (Ragged,), {'collate': lambda *_: {}})()).block(0, 1)
+    with pytest.raises(TypeError, match='Wrong returned a batch with a set in it; expected dicts'):
+        make(source=type('Wrong', (Ragged,), {'collate': lambda *_: {'x': {1}}})()).block(0, 1)
 
 
 def test_the_arrays_of_a_batch_may_be_nested() -> None:

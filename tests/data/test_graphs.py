@@ -87,6 +87,8 @@ def test_the_first_size_with_room() -> None:
     with pytest.raises(ValueError, match=r'10 nodes and 11 edges, .* room for 9 and 11'):
         collate(sizes=[(10, 11)])
     assert GraphSource(GRAPHS, sizes=sizes).num_shapes == 3
+    with pytest.raises(ValueError, match=r'a transform has made them larger\. Set `sizes`'):
+        GraphSource(GRAPHS).collate([graph(99, 99)], 2)
 
 
 @pytest.mark.parametrize('batch_size', [1, 5, 40, 100])

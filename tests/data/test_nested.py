@@ -79,8 +79,8 @@ def test_fields_are_read_and_replaced_by_path() -> None:
     tree = {'a': {'x': X}, 'pair': (X, [Y]), 'graph': Graph(X, Y), 'c/d': X}
     for path in ('a', 'a/x', 'pair/1/0', 'graph/edges', 'c/d'):
         assert nested.has_field(tree, path)
-        changed = nested.with_field(tree, path, 7)
-        assert nested.get_field(changed, path) == 7
+        changed = nested.with_field(tree, path, new := X + 1)
+        assert nested.get_field(changed, path) is new
         assert nested.get_field(tree, path) is not changed
     assert isinstance(nested.with_field(tree, 'graph/edges', X)['graph'], Graph)
     assert nested.get_field(nested.with_field(tree, 'a/new', Y), 'a/new') is Y
@@ -90,6 +90,15 @@ def test_fields_are_read_and_replaced_by_path() -> None:
         nested.get_field(tree, 'a/y')
     with pytest.raises(KeyError, match='a tuple has no such place'):
         nested.with_field(tree, 'pair/2', X)
+
+
+def test_a_key_with_a_slash_is_a_field_beside_the_key_before_it() -> None:
+    flat = {'a': X, 'a/x': Y}
+    assert nested.get_field(flat, 'a/x') is Y
+    assert nested.with_field(flat, 'a/x', 7) == {'a': X, 'a/x': 7}
+    assert nested.with_field({'a': X}, 'a/x', 7) == {'a': X, 'a/x': 7}
+    tree = {'a/b': {'c': X}, 'a': {'d': Y}}
+    assert nested.get_field(tree, 'a/b/c') is X and nested.get_field(tree, 'a/d') is Y
 
 
 def test_fields_are_kept_and_removed_by_path() -> None:

@@ -260,6 +260,27 @@ def test_a_step_of_ones_own_sees_the_tree() -> None:
     assert 'train/again' in expected.metrics
 
 
+def changing_step(state: Any, batch: Any, ctx: Any) -> Any:
+    """Adds a field to the batch."""
+    return ctx.gradients(state, {**batch, 'more': batch['label']})
+
+
+def test_a_step_of_ones_own_keeps_the_fields() -> None:
+    config = make_config('dict', step=dict(ref=f'{MINE}:changing_step'), evals={})
+    with pytest.raises(UserError, match=r'config\.step: the batch for the task has more, unlike'):
+        Trainer(build(config)).set_up()
+
+
+def reads_some(model: Any, batch: Any) -> Any:
+    return model(batch['inputs']['x'], batch['inputs']['x'])[:, 0]
+
+
+def test_only_the_leaves_of_dicts_that_the_task_reads_are_sent() -> None:
+    task = dict(ref=f'{MINE}:reads_some')
+    programs = Trainer(build(make_config('dict', task=task, evals={}))).set_up().programs
+    assert programs.fields.sent == {'inputs/x'}
+
+
 def test_a_loader_of_ones_own_may_have_any_pytree() -> None:
     def run(form: str) -> Result:
         loader = dict(target=f'{MINE}:OwnLoader', form=form)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from trainer.data.images import Decode
 from trainer.data.loader import EvalLoader, TrainLoader
 from trainer.data.sources import ArraySpec
 from trainer.data.tfds import TFDS
@@ -178,12 +180,36 @@ def test_omitted_fields_are_not_decoded(tfds_directory: str) -> None:
     assert source.gather(np.array([2, 0]))['label'].tolist() == [2, 0]
 
 
+def test_encoded_images_are_decoded_and_cropped_by_a_transform(tfds_directory: str) -> None:
+    pytest.importorskip('simplejpeg')
+    pytest.importorskip('cv2')
+    source = TFDS('pictures', split='train', data_dir=tfds_directory, encoded=('image',))
+    assert set(source.spec) == {'image', 'label'}
+    decode = Decode(size=4, crop='center', center=1.0, key='image', channels=1)
+    arrays = EvalLoader(source=source, batch_size=3, transforms=(decode,)).block(0, 1).arrays
+    np.testing.assert_array_equal(arrays['image'][0], np.stack([image(i)[:, :4] for i in range(3)]))
+    assert arrays['label'][0].tolist() == [0, 1, 2]
+
+
 def test_images(tfds_directory: str) -> None:
     pytest.importorskip('PIL', reason='needs the package pillow: TFDS decodes images')
     source = TFDS('pictures', split='train', data_dir=tfds_directory)
     assert source.spec['image'] == ArraySpec((4, 5, 1), np.dtype('uint8'))
     images = source.gather(np.array([2, 0]))['image']
     np.testing.assert_array_equal(images, np.stack([image(2), image(0)]))
+
+
+def test_encoded_images_are_bytes(tfds_directory: str) -> None:
+    """Those of the file, for a transform that decodes them."""
+    source = TFDS('pictures', split='train', data_dir=tfds_directory, encoded=('image',))
+    files = source.gather(np.array([2, 0]))['image'].tolist()
+    assert all(content.startswith(b'\x89PNG') for content in files)
+    pillow = pytest.importorskip('PIL.Image', reason='needs the package pillow')
+    for content, i in zip(files, (2, 0), strict=True):
+        pixels = np.asarray(pillow.open(io.BytesIO(content)))
+        np.testing.assert_array_equal(pixels, image(i)[..., 0])
+    with pytest.raises(ValueError, match=r"unknown \['photo'\]; the fields are image, label"):
+        TFDS('pictures', split='train', data_dir=tfds_directory, encoded=('photo',))
 
 
 def test_loaders_read_a_tfds_dataset(tfds_directory: str) -> None:

@@ -132,6 +132,35 @@ def loss_only(model: Any, batch: Any) -> Any:
     return batch['x'][:, 0]
 
 
+class Predictor:
+    """A task without a loss."""
+
+    def predict(self, model: Any, batch: Any) -> Any:
+        return {'logits': model(batch['x']), **{name: batch[name] for name in ('id', 'name')}}
+
+
+def count_rows(examples: Any) -> Any:
+    return {'rows': len(examples['logits']), 'last': int(examples['id'][-1] - scored.FIRST_ID)}
+
+
+def without_loss(task: str, score: Any) -> Trainer:
+    config = scored.config(score=score)
+    config.evals.dev.task = dict(target=f'tests.evaluate.test_host_scores:{task}')
+    return trainer(config)
+
+
+def test_a_task_with_a_score_needs_only_predict() -> None:
+    trained = without_loss('Predictor', {'ref': 'tests.evaluate.test_host_scores:count_rows'})
+    metrics = trained.fit().metrics
+    found = {name: value for name, value in metrics.items() if name.startswith('eval/dev/')}
+    assert found == {'eval/dev/rows': 21, 'eval/dev/last': 20, 'eval/dev/examples': 21}
+
+
+def test_a_task_without_a_loss_needs_a_score() -> None:
+    with pytest.raises(UserError, match=r'must take \(model, batch\)'):
+        without_loss('Predictor', None)
+
+
 def test_a_field_with_the_name_of_a_prediction_is_refused() -> None:
     config = scored.config(score={**SCORE, 'fields': ('label', 'name', 'logits')})
     config.evals.dev.data.transforms = (dict(ref='tests.evaluate.test_host_scores:with_logits'),)
@@ -244,6 +273,19 @@ def test_texts_may_be_nested_and_lists_empty(tmp_path: pathlib.Path) -> None:
     assert result.metrics['eval/dev/nested/number'] == 1.0
     written = run / 'summaries' / '2' / 'eval' / 'dev' / 'nested' / 'text.txt'
     assert written.read_text() == 'a \\ud800 b\n'
+
+
+def lists(examples: Any) -> dict[str, Any]:
+    return {'each': [0.25, np.float32(0.5)], 'one': [3], 'mean': np.float64(0.5)}
+
+
+def test_a_list_of_numbers_is_an_array(tmp_path: pathlib.Path) -> None:
+    found = trainer(scored.config(score={'ref': f'{__name__}:lists'}), tmp_path / 'run').fit()
+    array = np.load(tmp_path / 'run' / 'metrics' / 'eval_dev_2.npz')['each']
+    np.testing.assert_array_equal(array, [0.25, 0.5])
+    assert found.metrics['eval/dev/one'] == 3
+    # As numbers of Python, which print as such.
+    assert {type(value) for value in found.metrics.values()} == {int, float}
 
 
 def test_a_dry_run_computes_no_score(tmp_path: pathlib.Path) -> None:

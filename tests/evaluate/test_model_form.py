@@ -48,6 +48,17 @@ class Net(nn.Module):
         return logits
 
 
+class Named(nn.Module):
+    """Logits, scaled, of a kernel with named dimensions."""
+
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ('inputs', 'outputs'))
+        return nn.Dense(2, kernel_init=init)(x) * self.scale
+
+
 class NNXNet(nnx.Module):
     """Logits, scaled."""
 
@@ -80,10 +91,13 @@ def config(target: str, **changes: Any) -> ml_collections.ConfigDict:
 
 @pytest.mark.parametrize(
     ('target', 'changes'),
-    [('Net', {'settings': {'scale': 3.0}}), ('NNXNet', {'scale': 3.0})],
+    [('Net', {'settings': {'scale': 3.0}}), ('NNXNet', {'scale': 3.0}), ('Named', {'scale': 3.0})],
 )
 def test_other_arguments_with_the_same_variables(target: str, changes: dict[str, Any]) -> None:
-    metrics = trainer(config(target, **changes)).fit().metrics
+    made = config(target, **changes)
+    rules = [('inputs', None), ('outputs', None)]
+    made.sharding = (dict(target='trainer.sharding:ByName', rules=rules),)
+    metrics = trainer(made).fit().metrics
     assert metrics['eval/plain/scaled'] != 0
     np.testing.assert_allclose(
         metrics['eval/other/scaled'], 3 * metrics['eval/plain/scaled'], rtol=1e-5
@@ -134,3 +148,23 @@ def test_an_argument_of_the_model_may_be_a_bool() -> None:
     made = config('NNXNet', scale=True)
     metrics = trainer(made).fit().metrics
     assert metrics['eval/other/scaled'] == metrics['eval/plain/scaled']
+
+
+class Decoded:
+    """Predicts the sums of two calls, in a form with a cache, and returns a text of the host."""
+
+    def predict(self, model: Any, batch: Any) -> Any:
+        first, second = model(batch['x'] * 0), model(batch['x'] * 0)
+        return {'difference': (second - first).sum(-1), 'name': batch['name']}
+
+
+def difference(examples: Any) -> dict[str, float]:
+    assert list(examples['name'][:2]) == ['point 0', 'point 1']
+    return {'difference': float(examples['difference'].mean())}
+
+
+def test_a_task_without_a_loss_predicts_with_a_cache() -> None:
+    made = config('Net', settings={'decode': True})
+    made.evals.other.task = dict(target=f'{HERE}:Decoded')
+    made.evals.other.score = dict(ref=f'{HERE}:difference')
+    assert trainer(made).fit().metrics['eval/other/difference'] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import flax.core
 import flax.struct
 import jax
 import numpy as np
@@ -64,6 +65,29 @@ def test_the_mask_is_beside_the_fields() -> None:
     assert structure.has_place_for_mask
     pair = Structure.from_tree((X, Y), '')
     assert pair is not None and not pair.has_place_for_mask
+
+
+def test_a_part_of_the_tree_is_selected_by_path() -> None:
+    tree = {'a/b': {'c': X}, 'a': {'d': Graph(X, Y)}, 'pair': [X, {'e': Y}]}
+    structure = Structure.from_tree(tree, '')
+    assert structure is not None
+    fields = structure.flatten(tree, '')
+    for path, expected in [
+        ('a/b', tree['a/b']),
+        ('a/d', tree['a']['d']),
+        ('pair/1', {'e': Y}),
+        ('pair', tree['pair']),
+    ]:
+        found = structure.select(path).rebuild(fields)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert jax.tree.leaves(found)[0] is jax.tree.leaves(expected)[0]
+
+
+def test_a_mapping_at_the_top_is_a_dict() -> None:
+    tree = flax.core.freeze({'a': {'x': X}, '_mask': Y})
+    structure = Structure.from_tree(tree, '')
+    assert structure is not None and type(structure.template) is dict
+    assert structure.flatten(tree, '')['_mask'] is Y
 
 
 @pytest.mark.parametrize(

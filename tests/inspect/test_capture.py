@@ -279,9 +279,7 @@ def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
         return str(caught.value)
 
     assert 'matches no module and no sown value' in error_text({'match': 'layer'})
-    assert 'the paths are first, layer_0/dense, layer_0, layer_1/dense' in error_text(
-        {'match': 'layer'}
-    )
+    assert 'such as first, layer_0/dense, layer_0, layer_1/dense' in error_text({'match': 'layer'})
     assert "config.capture.a.match: '(' is not a regular expression" in error_text({'match': '('})
     assert 'config.capture.a.rows: expected' in error_text({'match': '.*', 'rows': 0})
     off = error_text({'match': '.*', 'what': ('histogram',)}, log__tensorboard=False)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.modules.examples import Block, Normed, X, bind, everything, init, same
 from trainer.config.errors import UserError
@@ -128,3 +129,90 @@ def test_collections_are_returned_as_copies() -> None:
     read = model.collections
     read.pop('batch_stats')
     assert set(model.collections) == {'batch_stats'}
+
+
+class Decoder(nn.Module):
+    """One layer of attention with a cache."""
+
+    decode: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mask = None if self.decode else nn.make_causal_mask(x[..., 0])
+        return nn.MultiHeadDotProductAttention(num_heads=2, decode=self.decode)(x, mask=mask)
+
+
+SEQUENCES = jax.random.normal(jax.random.key(1), (3, 5, 4))
+
+
+def decode(model: Any, sequences: jax.Array = SEQUENCES) -> jax.Array:
+    """Returns what a model returns for one position after the other, in a loop."""
+
+    def step(cache: Any, x: jax.Array) -> Any:
+        decoder = model.with_collections(cache=cache)
+        y = decoder(x[:, None])
+        return decoder.collections['cache'], y[:, 0]
+
+    cache = model.fresh_collections(sequences)['cache']
+    _, outputs = jax.lax.scan(step, cache, sequences.swapaxes(0, 1))
+    return outputs.swapaxes(0, 1)
+
+
+def bind_decoder() -> Any:
+    variables = init(Decoder(), lambda model, batch: model(SEQUENCES))
+    return as_functional(Decoder(decode=True)).bind(variables, Keys(seed=0, mode='eval'))
+
+
+def test_a_model_with_a_cache_decodes_in_a_loop() -> None:
+    model = bind_decoder()
+    full = Decoder().apply({'params': model.params}, SEQUENCES)
+    np.testing.assert_allclose(jax.jit(decode, static_argnums=0)(model), full, atol=1e-5)
+    assert model.collections == {}
+
+
+def test_a_fresh_cache_is_as_long_as_the_inputs() -> None:
+    model = bind_decoder()
+    (attention,) = model.fresh_collections(SEQUENCES)['cache'].values()
+    assert attention['cached_key'].shape == (3, 5, 2, 2)
+    assert attention['cache_index'] == 0
+
+
+def test_decoding_creates_all_parameters_in_initialization() -> None:
+    variables = init(Decoder(decode=True), lambda model, batch: decode(model))
+    assert jax.tree.structure(variables['params']) == jax.tree.structure(bind_decoder().params)
+    (attention,) = variables['cache'].values()
+    assert attention['cached_key'].shape == (3, 5, 2, 2)
+
+
+def test_a_model_with_other_collections_leaves_the_first_one_alone() -> None:
+    model = bind(Normed(), task=everything)
+    before = model.collections['batch_stats']
+    other = jax.tree.map(lambda x: x + 1, before)
+    view = model.with_collections(batch_stats=other)
+    view(X)
+    assert model.collections['batch_stats'] is before
+    changed = view.collections['batch_stats']['norm']['mean']
+    np.testing.assert_allclose(changed, 0.5 + 0.5 * model.dense(X).mean(0), rtol=1e-5)
+    # In evaluation too, a call may change what was given.
+    evaluated = bind(Normed(), 'eval', task=everything).with_collections(batch_stats=other)
+    evaluated(X)
+    assert same(evaluated.collections['batch_stats']['norm']['mean'], other['norm']['mean'])
+
+
+def test_a_cache_of_another_trace_is_not_changed() -> None:
+    model = bind_decoder()
+    outside = model.with_collections(**model.fresh_collections(SEQUENCES))
+
+    def step(carry: None, x: jax.Array) -> Any:
+        return carry, outside(x[:, None])
+
+    with pytest.raises(UserError, match=r'within a loop .* cache\. .* model\.with_collections'):
+        jax.lax.scan(step, None, SEQUENCES.swapaxes(0, 1))
+
+
+def test_only_linen_modules_create_collections_by_a_call() -> None:
+    model = as_functional(nnx.Linear(4, 2, rngs=nnx.Rngs(0))).bind(
+        {'params': {'kernel': jnp.zeros((4, 2)), 'bias': jnp.zeros(2)}}, Keys(seed=0, mode='eval')
+    )
+    with pytest.raises(UserError, match=r'model\.fresh_collections: only a Linen module'):
+        model.fresh_collections(X)

@@ -249,7 +249,8 @@ def test_every_mode_of_a_run(
     """Training, evaluation, predictions, export, dry run and plan, with one warning."""
     run = trainer({'target': f'{__name__}:{model.__name__}'}, steps=4)
     dry_run.rehearse(run.experiment, str(tmp_path / 'run'))
-    assert plan.make(run.experiment, run.set_up()).flops > 0
+    setup, batch_size = run.set_up(), run.experiment.clock.batch_size
+    assert plan.make(setup.programs, setup.mesh, batch_size).flops > 0
     result = run.fit()
     assert np.isfinite(result.metrics['eval/test/loss'])
     assert next(iter(run.predict('test', result.state)))

@@ -32,3 +32,5 @@ def test_it_sets_up_once_and_writes_nothing(tmp_path: pathlib.Path) -> None:
         predictor.restore()
     with pytest.raises(UserError, match='this Trainer has no work directory'):
         Predictor(predictor.experiment).restore()
+    with pytest.raises(UserError, match=r'predict\(state\): .* has no checkpoint; pass a state'):
+        Predictor(predictor.experiment).predict('test')

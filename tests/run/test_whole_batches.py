@@ -9,9 +9,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
@@ -20,6 +23,7 @@ from tests.marks import slow_after
 from tests.parallel.group import finish, start
 from trainer import Trainer, build
 from trainer.config.errors import UserError
+from trainer.models import graphs
 from trainer.modes import export
 from trainer.run.failure import NonFiniteError
 from trainer.trainer import Result
@@ -185,19 +189,27 @@ def test_a_batch_that_does_not_divide_is_replicated(caplog: pytest.LogCaptureFix
     assert 'Batch sizes such as 7 do' in caplog.text
 
 
-def center(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A device transform of one field, which returns all of them."""
+def unchanged(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A device transform that returns all fields, and computes with one that the model reads."""
+    if 'graph' in batch:
+        return {**batch, 'graph': batch['graph']._replace(nodes=batch['graph'].nodes * 1)}
     return {**batch, 'tokens': batch['tokens'] * 1}
 
 
 @pytest.mark.slow
-def test_device_transforms_run_for_each_shape() -> None:
+@pytest.mark.parametrize('kind', ['sentences', 'molecules'])
+def test_device_transforms_run_for_each_shape(kind: str) -> None:
     """Fields that the task does not read have the shape of their batch there, too."""
-    with_transform = data(device_transforms=(dict(ref=f'{__name__}:center'),))
-    some, none = (
-        trainer(data=each, train_for='20 steps').fit() for each in (with_transform, data())
-    )
-    assert numbers(some) == pytest.approx(numbers(none), rel=1e-6)
+    changed, plain = ragged.make_config(kind), ragged.make_config(kind)
+    for section in (changed.data, changed.evals.dev.data):
+        section.device_transforms = (dict(ref=f'{__name__}:unchanged'),)
+    one, other = (Trainer(build(config), mesh=mesh(1)) for config in (changed, plain))
+    first, second = one.fit(), other.fit()
+    assert numbers(first) == pytest.approx(numbers(second), rel=1e-6)
+    pairs = zip(one.predict('dev', first.state), other.predict('dev', second.state), strict=True)
+    for mine, theirs in pairs:
+        for name, x in mine.items():
+            np.testing.assert_allclose(x, theirs[name], rtol=1e-5)
 
 
 def test_a_value_out_of_range_names_the_field() -> None:
@@ -210,6 +222,56 @@ def test_a_value_out_of_range_names_the_field() -> None:
         config.data.transforms = (too_large,)
     with pytest.raises(UserError, match="the field 'graph/nodes' of a batch has the value"):
         Trainer(build(config), mesh=mesh(1)).fit()
+
+
+class OneGraph:
+    """A ring of nodes; the label of a node is known for half of them."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        here = np.arange(10)
+        label = np.int32(here % 5 < 2)
+        nodes = {'x': np.eye(5, dtype=np.float32)[here % 5], 'label': label, 'known': here % 2 == 0}
+        return {'nodes': nodes, 'senders': here, 'receivers': (here + 1) % 10}
+
+
+class OfNodes(nn.Module):
+    """Two logits for each node, from itself and the node before it."""
+
+    @nn.compact
+    def __call__(self, graph: Any) -> jax.Array:
+        x = graph.nodes['x']
+        received = graphs.sum_edges(graph, x[graph.senders])
+        return nn.Dense(2)(jnp.concatenate([x, received], -1))
+
+
+def label_nodes(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The loss of a graph is the mean over its nodes."""
+    graph = batch['graph']
+    logits, nodes = model(graph), graph.nodes
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, nodes['label'])
+    right = logits.argmax(-1) == nodes['label']
+    mean = graphs.mean_nodes(graph, jnp.stack([loss * nodes['known'], right], -1))
+    return mean[:, 0], {'right': mean[:, 1]}
+
+
+@pytest.mark.slow
+def test_the_nodes_of_a_single_graph_are_classified() -> None:
+    source = dict(
+        target='trainer.data.graphs:GraphSource', items=dict(target=f'{__name__}:OneGraph')
+    )
+    run = trainer(
+        'molecules',
+        model=dict(target=f'{__name__}:OfNodes'),
+        task=dict(ref=f'{__name__}:label_nodes'),
+        data=dict(source=source, batch_size=1),
+        evals={},
+        optimizer=dict(target='optax:adam', learning_rate=0.3),
+        train_for='30 steps',
+    )
+    assert run.fit().metrics['train/right'] == 1
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ RUNS = {
             'model.features=8', 'data.batch_size=32',
         ),
     ),
+    'vae': Run('vae', (*MNIST, 'model.hidden=16')),
     'accumulate': mlp('accumulate=4'),
     'bfloat16': cnn('precision.compute=bfloat16'),
     'clip and freeze': mlp('optimizer.clip_norm=0.5', 'optimizer.freeze=Dense_0/bias'),

@@ -22,6 +22,7 @@ from trainer.config.sections import (
 from trainer.evaluate.score import Score, discard
 from trainer.evaluate.spec import Evaluation
 from trainer.input.data import EvalData, TrainData
+from trainer.tasks.default_prediction import ScoredTask, has_predict
 from trainer.tasks.runner import TaskRunner
 from trainer.tasks.transformed import KeyedTransform, parameters_of
 
@@ -76,6 +77,8 @@ def _evaluation(
     if section.task is not None:
         task_path = f'{path}.task'
         task = targets.instantiate(section.task, task_path)
+    if section.score is not None and has_predict(task) and not callable(task):
+        task = ScoredTask(task)
     source = targets.instantiate(section.data.source, f'{path}.data.source')
     transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
     batch_size = section.data.batch_size or sections.data.batch_size

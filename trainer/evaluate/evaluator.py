@@ -192,7 +192,7 @@ class Evaluator:
                 if self._own_model:
                     step = self._with_fresh_collections(step, variables, shapes)
                 output = step.output_shapes(variables, shapes)
-            self._fields = fields.with_read(reads.names, self.data.num_shapes, task.transforms)
+            self._fields = fields.with_read(reads.names, task.transforms)
             task = task.with_host_fields(self._fields.host_fields(), reads.weighted)
             self._run_step = dataclasses.replace(step, task=task)
             return output
@@ -222,7 +222,7 @@ class Evaluator:
 
     @functools.cached_property
     def _all_fields(self) -> Fields:
-        return Fields.from_spec(self.data.spec, self._data_path)
+        return Fields.from_spec(self.data.spec, self._data_path, num_shapes=self.data.num_shapes)
 
     def check_metric(self, name: str, path: str) -> None:
         """Checks that `run` will return a metric; `prepare` must have been called.

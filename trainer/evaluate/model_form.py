@@ -32,7 +32,7 @@ def find_fresh_collections(
         UserError: naming the parameters that differ.
     """
     # A new function object: a cached trace would not record which fields the task reads.
-    shapes = meta.unbox(jax.eval_shape(lambda batch: step.init(batch), batch))
+    shapes = jax.eval_shape(lambda batch: meta.unbox(step.init(batch)), batch)
     trained = step.variables_of_one(variables)
     fresh = shapes.keys() - trained.keys()
     old = dict(jax.tree_util.tree_leaves_with_path(trained))

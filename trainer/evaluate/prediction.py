@@ -83,7 +83,7 @@ class Prediction:
                         raise
                     opaque = opaque - reads.names
         # Fields that `predict` does not read need not be sent.
-        sent = sent.with_sent(reads.names)
+        sent = sent.with_read(reads.names, step.task.transforms)
         return cls(
             step=_keep_on_host(step, sent, opaque),
             fields=sent,

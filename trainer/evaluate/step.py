@@ -18,6 +18,7 @@ from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.health import FINDINGS, Findings, Health
 from trainer.tasks.default_prediction import (
+    ScoredTask,
     flatten_outputs,
     has_predict,
     predict_by_call,
@@ -70,7 +71,10 @@ class EvalStep:
     def init(self, batch: Any) -> Mapping[str, Any]:
         """Returns fresh variables of the evaluated model, for this batch."""
         keys = Keys(seed=self.seed, mode='init')
-        return self.model.init(self.task.task, self.task.prepare_batch(batch, keys), keys)
+        # A prediction may contain fields that stay on the host.
+        passing = isinstance(self.task.task, ScoredTask)
+        fields = self.task.prepare_batch(batch, keys, passing=passing)
+        return self.model.init(self.task.task, fields, keys)
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:
         """Returns empty accumulators for outputs of these shapes."""
@@ -115,6 +119,8 @@ class EvalStep:
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> TaskOutput:
         """Returns the task's output for a batch."""
+        if isinstance(self.task.task, ScoredTask):  # Its predictions are traced apart from this.
+            return self.task.task.empty_output(batch[MASK])
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         return self.task(self._bind(variables, keys, batch), batch)
 

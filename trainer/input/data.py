@@ -194,7 +194,10 @@ class TrainData(_Common):
             UserError: if it lacks a part of `trainer.input.loader.TrainLoader`, or a method has
                 other arguments.
         """
-        _check(loader, path, 'TrainLoader', ('examples', 'steps_per_epoch', 'spec', 'block'))
+        names = ['examples', 'steps_per_epoch', 'spec', 'block']
+        # Of whole batches it alone knows how many examples they have.
+        names += [] if getattr(loader, 'num_shapes', None) is None else ['rows']
+        _check(loader, path, 'TrainLoader', names)
         if _has(loader, 'after') and not _has(loader, 'marks'):
             raise UserError(
                 f'{path}: {_name(loader)} has `after` but no `marks`; see '

@@ -39,35 +39,36 @@ class Fields:
         where: config path of the data, for messages.
         spec: shape (batch dimension first) and dtype of each field in the loader.
         sent: names of the fields that are sent to the devices.
+        num_shapes: how many shapes whole batches may have; None for batches of rows.
     """
 
     where: str
     spec: Mapping[str, Any]
     sent: frozenset[str]
+    num_shapes: int | None = None
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], where: str) -> Fields:
+    def from_spec(
+        cls, spec: Mapping[str, Any], where: str, *, num_shapes: int | None = None
+    ) -> Fields:
         """Returns the fields of a loader; all that devices can store are sent."""
         sent = frozenset(n for n, s in spec.items() if device_dtype(s.dtype) is not None)
-        return cls(where, spec, sent)
+        return cls(where, spec, sent, num_shapes)
 
     def with_sent(self, names: Iterable[str]) -> Fields:
         """Returns the fields with only these, and the mask, sent to the devices."""
         return dataclasses.replace(self, sent=self.sent & {*names, MASK})
 
-    def with_read(
-        self, names: Iterable[str], num_shapes: int | None, transforms: Sequence[Any]
-    ) -> Fields:
+    def with_read(self, names: Iterable[str], transforms: Sequence[Any]) -> Fields:
         """Returns the fields with only those sent that a task reads.
 
         Args:
             names: the fields that it reads, directly or through device transforms.
-            num_shapes: how many shapes whole batches may have; None for batches of rows.
             transforms: the device transforms.
         """
         # Transforms see zeros in place of fields that are not sent, with as many rows as the others
         # have. Arrays of whole batches may have any number.
-        if transforms and num_shapes is not None:
+        if transforms and self.num_shapes is not None:
             return self
         return self.with_sent(names)
 

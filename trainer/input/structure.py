@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.input.fields import MASK
@@ -82,7 +83,9 @@ class Structure:
         if treedef != self.treedef:
             raise UserError(f'{where}: {self._difference(inner)}')
         fields = dict(zip(self.names, leaves, strict=True))
-        return {**fields, MASK: tree[MASK]} if inner is not tree else fields
+        if isinstance(tree, Mapping) and MASK in tree:
+            fields[MASK] = tree[MASK]
+        return fields
 
     def rebuild(self, fields: Mapping[str, Any], make_dict: Callable[[Any], Any] = dict) -> Any:
         """Returns the tree of a batch, without its mask.
@@ -106,11 +109,18 @@ class Structure:
         Args:
             path: such as 'inputs', of a node and not of an array.
         """
-        node = self.template
-        for name in path.split('/'):
-            children = {param_path(key): child for key, child in _children(node)}
-            node = children[name]
-        return Structure._from_template(node)
+
+        # A key may have slashes, so several keys may begin the path.
+        def find(node: Any, rest: str) -> Any:
+            for key, child in _children(node):
+                name = param_path(key)
+                if rest == name:
+                    return child
+                if rest.startswith(f'{name}/') and (found := find(child, rest[len(name) + 1 :])):
+                    return found
+            return None
+
+        return Structure._from_template(find(self.template, path))
 
     def restrict(self, names: Collection[str]) -> Structure:
         """Returns the structure with some of the arrays only, in plain containers.
@@ -158,6 +168,9 @@ def is_array(value: Any) -> bool:
 
 def is_flat(tree: Any) -> bool:
     """Whether a batch is a dict of arrays, with no tree of them below."""
+    # Of numpy arrays, as the blocks of a loader: a check that costs little.
+    if type(tree) is dict and {np.ndarray}.issuperset(map(type, tree.values())):
+        return True
     return isinstance(tree, Mapping) and jax.tree_util.all_leaves(tree.values(), is_leaf=is_array)
 
 
@@ -177,8 +190,8 @@ def check_arrays(fields: Mapping[str, Any], where: str) -> None:
 
 
 def without_mask(tree: Any) -> Any:
-    """Returns a batch without `_mask`; itself if it has none."""
-    if isinstance(tree, Mapping) and MASK in tree:
+    """Returns a batch without `_mask`; its top is of the type `dict` if it is any mapping."""
+    if isinstance(tree, Mapping):
         return {name: x for name, x in tree.items() if name != MASK}
     return tree
 

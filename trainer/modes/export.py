@@ -117,10 +117,9 @@ def write(
     variables = fetch(evaluator.variables(state))
     saved = {name: tree for name, tree in variables.items() if name != EMA}
     is_embedded = nbytes(saved) <= max_embedded_bytes
-    rows = None if evaluator.data.num_shapes is None else evaluator.data.rows
-    predict = _Predict(
-        prediction, int(state.step), variables if is_embedded else None, whole_rows=rows
-    )
+    is_whole = evaluator.data.num_shapes is not None
+    embedded = variables if is_embedded else None
+    predict = _Predict(prediction, int(state.step), embedded, is_whole=is_whole)
     spec = _spec(prediction, evaluator.name)
     # The model may name axes of the run's mesh, but callers of the function need not have it.
     single_device = jax.make_mesh(
@@ -138,15 +137,25 @@ def write(
         'variables': {path: f'{x.dtype}{list(x.shape)}' for path, x in flat.items()},
         'versions': versions(),
     }
+    _write_files(directory, bytes(function.serialize()), saved, flat, about)
+    return about
+
+
+def _write_files(
+    directory: epath.Path,
+    function: bytes,
+    variables: Mapping[str, Any],
+    flat: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / FUNCTION).write_bytes(bytes(function.serialize()))
-        (directory / MSGPACK).write_bytes(serialization.msgpack_serialize(saved))
+        (directory / FUNCTION).write_bytes(function)
+        (directory / MSGPACK).write_bytes(serialization.msgpack_serialize(variables))
         safetensors.write(directory / SAFETENSORS, flat)
         (directory / ABOUT).write_text(json.dumps(about, indent=2) + '\n')
     except OSError as error:
         raise UserError(f'{directory} cannot be written: {error.strerror or error}') from error
-    return about
 
 
 def _spec(prediction: Prediction, evaluation: str) -> dict[str, Any]:
@@ -184,12 +193,13 @@ class _Predict:
         variables: Any,
         unused: Fields | None = None,
         structure: Structure | None = None,
-        whole_rows: int | None = None,
+        *,
+        is_whole: bool = False,
     ):
         self.prediction, self.count, self.variables = prediction, count, variables
         self.unused = unused or {}
-        # Examples of a batch whose arrays may have any first dimension; None for batches of rows.
-        self.whole_rows = whole_rows
+        # Whether arrays of a batch need not have one entry for each example.
+        self.is_whole = is_whole
         # Of the batches that it takes; None for a dict of arrays.
         self.structure = structure
 
@@ -198,12 +208,12 @@ class _Predict:
         batch = tree if self.structure is None else self.structure.flatten(tree, 'the batch')
         # As JAX arrays: a model may index them with traced values, which numpy arrays refuse.
         variables = jax.tree.map(jnp.asarray, given[0] if given else self.variables)
-        if self.whole_rows is None:
+        if self.is_whole:
+            (size,) = self.prediction.fields.spec[MASK].shape
+            fill = {n: jnp.zeros(s.shape, s.dtype) for n, s in self.unused.items()}
+        else:
             size = next(iter(batch.values())).shape[0]
             fill = {n: jnp.zeros((size, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
-        else:
-            size = self.whole_rows
-            fill = {n: jnp.zeros(s.shape, s.dtype) for n, s in self.unused.items()}
         whole = {**batch, **fill, MASK: jnp.ones(size, bool)}
         # Batch number 0 and a mask without padding: callers pass whole batches.
         outputs = self.prediction(variables, jnp.int32(self.count), jnp.int32(0), whole)
@@ -214,7 +224,12 @@ class _Predict:
         if structure is not None:
             structure = structure.restrict(used)
         return _Predict(
-            self.prediction, self.count, self.variables, unused, structure, self.whole_rows
+            self.prediction,
+            self.count,
+            self.variables,
+            unused,
+            structure,
+            is_whole=self.is_whole,
         )
 
 
@@ -261,7 +276,7 @@ def _export_any_batch_size(
         structure = predict.structure
         return dict(fields) if structure is None else structure.rebuild(fields)
 
-    if predict.whole_rows is not None:
+    if predict.is_whole:
         shapes = ', '.join(f'{n}: {describe(s)}' for n, s in spec.items())
         _log.warning('The exported function only takes batches of one shape: %s', shapes)
         return export_for(*abstract, arrange(spec))

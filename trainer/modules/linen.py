@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import errors, traverse_util
+from flax.core import meta
 
 from trainer import compat
 from trainer.config.errors import UserError
@@ -65,8 +66,7 @@ class Linen:
             batch: arrays with the training batch's shapes; the values do not matter.
             keys: the keys of mode 'init'.
         """
-        streams = Streams({'params', 'dropout', 'default'})
-        bound = _InitModel({}, Calls({}), keys, None, self.precision, _linen=self, _streams=streams)
+        bound = _new_model(self, keys)
         task(bound, batch)
         return {**bound.variables, 'params': self.precision.cast_params(bound.params)}
 
@@ -95,6 +95,10 @@ class LinenModel(BoundModel):
         if is_recorded or self._precision.compute is not None:
             return super().__call__(*args, **kwargs)
         return self._apply((), args, kwargs)  # The common case: nothing to record or to cast.
+
+    def fresh_collections(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the collections that initialization with these inputs of the model creates."""
+        return _new_model(self._linen, self._keys).fresh_collections(*args, **kwargs)
 
     def _field(self, name: str) -> Any:
         module = self._linen.modes[self.training]
@@ -130,6 +134,8 @@ class LinenModel(BoundModel):
             if perturbations := updates.pop(PERTURBATIONS, None):
                 recorder.add_perturbations(perturbations)
         if updates:
+            if not training:
+                self._check_trace()
             self._check_structure(updates)
             calls.collections = {
                 **calls.collections,
@@ -229,6 +235,11 @@ class LinenModel(BoundModel):
 class _InitModel(LinenModel):
     """A model during initialization: each call creates the variables that are still missing."""
 
+    def fresh_collections(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self(*args, **kwargs)
+        fresh: dict[str, Any] = meta.unbox(self.collections)
+        return fresh
+
     def stop_gradient(self, pattern: str) -> LinenModel:
         return self
 
@@ -252,3 +263,8 @@ class _InitModel(LinenModel):
         self._params = variables.pop('params', {})
         self._calls.collections = variables
         return self._precision.cast_output(output)
+
+
+def _new_model(linen: Linen, keys: Keys) -> _InitModel:
+    streams = Streams({'params', 'dropout', 'default'})
+    return _InitModel({}, Calls({}), keys, None, linen.precision, _linen=linen, _streams=streams)

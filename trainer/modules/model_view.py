@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from trainer import compat
+from trainer.config.errors import UserError
 from trainer.modules import patterns, reuse, seen
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.recorder import ModuleRecorder
@@ -34,6 +36,7 @@ class Calls:
         intermediates: the intermediates of the last call.
         recorder: records the calls; None records nothing.
         changing: names of the collections that calls change in evaluation too.
+        trace: if there are any, the trace of JAX in which calls may change them.
     """
 
     collections: dict[str, Any]
@@ -41,6 +44,7 @@ class Calls:
     intermediates: dict[str, Any] = dataclasses.field(default_factory=dict)
     recorder: ModuleRecorder | None = None
     changing: frozenset[str] = frozenset()
+    trace: Any = None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -124,6 +128,35 @@ class BoundModel(abc.ABC):
     def allow_changes(self, collections: frozenset[str]) -> None:
         """Lets later calls change these collections in evaluation, such as a cache."""
         self._calls.changing = collections
+        self._calls.trace = compat.current_trace() if collections else None
+
+    def fresh_collections(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the collections that initialization with these inputs of the model creates.
+
+        Such as an empty cache: a module that decodes one token at a time makes its cache as long as
+        the inputs of its initialization. Parameters are not among them.
+
+        Raises:
+            UserError: if the model is not a single Linen module.
+        """
+        raise UserError(
+            'model.fresh_collections: only a Linen module creates collections by a call, and only '
+            'if it is not a member of an ensemble'
+        )
+
+    def with_collections(self, **collections: Any) -> BoundModel:
+        """Returns a model with these collections, which its calls change, in evaluation too.
+
+        It has a state of its own, so it can be called in a loop or another transformation of JAX:
+        create it there from the loop's values, and return its `collections`.
+
+        Args:
+            **collections: nested dicts of arrays by name of the collection, such as `cache`.
+        """
+        view, calls = copy.copy(self), self._calls
+        view._calls = Calls({**calls.collections, **collections}, calls.count)
+        view.allow_changes(calls.changing.union(collections))
+        return view
 
     @property
     def ema(self) -> BoundModel:
@@ -211,6 +244,17 @@ class BoundModel(abc.ABC):
         result = known.find(make, static, (args, kwargs, self.variables, random))
         output, calls.collections, calls.intermediates, calls.count = result
         return output
+
+    def _check_trace(self) -> None:
+        """Checks that a call may change collections in evaluation."""
+        trace = self._calls.trace
+        if trace is not None and compat.current_trace() != trace:
+            names = ', '.join(sorted(self._calls.changing))
+            raise UserError(
+                'the model is called within a loop or another transformation of JAX, which loses '
+                f'the changes of its collection {names}. Call a model that is created there, '
+                'from the values of the loop: model.with_collections(...)'
+            )
 
     @abc.abstractmethod
     def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:

@@ -212,6 +212,7 @@ class NNXModel(BoundModel):
             updates.pop('params', None)
             self._check_structure(updates)
             if not self.training:
+                self._check_trace()
                 updates = {name: x for name, x in updates.items() if name in calls.changing}
             changed = self._precision.restore_dtypes(updates, calls.collections)
             calls.collections = {**calls.collections, **changed}

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -252,8 +253,8 @@ def _create(cls: type, arrays: Any, **options: Any) -> Any:
 def with_summaries(value: Any) -> Any:
     """Returns a value with its texts, lists of text and matplotlib figures as summaries.
 
-    Other values are returned as they are; of a dict, the entries are treated alike. An empty list
-    is a list of no texts.
+    A list of numbers becomes an array, other values are returned as they are; of a dict, the
+    entries are treated alike. An empty list is a list of no texts.
     """
     if isinstance(value, Mapping):
         return {name: with_summaries(each) for name, each in value.items()}
@@ -261,6 +262,8 @@ def with_summaries(value: Any) -> Any:
         return Texts(value)
     if isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value):
         return Texts(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(x, numbers.Real) for x in value):
+        return np.asarray(value)
     # matplotlib is not imported: a value can be one of its figures only if the user has done so.
     if callable(getattr(value, 'savefig', None)):
         return image_of_figure(value)

@@ -194,7 +194,12 @@ class Predictor:
         return self.set_up().other_data.predict(state, data, evaluation)
 
     def _resolve_state(self, state: TrainState | None, what: str) -> TrainState:
-        """Returns the state, or that of the newest checkpoint; refuses a donated state."""
+        """Returns the state, or that of the newest checkpoint.
+
+        Raises:
+            UserError: if the state is something else, or there is neither it nor a checkpoint.
+            DonatedError: if it was donated to a step.
+        """
         if not isinstance(state, (TrainState, type(None))):
             raise UserError(
                 f'{what}: expected a training state, such as that of a result, got a '
@@ -202,4 +207,9 @@ class Predictor:
                 'predict(arrays, state)'
             )
         donated.check(state, what)
+        if state is None and self.checkpoints is None:
+            raise UserError(
+                f'{what}: this Trainer has no work directory, so it has no checkpoint; pass a '
+                'state, such as that of a result'
+            )
         return self.restore() if state is None else state

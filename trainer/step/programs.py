@@ -221,7 +221,8 @@ class ProgramPerShape(Program):
             return super().__call__(*args)
         if shapes not in self._others:
             self._others[shapes] = self._compile_for(args[-1])
-        return self._others[shapes](*args)
+        # Counted together: all of them may be in flight at once.
+        return self._wait_if_due(self._others[shapes](*args))
 
     def _compile_for(self, batch: Any) -> Program:
         number = len(self._others) + 2
@@ -350,7 +351,7 @@ class Programs:
         self._num_shapes = num_shapes
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
-        fields = Fields.from_spec(spec, 'config.data')
+        fields = Fields.from_spec(spec, 'config.data', num_shapes=num_shapes)
         self._shapes = fields.shapes
         task = train_step.task.with_structure(structure)
         train_step = train_step.with_context(task=task)
@@ -359,7 +360,7 @@ class Programs:
         # later traces are for batches with only those fields.
         with self._tracing(), record_reads() as reads:
             named = _init_shapes(self._first_step, self._shapes)
-        self.fields = fields.with_read(reads.names, num_shapes, train_step.task.transforms)
+        self.fields = fields.with_read(reads.names, train_step.task.transforms)
         train_step = train_step.with_fields(self.fields.host_fields(), reads.weighted)
         shapes = meta.unbox(named)
         with allow_names_for_rules():

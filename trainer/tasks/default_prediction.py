@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The predictions of a task that has no method `predict`: the output of its call of the model."""
+"""Predictions without a method `predict`, and tasks that have nothing but this method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import clu.metrics
 import jax
+import jax.numpy as jnp
 
 from trainer.config.errors import UserError
 from trainer.modules import seen
@@ -14,6 +16,7 @@ from trainer.modules.model_view import path_names
 from trainer.modules.shapes import describe
 from trainer.tasks.batch import MissingFieldError
 from trainer.tasks.returned import name_of
+from trainer.tasks.task import TaskOutput
 
 # The name of an output that is an array.
 OUTPUT = 'output'
@@ -27,6 +30,36 @@ _ADVICE = (
 def has_predict(task: Any) -> bool:
     """Whether a task has a method `predict`."""
     return callable(getattr(task, 'predict', None))
+
+
+class ScoredTask:
+    """A task of an evaluation with a score, made from one that has nothing but a method `predict`.
+
+    It has neither loss nor metrics.
+    """
+
+    metrics = clu.metrics.Collection.create()
+
+    def __init__(self, task: Any):
+        self._named_task = task
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_'):  # Such as `_named_task` itself while an object is copied.
+            raise AttributeError(name)
+        return getattr(self._named_task, name)
+
+    def predict(self, model: Any, batch: Any) -> Any:
+        """Returns the predictions of the task."""
+        return self._named_task.predict(model, batch)
+
+    def __call__(self, model: Any, batch: Any) -> None:
+        """Calls the model as `predict` does, to initialize its variables."""
+        self.predict(model, batch)
+
+    def empty_output(self, mask: jax.Array) -> TaskOutput:
+        """Returns what an evaluation accumulates for a batch with this mask: no metric."""
+        weights = mask.astype(jnp.float32)
+        return TaskOutput(loss=jnp.zeros_like(weights), weights=weights)
 
 
 def predict_by_call(task: Any, model: Any, batch: Any) -> dict[str, Any]:

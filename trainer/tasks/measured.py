@@ -69,8 +69,8 @@ class MetricValues(dict[str, float]):
                 self.arrays[name] = array
                 return
             value = array.item()
-        # JSON would have `true`, which is not a number.
-        self[name] = int(value) if isinstance(value, bool) else value
+        # JSON would have `true`, which is not a number; numpy's floats print as 'np.float64(1)'.
+        self[name] = int(value) if isinstance(value, int) else float(value)
 
     def update_with(self, other: MetricValues, prefix: str = '') -> None:
         """Adds all values of `other`, with a prefix to their names."""

@@ -37,6 +37,7 @@ _NO_MEAN = (
 
 def name_of(task: Any) -> str:
     """Returns 'mine.task:soft_margin' for a function or class; for an object, its class."""
+    task = getattr(task, '_named_task', task)  # Of a `ScoredTask`, which has no name of its own.
     named = task if inspect.isroutine(task) or inspect.isclass(task) else type(task)
     return public_name(named)
 

@@ -164,10 +164,12 @@ class TaskRunner:
         fields = flatten_batch(batch)
         known = {*self.structure.names}
         missing = known - fields.keys() - {kept.name for kept in self.kept}
-        if different := sorted(missing | (fields.keys() - known - {MASK})):
+        new = fields.keys() - known - {MASK}
+        if missing or new:
             raise UserError(
-                f'a nested batch keeps its structure within a step: {", ".join(different)} '
-                f'{"is missing" if missing else "is new"}. Values can be replaced'
+                f'config.step: the batch for the task {"lacks" if missing else "has"} '
+                f'{", ".join(sorted(missing or new))}, unlike the batches of the loader. A step '
+                'may replace values of a nested batch, but not add or remove fields'
             )
         if mask is not None and MASK not in fields:
             fields[MASK] = mask

@@ -87,7 +87,8 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     """Prints the resources that a step would need."""
     logfile.route(None)
     trainer.check_batch()
-    setup, batch_size = trainer.set_up(), trainer.experiment.clock.batch_size
+    setup, experiment = trainer.set_up(), trainer.experiment
+    batch_size = experiment.data.rows(experiment.clock.batch_size)
     print(describe(make(setup.programs, setup.mesh, batch_size), command.device_kind))
     return 0
 
@@ -98,7 +99,7 @@ def make(programs: Programs, mesh: Mesh, batch_size: int) -> Plan:
     Args:
         programs: the training programs.
         mesh: the device mesh.
-        batch_size: examples of the global batch.
+        batch_size: examples of the global batch, padding included.
 
     Raises:
         UserError: for any mistake that the start of a run would report.
