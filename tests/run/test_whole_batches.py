@@ -189,7 +189,7 @@ def test_a_batch_that_does_not_divide_is_replicated(caplog: pytest.LogCaptureFix
     assert 'Batch sizes such as 7 do' in caplog.text
 
 
-def unchanged(batch: Mapping[str, Any]) -> dict[str, Any]:
+def multiply_by_one(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A device transform that returns all fields, and computes with one that the model reads."""
     if 'graph' in batch:
         return {**batch, 'graph': batch['graph']._replace(nodes=batch['graph'].nodes * 1)}
@@ -202,7 +202,7 @@ def test_device_transforms_run_for_each_shape(kind: str) -> None:
     """Fields that the task does not read have the shape of their batch there, too."""
     changed, plain = ragged.make_config(kind), ragged.make_config(kind)
     for section in (changed.data, changed.evals.dev.data):
-        section.device_transforms = (dict(ref=f'{__name__}:unchanged'),)
+        section.device_transforms = (dict(ref=f'{__name__}:multiply_by_one'),)
     one, other = (Trainer(build(config), mesh=mesh(1)) for config in (changed, plain))
     first, second = one.fit(), other.fit()
     assert numbers(first) == pytest.approx(numbers(second), rel=1e-6)
