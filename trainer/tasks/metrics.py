@@ -66,7 +66,9 @@ class WeightedMean(clu.metrics.Metric):
             values = jnp.asarray(values, jnp.float32)
             if weights is None:
                 return cls(total=values.sum(), weight=jnp.float32(values.size))
-            weights = broadcast_weights(largest_weights(weights, values.ndim), values.shape)
+            if 0 < values.ndim < weights.ndim:
+                weights = weights.max(axis=tuple(range(values.ndim, weights.ndim)))
+            weights = broadcast_weights(weights, values.shape)
         except (TypeError, ValueError) as error:
             if cls._values == 'values':
                 raise
@@ -180,18 +182,6 @@ def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         weights.shape + (1,) * (len(shape) - weights.ndim)
     )
     return jnp.broadcast_to(weights, shape)
-
-
-def largest_weights(weights: jax.Array, ndim: int) -> jax.Array:
-    """Returns the largest weight of each value, for values of fewer dimensions than the weights.
-
-    Args:
-        weights: (batch, ...).
-        ndim: number of dimensions of the values, at least 1.
-    """
-    if not 0 < ndim < weights.ndim:
-        return weights
-    return weights.max(axis=tuple(range(ndim, weights.ndim)))
 
 
 def non_finite_names(metrics: Any) -> list[str]:
