@@ -12,6 +12,8 @@ import pytest
 
 from trainer.config.errors import UserError
 from trainer.device_transforms import Mixup, Resize
+from trainer.input.structure import Structure
+from trainer.tasks.batch import PlainBatch, view_batch
 from trainer.tasks.classification import Classification
 
 BATCH: Any = {
@@ -23,6 +25,22 @@ BATCH: Any = {
 
 def mix(seed: int = 0, **options: Any) -> Any:
     return Mixup(num_classes=3, **options)(BATCH, jax.random.key(seed), True)
+
+
+def test_fields_of_a_nested_batch_are_named_by_path() -> None:
+    image, label, other = (BATCH[name] for name in ('image', 'label', 'other'))
+    deep = {'views': {'pair': (image, other)}, 'target': {'label': label}}
+    structure = Structure.from_tree(deep, '')
+    assert structure is not None
+    batch = view_batch(structure, structure.flatten(deep, ''), 'a test')
+    transform = Mixup(num_classes=3, inputs='views/pair/0', label='target/label')
+    found, expected = transform(batch, jax.random.key(0), True), mix()
+    np.testing.assert_array_equal(found['views']['pair'][0], expected['image'])
+    np.testing.assert_array_equal(found['target']['label'], expected['label'])
+    # What one transform returns is what the next one reads.
+    assert PlainBatch(found)['views/pair/1'] is other
+    with pytest.raises(UserError, match=r'views: {pair: '):
+        PlainBatch(found)['views/image']
 
 
 def test_inputs_and_labels_are_mixed_with_the_same_weights() -> None:

@@ -80,11 +80,37 @@ def join_path(path: str, key: Any) -> str:
 
 def _select(node: Any, path: str) -> Any:
     """Returns what is at a path below a node of a batch."""
-    if isinstance(node, Mapping):
+    # A transform may have put a plain dict there.
+    if isinstance(node, PlainBatch) or (isinstance(node, Mapping) and path in node):
         return node[path]
     key, _, rest = path.partition('/')
-    value = getattr(node, key) if hasattr(node, key) else node[int(key)]
+    value = _child(node, key)
     return _select(value, rest) if rest else value
+
+
+def _child(node: Any, key: str) -> Any:
+    if isinstance(node, Mapping):
+        return node[key]
+    return getattr(node, key) if hasattr(node, key) else node[int(key)]
+
+
+def with_field(batch: Any, path: str, value: Any) -> Any:
+    """Returns a batch with another value at a path, such as 'image' or 'inputs/image'.
+
+    Args:
+        batch: a dict of arrays, or a nested one; in it, also a tuple or a list.
+        path: of a field that it has, or a new name.
+        value: the array.
+    """
+    key, _, rest = path.partition('/')
+    if isinstance(batch, Mapping):
+        if not rest or path in batch or key not in batch:
+            return {**batch, path: value}
+        return {**batch, key: with_field(batch[key], rest, value)}
+    new = with_field(_child(batch, key), rest, value) if rest else value
+    if hasattr(batch, '_replace'):  # A NamedTuple.
+        return batch._replace(**{key: new})
+    return type(batch)(new if i == int(key) else x for i, x in enumerate(batch))
 
 
 def _list_fields(batch: dict[str, Any]) -> str:

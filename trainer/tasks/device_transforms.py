@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
-from trainer.tasks.batch import Batch
+from trainer.tasks.batch import Batch, with_field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,8 @@ class Mixup:
         in_range = (label >= 0) & (label < self.num_classes)
         target = jax.nn.one_hot(label, self.num_classes)
         target = jnp.where(in_range[:, None], target, -1.0)
-        return {**batch, self.inputs: _mix(x, own), self.label: _mix(target, own)}
+        mixed = with_field(batch, self.inputs, _mix(x, own))
+        return with_field(mixed, self.label, _mix(target, own))
 
 
 def _mix(x: jax.Array, own: jax.Array) -> jax.Array:
@@ -107,4 +108,4 @@ class Resize:
                 'floating-point images [batch, height, width, channels]: put Resize after ToFloat'
             )
         shape = (images.shape[0], *self.size, images.shape[3])
-        return {**batch, self.inputs: jax.image.resize(images, shape, self.method)}
+        return with_field(batch, self.inputs, jax.image.resize(images, shape, self.method))

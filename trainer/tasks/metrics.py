@@ -51,7 +51,9 @@ class WeightedMean(clu.metrics.Metric):
         Args:
             values: (batch, ...) or a scalar.
             weights: (batch,) or the shape of `values`; None counts every value once. A value of
-                weight 0 is ignored even where it is not finite.
+                weight 0 is ignored even where it is not finite. If they have more dimensions than
+                the values, as weights of tokens beside values of whole sequences, a value counts by
+                the largest of its weights.
             **outputs: outputs of the model by name: see `from_output`.
 
         Raises:
@@ -64,7 +66,7 @@ class WeightedMean(clu.metrics.Metric):
             values = jnp.asarray(values, jnp.float32)
             if weights is None:
                 return cls(total=values.sum(), weight=jnp.float32(values.size))
-            weights = broadcast_weights(weights, values.shape)
+            weights = broadcast_weights(largest_weights(weights, values.ndim), values.shape)
         except (TypeError, ValueError) as error:
             if cls._values == 'values':
                 raise
@@ -178,6 +180,18 @@ def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         weights.shape + (1,) * (len(shape) - weights.ndim)
     )
     return jnp.broadcast_to(weights, shape)
+
+
+def largest_weights(weights: jax.Array, ndim: int) -> jax.Array:
+    """Returns the largest weight of each value, for values of fewer dimensions than the weights.
+
+    Args:
+        weights: (batch, ...).
+        ndim: number of dimensions of the values, at least 1.
+    """
+    if not 0 < ndim < weights.ndim:
+        return weights
+    return weights.max(axis=tuple(range(ndim, weights.ndim)))
 
 
 def non_finite_names(metrics: Any) -> list[str]:
