@@ -36,3 +36,17 @@ def test_named_outputs_are_averaged_with_named_weights() -> None:
     assert kind.from_model_output(**outputs, weights=None).compute() == 2
     with pytest.raises(UserError, match="the metric 'hits' of the task: expected an array with"):
         kind.from_model_output(hits=jnp.ones(3), rows=jnp.ones(2))
+
+
+def test_a_value_of_a_sequence_counts_by_the_largest_weight_of_its_tokens() -> None:
+    """So padding does not count, and a sequence counts once, whatever its length."""
+    kind = WeightedMean.from_output('exact')
+    outputs = {
+        'exact': jnp.array([1.0, 0.0, jnp.nan]),
+        'weights': jnp.array([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]),
+    }
+    metric = kind.from_model_output(**outputs)
+    assert metric.compute() == 0.5
+    assert metric.weight == 2
+    with pytest.raises(UserError, match=r'weights of shape \(2,\) do not fit'):
+        kind.from_model_output(exact=jnp.ones(3), weights=jnp.ones((2, 4)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one does with a run beside training: set up its programs, restore, evaluate and predict."""
+"""The uses of a run besides training: set-up, restoring, evaluation, prediction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.tasks.measured import MetricValues
 class Predictor:
     """Restores, evaluates and predicts with one experiment in one work directory.
 
-    It needs nothing of training; `Trainer` adds it.
+    `Trainer` is a subclass that also trains.
 
     Attributes:
         run: its experiment, directory and checkpoints, which are attributes of their own too.

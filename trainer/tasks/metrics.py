@@ -51,7 +51,9 @@ class WeightedMean(clu.metrics.Metric):
         Args:
             values: (batch, ...) or a scalar.
             weights: (batch,) or the shape of `values`; None counts every value once. A value of
-                weight 0 is ignored even where it is not finite.
+                weight 0 is ignored even where it is not finite. If they have more dimensions than
+                the values, as weights of tokens beside values of whole sequences, a value counts by
+                the largest of its weights.
             **outputs: outputs of the model by name: see `from_output`.
 
         Raises:
@@ -64,6 +66,8 @@ class WeightedMean(clu.metrics.Metric):
             values = jnp.asarray(values, jnp.float32)
             if weights is None:
                 return cls(total=values.sum(), weight=jnp.float32(values.size))
+            if 0 < values.ndim < weights.ndim:
+                weights = weights.max(axis=tuple(range(values.ndim, weights.ndim)))
             weights = broadcast_weights(weights, values.shape)
         except (TypeError, ValueError) as error:
             if cls._values == 'values':
