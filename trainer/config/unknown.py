@@ -106,11 +106,12 @@ def _known_paths(config: Mapping[str, Any]) -> list[str]:
 
 def _may_exist(config: Mapping[str, Any], path: str) -> bool:
     """Whether a config contains a path or may set it."""
-    keys, node = paths.parse(path), config
+    keys: Any = paths.parse(path)
+    node: Any = config
     for depth, key in enumerate(keys):
         if not reach.contains(node, key):
             return reach.may_be_set(node, keys, depth)
-        node = node[key]  # type: ignore[index]
+        node = node[key]
     return True
 
 

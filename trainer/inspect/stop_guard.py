@@ -28,7 +28,7 @@ from trainer.inspect.explain import explain
 from trainer.inspect.replay import Reader, Replay, ReplayStart, StepInspector
 from trainer.modules.model_view import param_path
 from trainer.observe.table import nbytes
-from trainer.parallel.host import fetch
+from trainer.parallel.host import fetch, is_ready
 from trainer.run.failure import NonFiniteError
 from trainer.step import health as lib
 from trainer.step.health import Health
@@ -145,7 +145,7 @@ class StopGuard:
         """
         if jax.process_count() > 1:
             return
-        if self._pending is not None and self._pending.packed.is_ready():  # type: ignore[attr-defined]
+        if self._pending is not None and is_ready(self._pending.packed):
             pending, self._pending = self._pending, None
             self._check_health(pending, state)
             self._last_finite = self._candidate

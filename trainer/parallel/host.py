@@ -15,3 +15,12 @@ def fetch(tree: Any) -> Any:
     """
     # Wait first: on CPUs, copying the output of a failed program may block forever.
     return jax.device_get(jax.block_until_ready(tree))
+
+
+def is_ready(array: Any) -> bool:
+    """Whether the program that computes an array has finished: fetching it does not wait.
+
+    Args:
+        array: a `jax.Array`, whose class does not declare this method for type checkers.
+    """
+    return array.is_ready()

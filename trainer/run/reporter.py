@@ -32,7 +32,7 @@ from trainer.observe.summary_files import remove_after, write_files
 from trainer.observe.time_spent import TimeSpent
 from trainer.observe.writers import MetricsFile, TensorBoard, Writers
 from trainer.parallel import processes
-from trainer.parallel.host import fetch
+from trainer.parallel.host import fetch, is_ready
 from trainer.tasks.measured import (
     MetricValues,
     average_members,
@@ -417,7 +417,7 @@ class _Pending:
         self._one = next((x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)), None)
 
     def is_ready(self) -> bool:
-        return self._one is None or self._one.is_ready()  # type: ignore[attr-defined]
+        return self._one is None or is_ready(self._one)
 
 
 def flat_row(metrics: Any, stopped: Any = None) -> MetricValues:
