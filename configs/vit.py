@@ -11,7 +11,7 @@ The words after the colon choose
 - the data: ImageNet (TFDS `imagenet2012`) by default; `fashion` is Fashion-MNIST (Debian package
   `dataset-fashion-mnist`), `tiny` a smaller model on MNIST
 - the model: a ViT in Linen by default; `mixer`, and `nnx` for the same in NNX
-- `finetune`: goes on from the weights of the run without this word, at 56 x 56 pixels.
+- `finetune`: starts from the weights of the run without this word, and trains at 56 x 56 pixels.
 
 Published for ViT-S/16 after 90 epochs: 76.5 % of the 50,000 validation images (Beyer et al., 2022,
 "Better plain ViT baselines for ImageNet-1k"). ImageNet: not run yet. Fashion-MNIST: not run yet.
@@ -198,7 +198,7 @@ def _train_on_small_images(config: ml_collections.ConfigDict, words: set[str]) -
 
 def _finetune(config: ml_collections.ConfigDict, words: set[str]) -> None:
     """Four times as many patches, with the positions in between interpolated."""
-    # The default work directory of the run that it goes on from.
+    # The default work directory of the run without `finetune`.
     config.init_from = dict(path='runs/vit-tiny' if 'tiny' in words else 'runs/vit-fashion')
     if 'nnx' in words:
         # That run is in Linen, where the blocks have other names.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources that decide themselves what a batch is: graphs, sequences of different lengths.
+"""Sources with a `collate` of their own, such as graphs and sequences of different lengths.
 
 A source with a method `collate` is read one example at a time, and `collate` makes a batch of
 them. The loaders of this package use it: `TrainLoader`, `EvalLoader` and `GrainLoader`.

@@ -37,7 +37,7 @@ class PaddedSequences:
         fields: Sequence[str],
         lengths: Sequence[int],
         fill: float | Mapping[str, float] = 0,
-        cut: bool = False,
+        truncate: bool = False,
         group: int | None = None,
     ):
         """Keeps the examples.
@@ -48,8 +48,8 @@ class PaddedSequences:
                 for nested examples. All other fields need one shape.
             lengths: lengths of batches, ascending. Each is compiled once.
             fill: value of padding, or one for each field; 0 for fields that it does not name.
-            cut: whether a sequence longer than the last of `lengths` is cut; otherwise it is an
-                error.
+            truncate: whether sequences longer than the last of `lengths` are cut off; otherwise
+                they are an error.
             group: put so many sequences of similar length together, a few batches of them: most
                 batches are then shorter. All items are read once for it, as they are before any
                 transform. None for random batches.
@@ -72,7 +72,7 @@ class PaddedSequences:
         self._fields = tuple(fields)
         self._lengths = lengths
         self._fill = dict(named)
-        self._cut = cut
+        self._truncate = truncate
         self._group = group
         self._sizes: np.ndarray | None = None
         if group is not None:
@@ -118,10 +118,10 @@ class PaddedSequences:
         counts = np.array([self._count(example) for example in examples], np.int32)
         length = next((x for x in self._lengths if x >= counts.max()), None)
         if length is None:
-            if not self._cut:
+            if not self._truncate:
                 raise ValueError(
                     f'a sequence has {counts.max()} elements, and the last of `lengths` is '
-                    f'{self._lengths[-1]}: add a larger one, or set cut=True'
+                    f'{self._lengths[-1]}: add a larger one, or set truncate=True'
                 )
             length = self._lengths[-1]
             counts = np.minimum(counts, length)

@@ -221,7 +221,7 @@ def is_optax_error(error: BaseException) -> bool:
     """Whether optax raised an error, or called the function of JAX that raised it.
 
     Checked with: optax 0.2.8.
-    Why: optax has no error classes, so the frames of the traceback have to tell.
+    Why: optax has no error classes, so the only sign is the frames of the traceback.
     Without it: a mistake in the optimizer's config shows a traceback.
     """
     frames = traceback.walk_tb(error.__traceback__)
@@ -486,7 +486,7 @@ def current_trace() -> Any:
 
     Checked with: jax 0.10.2 and 0.12.0.
     Why: a value of an inner trace, as of `jax.grad`, cannot be used outside of it, and there is no
-    public way to tell; JAX only raises an error when it is used. Flax uses this for the same.
+    public test; JAX only raises an error when it is used. Flax uses this for the same.
     Without it: default predictions of a task that calls its model within a transformation fail
     with JAX's own error.
     """
@@ -560,7 +560,7 @@ def is_call_of(context: Any, classes: tuple[type, ...]) -> bool:
 
     Checked with: flax 0.12.8 and 0.12.12, where `context.orig_method` is a `functools.partial`.
     Why: a lifted class, such as `nn.vmap(nn.BatchNorm)`, has a method of the same name, which binds
-    the axis and then calls Flax's; only the code objects tell them apart.
+    the axis and then calls Flax's; only their code objects differ.
     Without it: the axis name of a lifted layer is omitted although the axis is bound.
     """
     method = getattr(context.orig_method, 'func', context.orig_method)
@@ -572,7 +572,7 @@ def is_nowrap(member: Any) -> bool:
     """Whether a member of a module's class is decorated with `nn.nowrap`.
 
     Checked with: flax 0.12.8 and 0.12.12, which sets the attribute `nowrap`.
-    Why: there is no public function that tells.
+    Why: there is no public function for this test.
     Without it: plain helper methods run as methods of the model in a bound model.
     """
     return hasattr(member, 'nowrap')
@@ -582,7 +582,7 @@ def is_compact(member: Any) -> bool:
     """Whether a member of a module's class is decorated with `nn.compact`.
 
     Checked with: flax 0.12.8 and 0.12.12, which sets the attribute `compact`.
-    Why: there is no public function that tells.
+    Why: there is no public function for this test.
     Without it: calling a compact method without variables gives Flax's message, not ours.
     """
     return hasattr(member, 'compact')
@@ -592,7 +592,7 @@ def is_constructed(module: Any) -> bool:
     """Whether Linen has finished the construction of a module, and protects its fields.
 
     Checked with: flax 0.12.8 and 0.12.12, whose `__post_init__` sets the attribute `_state`.
-    Why: there is no public function that tells.
+    Why: there is no public function for this test.
     Without it: `self.training = False` in a method of a `knn.Module` silently has no effect.
     """
     return '_state' in vars(module)
@@ -615,8 +615,8 @@ def objects_under_construction(error: BaseException) -> list[Any]:
     """Returns the objects whose `__init__` an error has left, from the outermost.
 
     Checked with: Python 3.11 and flax 0.12.8.
-    Why: an error does not tell which object was being created; the frames of its traceback have it
-    as the local variable `self`.
+    Why: an error does not name the object that was being created; the frames of its traceback have
+    it as the local variable `self`.
     Without it: an error within the user's own NNX module is reported as a model that is none.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

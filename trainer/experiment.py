@@ -345,7 +345,7 @@ def _build(loaded: LoadedConfig) -> Experiment:
         ensemble=parts.ensemble,
         step=step,
         training=Training(total_steps=parts.total_steps, **training),
-        devices=Devices(mesh=sections.mesh, sharding=sharding),
+        devices=Devices(mesh=MappingProxyType(dict(sections.mesh)), sharding=sharding),
         logging=Logging(
             every=sections.log.every,
             tensorboard=sections.log.tensorboard,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tasks, scores and hooks may return: texts, images, histograms, figures and arrays."""
+"""Texts, images, histograms, figures and arrays that tasks, scores and hooks may return."""
 
 from trainer.observe.summaries import Arrays, Histogram, Images, Texts, image_of_figure
 

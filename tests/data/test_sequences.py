@@ -68,7 +68,7 @@ def test_sequences_of_vectors_and_nested_examples() -> None:
 def test_a_sequence_that_is_too_long() -> None:
     with pytest.raises(ValueError, match='has 9 elements, and the last of `lengths` is 8'):
         collate(9)
-    batch = collate(9, 2, cut=True)
+    batch = collate(9, 2, truncate=True)
     np.testing.assert_array_equal(batch['tokens'][0], np.arange(1, 9))
     np.testing.assert_array_equal(batch['length'], [8, 2])
 

@@ -19,7 +19,7 @@ from trainer.config.durations import Periodic
 
 
 def better_mode(name: str) -> str | None:
-    """Returns 'min' or 'max', judging by the name of a metric; None if it does not tell."""
+    """Returns 'min' or 'max', judging by the name of a metric; None if it does not show it."""
     if name.endswith(('loss', 'error', 'perplexity')):
         return 'min'
     return 'max' if name.endswith('accuracy') else None

@@ -28,7 +28,7 @@ _MAX_ARGUMENTS = 200
 
 
 def name_objects(node: Any, keys: Sequence[str | int] = ()) -> Any:
-    """Returns a config with names in place of objects: `dict(ref=...)` for one that stands alone.
+    """Returns a config with names in place of objects: `dict(ref=...)` for one without arguments.
 
     Values that a config never holds (arrays, paths, sets), and objects where the config expects
     a section or a plain value, stay: `literals.check` says what to write instead.
@@ -90,7 +90,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _takes_object(keys: Sequence[str | int]) -> bool:
-    """Whether an object may stand at a path: as an argument, or where the config has a target."""
+    """Whether a path may have an object: as an argument, or where the config has a target."""
     section = schema.section_at(keys)
     if section is not None and schema.takes_ref(section):
         return True

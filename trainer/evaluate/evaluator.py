@@ -246,7 +246,7 @@ class Evaluator:
         raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
 
     def _is_host_metric(self, name: str) -> bool:
-        """Whether the host may compute a value of this name, which only its first run can tell."""
+        """Whether the host may compute a value of this name; known only after its first run."""
         collecting = (metric for metric, _ in self.step.task.collecting)
         return self._score is not None or name.split('/')[0] in collecting
 
@@ -323,7 +323,7 @@ class Evaluator:
     def _summarize(self, members: tuple[int, ...], args: tuple[Any, ...]) -> dict[str, Summary]:
         """Returns the summaries of the task for a batch, without padding; all processes call it."""
         if members not in self._summarizers:
-            # A program of its own: in that of the metrics, every batch would compute them.
+            # In a separate program: that of the metrics would compute them for every batch.
             self._summarizers[members] = make_program(
                 f'the summaries of evaluation {self.name!r}',
                 self._run_step.summarize,

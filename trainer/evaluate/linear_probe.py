@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A score: how well a linear classifier does that has seen a few examples of each class."""
+"""`LinearProbe`: the accuracy of a linear classifier trained on a few examples of each class."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def classify(features: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> n
     classes, target = np.unique(labels, return_inverse=True)
     y = np.eye(len(classes))[target]
     mean, std = features.mean(axis=0), features.std(axis=0)
-    # A feature that never changes says nothing, and must not be divided by zero.
+    # A constant feature has no information, and its deviation of 0 must not be a divisor.
     scale = np.where(std > 0, std, 1.0)
     x = (features - mean) / scale
     u, s, vt = np.linalg.svd(x, full_matrices=False)

@@ -38,7 +38,7 @@ def refusal(value: Any) -> str | None:
     """Returns the error message for a value that is not a module and cannot create one, else None.
 
     An NNX module is created by its class or by a function of `rngs`. If the argument has another
-    name, only a call can tell whether the function takes `rngs`: see `failure_message`.
+    name, only a call shows whether the function takes `rngs`: see `failure_message`.
 
     Args:
         value: the value of `config.model`.

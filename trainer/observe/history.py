@@ -34,7 +34,7 @@ class History:
         """Adds a row of numbers by flat name."""
         self._rows.append((step, dict(row)))
 
-    def cut(self, step: int) -> None:
+    def truncate(self, step: int) -> None:
         """Removes the rows after a step."""
         self._rows = [row for row in self._rows if row[0] <= step]
 

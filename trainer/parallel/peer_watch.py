@@ -122,7 +122,7 @@ def connect(timeout_secs: int) -> dict[socket.socket, int]:
         peer.sendall(f'{number}\n'.encode())
         return {peer: 0}
     peers: dict[socket.socket, int] = {}
-    # Port 0: the kernel chooses a free one, which JAX's key-value store tells the others.
+    # Port 0: the kernel chooses a free one, which the others read from JAX's key-value store.
     with socket.create_server(('', 0), backlog=count) as server:
         server.settimeout(timeout_secs)
         client.key_value_set(_KEY, f'{_host()}:{server.getsockname()[1]}')

@@ -318,7 +318,7 @@ def expect_from_hooks(experiment: Experiment, path: str, metric: str) -> bool:
 def check_watched(experiment: Experiment, evaluation: str, measured: Mapping[str, float]) -> None:
     """Checks that an evaluation has measured what early stopping and retention watch.
 
-    Only its first run can tell this of values that the host computes, or that hooks return.
+    Values that the host computes, or that hooks return, are known only after its first run.
 
     Raises:
         UserError: naming the metrics that there are.

@@ -122,7 +122,7 @@ class Reporter:
         """
         self.step = step
         self.latest = dict(metrics)
-        self.history.cut(step if step > 0 else -1)
+        self.history.truncate(step if step > 0 else -1)
         self._evaluated = {(name, step) for name in evaluated}
 
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:

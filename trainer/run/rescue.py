@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a run by an error: what is saved and recorded, and in which order."""
+"""Ends a run after an error: saves the last completed step, records the error, calls the hooks."""
 
 from __future__ import annotations
 

@@ -291,8 +291,8 @@ class Recovery:
             # before the last checkpoint exists.
             checkpoints.close()
         self._check_workdir(step)
-        # A paused run has no result yet: `result.json` would tell the next start that there is
-        # nothing left to do.
+        # A paused run has no result yet: `result.json` would make the next start report that
+        # there is nothing left to do.
         if status != 'paused':
             digest, metrics = checkpoints.meta(step)['digest'], dict(self._report.latest)
             data_digest = self._consumed.digest()

@@ -112,7 +112,7 @@ class Workdir:
         Raises:
             UserError: if it is not writable.
         """
-        # Permissions do not tell whether a write works: a file system may be full, read-only or
+        # Permissions do not show whether a write works: a file system may be full, read-only or
         # remote. The name is unique, because all processes probe at the same time.
         probe = self.path / f'.writable.{platform.node()}.{os.getpid()}'
         try:

@@ -196,7 +196,7 @@ def _with_variables(state: TrainState, loaded: Mapping[str, jax.Array]) -> Train
 
 def _with_slots(state: TrainState, loaded: Mapping[str, jax.Array]) -> TrainState:
     leaves, structure = jax.tree.flatten(state.opt_state)
-    # `slots` of the positions of the leaves: it tells which leaf each path of a slot is.
+    # `slots` of the positions of the leaves: it finds the leaf at each path of a slot.
     index = {path: i for i, path in enumerate(lib.flatten(state.opt_state, 'opt_state/'))}
     positions = lib.slots(index, lib.flatten(state.params))
     for path, position in positions.items():
