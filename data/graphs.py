@@ -261,8 +261,12 @@ def _join(examples: Sequence[Mapping[str, Any]], name: str, size: int) -> Any:
     return map_named(lambda path, *arrays: _pad(path, arrays, size), *trees)[name]
 
 
-def _pad(name: str, arrays: Sequence[Any], size: int, fill: float = 0) -> np.ndarray:
-    kinds = {(x.dtype, x.shape[1:]) for x in map(np.asarray, arrays)}
+def _pad(name: str, arrays: Sequence[Any], size: int, fill: float | str = 0) -> np.ndarray:
+    # The dtype of text includes its length, which may differ.
+    kinds = {
+        (x.dtype.kind if x.dtype.kind in 'SU' else x.dtype, x.shape[1:])
+        for x in map(np.asarray, arrays)
+    }
     if len(kinds) > 1:
         found = ' and '.join(sorted(f'{dtype} {shape}' for dtype, shape in kinds))
         raise ValueError(
@@ -270,5 +274,6 @@ def _pad(name: str, arrays: Sequence[Any], size: int, fill: float = 0) -> np.nda
             'but for the number of nodes and edges'
         )
     whole = np.concatenate(arrays)
+    fill = '' if whole.dtype.kind in 'SU' else fill
     padding = np.full((size - len(whole), *whole.shape[1:]), fill, whole.dtype)
     return np.concatenate([whole, padding])

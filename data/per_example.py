@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +39,7 @@ _copies = _Copies()
 _Call = Callable[[Any, int], Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class PerExample:
     """Runs a function on one example at a time, and stacks what it returns.
 
@@ -49,9 +50,9 @@ class PerExample:
         fn: without `field`, a function of an example (a dict, or another tree, as the source
             returns it) that returns the new example. With `field`, a function of the value of that
             field that returns the new value. If it has a parameter `rng`, it gets the example's
-            numpy generator. A transform of Albumentations is called with its named arguments: the
-            value as `image`, or without `field` all fields of the example; its seed is set for each
-            example.
+            numpy generator. A transform of Albumentations, or another that takes only named
+            arguments, gets the value as `image`, or without `field` all fields of the example, and
+            returns a dict; if it has a method `set_random_seed`, that is called for each example.
         field: the field to replace, by its path if it is nested ('inputs/x'); the others stay. None
             for functions of whole examples.
         seed_global: whether to seed the global generators (`random`, `numpy.random`, PyTorch) for
@@ -61,6 +62,7 @@ class PerExample:
     """
 
     fn: Callable[..., Any]
+    _: dataclasses.KW_ONLY
     field: str | None = None
     seed_global: bool | None = None
     # Whether the first call has been checked; a list, because the dataclass is frozen.
@@ -90,13 +92,13 @@ class PerExample:
     def _bind_function(self, rng: ExampleRng) -> _Call:
         """Returns `fn` as a function of a value, or an example, and its row."""
         # Once per batch: inspecting a signature takes longer than most transforms.
-        if 'albumentations' in _packages(self.fn):
-            return lambda value, row: self._call_albumentations(value, rng.generator(row))
+        if _takes_names(self.fn):
+            return lambda value, row: self._call_with_names(value, rng.generator(row))
         if wants_rng(self.fn):
             return lambda value, row: self.fn(value, rng=rng.generator(row))
         return lambda value, row: self.fn(value)
 
-    def _call_albumentations(self, value: Any, generator: np.random.Generator) -> Any:
+    def _call_with_names(self, value: Any, generator: np.random.Generator) -> Any:
         fn: Any = self.fn
         if hasattr(fn, 'set_random_seed'):
             fn = _copy_of_thread(fn)
@@ -218,6 +220,23 @@ def _stack(name: str, *values: Any) -> np.ndarray:
                 'another; all examples of a batch need one shape: crop, resize or pad them'
             )
     return np.stack(arrays)
+
+
+def _takes_names(fn: Callable[..., Any]) -> bool:
+    """Whether a function takes fields as named arguments, and returns a dict of them."""
+    if 'albumentations' in _packages(fn):
+        return True
+    try:
+        parameters = inspect.signature(fn).parameters
+    except ValueError:  # Functions implemented in C may have no signature.
+        return False
+    kinds = {parameter.kind for parameter in parameters.values()} - {inspect.Parameter.VAR_KEYWORD}
+    # One that can be seeded is called as those of Albumentations are: (*args, **fields).
+    if callable(getattr(fn, 'set_random_seed', None)):
+        kinds.discard(inspect.Parameter.VAR_POSITIONAL)
+    return (
+        bool(parameters) and 'rng' not in parameters and kinds <= {inspect.Parameter.KEYWORD_ONLY}
+    )
 
 
 def _packages(value: Any) -> set[str]:

@@ -83,6 +83,18 @@ def test_instances_stand_where_a_target_stands() -> None:
     assert found['eval/dev/loss'] == expected['eval/dev/loss']
 
 
+def test_scores_and_hooks_may_be_functions_alone(tmp_path: pathlib.Path) -> None:
+    kinds: list[str] = []
+    config = make_config(hooks=dict(seen=lambda event: kinds.append(event.kind)))
+    config.evals.dev.score = lambda examples: {'count': len(next(iter(examples.values())))}
+    result = Trainer(build(config), str(tmp_path / 'run')).fit()
+    assert result.metrics['eval/dev/count'] == 21
+    assert {'start', 'eval', 'end'} <= set(kinds)
+    saved = json.loads((tmp_path / 'run' / 'config.json').read_text())['config']
+    for section in (saved['hooks']['seen'], saved['evals']['dev']['score']):
+        assert section['ref'].startswith(f'{__name__}:test_scores_and_hooks')
+
+
 def test_instances_that_differ_are_different_runs(tmp_path: pathlib.Path) -> None:
     def start(model: Any, **changes: Any) -> None:
         trainer = Trainer(build(make_config(model=model, **changes)), str(tmp_path / 'run'))

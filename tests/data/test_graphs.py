@@ -79,6 +79,11 @@ def test_features_may_be_trees_or_missing() -> None:
     np.testing.assert_array_equal(made.globals, [[1, 2], [1, 3], [0, 0]])
 
 
+def test_texts_of_graphs_may_have_any_length() -> None:
+    examples = [{**graph(2, 1), 'name': name} for name in ('CO', 'C1=CC=CC=C1')]
+    assert collate(3, examples)['name'].tolist() == ['CO', 'C1=CC=CC=C1', '']
+
+
 def test_the_first_size_with_room() -> None:
     sizes = [(8, 8), (11, 11), (16, 32)]
     assert collate(examples=GRAPHS[:1], sizes=sizes)['graph'].nodes.shape == (8, 2)

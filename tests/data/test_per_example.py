@@ -149,15 +149,15 @@ def test_the_check_for_global_generators_is_over_after_the_first_example() -> No
     images(PerExample(fn=later, field='image'))
 
 
-class Compose:
-    """What `albumentations.Compose` looks like to its caller; its module is set below."""
+class SimilarCompose:
+    """A class of another package that is called like `albumentations.Compose`."""
 
     def __init__(self) -> None:
         self.random = np.random.default_rng()
         self.lock = threading.Lock()
 
-    def __deepcopy__(self, memo: Any) -> Compose:
-        return Compose()
+    def __deepcopy__(self, memo: Any) -> SimilarCompose:
+        return type(self)()
 
     def set_random_seed(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
@@ -172,12 +172,30 @@ class Compose:
         return {**data, 'image': data['image'] + first + second}
 
 
+class Compose(SimilarCompose):
+    """What `albumentations.Compose` looks like to its caller."""
+
+
 Compose.__module__ = 'albumentations.core.composition'
 
 
+def invert(*, image: np.ndarray, **others: Any) -> dict[str, Any]:
+    return {'image': 255 - image, **others}
+
+
 @pytest.mark.parametrize('field', [None, 'image'])
-def test_an_object_with_a_seed_of_its_own_is_seeded_for_each_example(field: str | None) -> None:
-    run = PerExample(fn=Compose(), field=field)
+def test_a_function_that_takes_only_names_gets_fields_by_name(field: str | None) -> None:
+    np.testing.assert_array_equal(
+        images(PerExample(invert, field=field)), 255 - images(PerExample(lambda x: x))
+    )
+
+
+@pytest.mark.parametrize('kind', [Compose, SimilarCompose])
+@pytest.mark.parametrize('field', [None, 'image'])
+def test_an_object_with_a_seed_of_its_own_is_seeded_for_each_example(
+    field: str | None, kind: type[SimilarCompose]
+) -> None:
+    run = PerExample(fn=kind(), field=field)
     two = images(run, count=2)
     assert (two[0] != two[1]).any(axis=(1, 2, 3)).sum() > N / 2
     np.testing.assert_array_equal(images(run, start=1)[0], two[1])

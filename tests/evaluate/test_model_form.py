@@ -91,7 +91,12 @@ def config(target: str, **changes: Any) -> ml_collections.ConfigDict:
 
 @pytest.mark.parametrize(
     ('target', 'changes'),
-    [('Net', {'settings': {'scale': 3.0}}), ('NNXNet', {'scale': 3.0}), ('Named', {'scale': 3.0})],
+    [
+        ('Net', {'settings': {'scale': 3.0}}),
+        ('Net', {'settings': Settings(scale=3.0)}),
+        ('NNXNet', {'scale': 3.0}),
+        ('Named', {'scale': 3.0}),
+    ],
 )
 def test_other_arguments_with_the_same_variables(target: str, changes: dict[str, Any]) -> None:
     made = config(target, **changes)

@@ -117,6 +117,27 @@ def test_outputs_have_the_names_that_the_model_gives_them(structure: str, names:
     np.testing.assert_allclose(found[names[0]].sum(-1), found[names[1]], atol=1e-5)
 
 
+class ArraysAlone:
+    """A task whose predictions are no dict."""
+
+    def __call__(self, model: Any, batch: Any) -> jax.Array:
+        return first_column(model, batch)
+
+    def predict(self, model: Any, batch: Any) -> Any:
+        return model(batch['x'])
+
+
+@pytest.mark.parametrize(
+    ('structure', 'names'), [('array', ['output']), ('tuple', ['output/0', 'output/1'])]
+)
+def test_a_task_may_predict_without_names(structure: str, names: list[str]) -> None:
+    model = dict(target=f'{HERE}:Several', structure=structure)
+    config = make_config(task=dict(target=f'{HERE}:ArraysAlone'), model=model)
+    made = Trainer(build(config), verbose=False)
+    found = made.predict(points(37), made.init_state())
+    assert list(found) == names and found[names[0]].shape == (37, 2)
+
+
 def test_an_ensemble_predicts_the_combined_output() -> None:
     made, arrays = trainer(ensemble=dict(size=2)), points(37)
     state = made.init_state()

@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests.in_memory import make_config
 from trainer.config.errors import UserError
-from trainer.experiment import load_and_build
+from trainer.experiment import build, load_and_build
 from trainer.trainer import Trainer
 
 
@@ -36,6 +37,17 @@ def test_device_transforms_run_in_training_evaluation_and_prediction():
     for a, b in zip(*params, strict=True):
         np.testing.assert_array_equal(a, b)
     assert results[0].metrics['eval/test/loss'] == results[1].metrics['eval/test/loss']
+
+
+def test_an_error_of_a_device_transform_names_it():
+    def shift(batch, amount):
+        return {**batch, 'x': batch['x'] + amount}
+
+    config = make_config()
+    config.data.device_transforms = (lambda batch: batch, shift)
+    with pytest.raises(TypeError, match='amount') as caught:
+        Trainer(build(config), verbose=False).fit()
+    assert any('in device_transforms[1] = ' in note for note in caught.value.__notes__)
 
 
 def test_random_host_transform_is_rejected_on_devices():

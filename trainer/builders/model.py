@@ -89,13 +89,15 @@ def build_loss_scale(precision: PrecisionSection | None) -> float | None:
 def merge_arguments(node: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a target with some changed, in nested targets too.
 
-    A change with a `target` of its own replaces the object that was there.
+    A change with a `target` or `ref` of its own replaces the object that was there.
     """
     merged = dict(node)
     for name, value in changes.items():
         before = merged.get(name)
         merged[name] = value
-        if isinstance(before, Mapping) and isinstance(value, Mapping) and 'target' not in value:
+        if not isinstance(before, Mapping) or not isinstance(value, Mapping):
+            continue
+        if not {'target', 'ref'} & value.keys():
             merged[name] = merge_arguments(before, value)
     return merged
 

@@ -91,6 +91,9 @@ def _is_object(value: Any) -> bool:
 
 def _takes_object(keys: Sequence[str | int]) -> bool:
     """Whether a path may have an object: as an argument, or where the config has a target."""
+    section = schema.section_at(keys)
+    if section is not None and schema.takes_ref(section):
+        return True
     hint = schema.type_at(keys)
     return hint in (None, object) or 'object' in schema.describe(hint).split(' or ')
 

@@ -69,6 +69,11 @@ def takes_any_key(section: type) -> bool:
     return any(f.metadata.get('rest') for f in dataclasses.fields(section))
 
 
+def takes_ref(section: type) -> bool:
+    """Whether a section may be an object alone, as in `config.hooks.name`."""
+    return any(f.metadata.get('ref') for f in dataclasses.fields(section))
+
+
 def type_at(keys: Keys) -> Any:
     """Returns the type of a path such as ('checkpoint', 'every'), None if it is not a fixed key.
 

@@ -4,6 +4,9 @@
 The annotation of a field is the type of the key, its default the value for a config that does not
 set it, and its line under `Attributes` the text of `--helpconfig` and of the reference. A `Node` is
 a dict that describes an object (`target`, `ref`); `trainer.experiment` creates it.
+
+A field with `rest` in its metadata gets all other keys of its section, which describe an object.
+With `ref`, a section made in Python may also be the object alone.
 """
 
 from __future__ import annotations
@@ -97,7 +100,7 @@ class ScoreSection:
     """
 
     fields: tuple[str, ...] = ()
-    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
+    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True, 'ref': True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -370,7 +373,7 @@ class HookSection:
 
     every: Duration | None = None
     on_error: Literal['stop', 'warn'] = 'stop'
-    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
+    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True, 'ref': True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

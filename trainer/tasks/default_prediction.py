@@ -112,22 +112,25 @@ def select_output(task: Any, calls: Sequence[seen.Call]) -> dict[str, Any]:
             f'{_explain(task)}. But the task calls the model within a transformation of JAX, such '
             f'as jax.grad or jax.vmap. {_ADVICE}'
         )
-    is_dict = isinstance(call.result, Mapping)
-    return flatten_outputs(call.result if is_dict else {OUTPUT: call.result})
+    return flatten_outputs(call.result)
 
 
-def flatten_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns predictions, which may be nested, by path.
+def flatten_outputs(outputs: Any) -> dict[str, Any]:
+    """Returns predictions by path.
+
+    Args:
+        outputs: a dict, which may be nested; anything else is the entry 'output' of one.
 
     Raises:
         UserError: if two of them have the same path, because a name has a '/' in it.
     """
     named: dict[str, Any] = {}
-    for output, value in outputs.items():
+    by_name = outputs if isinstance(outputs, Mapping) else {OUTPUT: outputs}
+    for output, value in by_name.items():
         # None has no leaves; as an output it stays, so that it is reported.
         leaves = [((), None)] if value is None else jax.tree_util.tree_leaves_with_path(value)
         for path, x in leaves:
-            name = '/'.join((output, *path_names(path)))
+            name = '/'.join((str(output), *path_names(path)))
             if name in named:
                 raise UserError(f'two predictions are named {name!r}: rename one of them')
             named[name] = x

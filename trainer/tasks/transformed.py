@@ -101,11 +101,15 @@ def apply_transforms(
         structure: tree structure of the batch before the transforms.
     """
     batch = {**fields, **hidden}
-    for transform in transforms:
+    for position, transform in enumerate(transforms):
         name = f'the device transform {transform}'
         bound = transform.bind(keys) if isinstance(transform, KeyedTransform) else transform
-        with explain_host_fields(hidden):
-            result: Any = bound(view_batch(structure, batch, name, passing=True))
+        try:
+            with explain_host_fields(hidden):
+                result: Any = bound(view_batch(structure, batch, name, passing=True))
+        except Exception as error:
+            error.add_note(f'in device_transforms[{position}] = {transform}')
+            raise
         # A transform may change the structure.
         if is_flat(result):
             batch, structure = dict(result), None
