@@ -9,6 +9,7 @@ import logging
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -276,13 +277,15 @@ def test_texts_may_be_nested_and_lists_empty(tmp_path: pathlib.Path) -> None:
 
 
 def lists(examples: Any) -> dict[str, Any]:
-    return {'each': [0.25, np.float32(0.5)], 'one': [3], 'mean': np.float64(0.5)}
+    rows = [jnp.zeros(2), jnp.ones(2)]
+    return {'each': [0.25, np.float32(0.5)], 'rows': rows, 'one': [3], 'mean': np.float64(0.5)}
 
 
 def test_a_list_of_numbers_is_an_array(tmp_path: pathlib.Path) -> None:
     found = trainer(scored.config(score={'ref': f'{__name__}:lists'}), tmp_path / 'run').fit()
-    array = np.load(tmp_path / 'run' / 'metrics' / 'eval_dev_2.npz')['each']
-    np.testing.assert_array_equal(array, [0.25, 0.5])
+    arrays = np.load(tmp_path / 'run' / 'metrics' / 'eval_dev_2.npz')
+    np.testing.assert_array_equal(arrays['each'], [0.25, 0.5])
+    np.testing.assert_array_equal(arrays['rows'], [[0, 0], [1, 1]])
     assert found.metrics['eval/dev/one'] == 3
     # As numbers of Python, which print as such.
     assert {type(value) for value in found.metrics.values()} == {int, float}

@@ -60,7 +60,7 @@ def test_tensorboard_has_histograms(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_figure_is_an_image() -> None:
-    summary = with_summaries(Figure())
+    summary = with_summaries('figure', Figure())
     assert isinstance(summary, Images)
     assert summary.images.shape == (1, 4, 6, 3)
 
@@ -89,3 +89,21 @@ def test_a_resume_removes_the_files_of_later_steps(tmp_path: pathlib.Path) -> No
     remove_after(directory, 2)
     assert sorted(path.name for path in tmp_path.glob('*/*')) == ['2', 'eval_dev_2.npz', 'notes']
     remove_after(directory / 'none', 2)
+
+
+@pytest.mark.parametrize(('value', 'kind'), [(None, 'NoneType'), ([[1], [2, 3]], 'list')])
+def test_a_value_that_cannot_be_written_is_refused(value: object, kind: str) -> None:
+    message = rf"the value 'part/mean' is a {kind}; expected a number, an array, text, a summary"
+    with pytest.raises(UserError, match=message):
+        with_summaries('part', {'mean': value})
+
+
+class Tensor:
+    """An array of another library."""
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(0.25)
+
+
+def test_arrays_of_other_libraries_are_arrays() -> None:
+    assert with_summaries('mean', Tensor()) == 0.25

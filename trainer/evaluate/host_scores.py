@@ -193,7 +193,7 @@ class HostScores:
                 "of values by name, such as {'auc': 0.9}"
             )
         for name, value in values.items():
-            measured.add(str(name), with_summaries(value))
+            measured.add(str(name), with_summaries(str(name), value))
 
     def _examples(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         """Returns what the score gets: predictions by name, and the fields that it asks for."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -250,24 +251,42 @@ def _create(cls: type, arrays: Any, **options: Any) -> Any:
     return object.__new__(cls)
 
 
-def with_summaries(value: Any) -> Any:
+def with_summaries(name: str, value: Any) -> Any:
     """Returns a value with its texts, lists of text and matplotlib figures as summaries.
 
-    A list of numbers becomes an array, other values are returned as they are; of a dict, the
-    entries are treated alike. An empty list is a list of no texts.
+    A list of numbers or of equal arrays becomes an array, other values are returned as they are; of
+    a dict, the entries are treated alike. An empty list is a list of no texts.
+
+    Args:
+        name: its name, for messages.
+        value: what a score or a hook has returned under this name.
+
+    Raises:
+        UserError: for a value of another class.
     """
     if isinstance(value, Mapping):
-        return {name: with_summaries(each) for name, each in value.items()}
+        return {key: with_summaries(f'{name}/{key}', each) for key, each in value.items()}
     if isinstance(value, str):
         return Texts(value)
     if isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value):
         return Texts(value)
-    if isinstance(value, (list, tuple)) and all(isinstance(x, numbers.Real) for x in value):
-        return np.asarray(value)
+    if isinstance(value, (list, tuple)):
+        # Lists of different lengths are no array; of other objects, numpy makes one of objects.
+        with contextlib.suppress(ValueError):
+            array = np.asarray(value)
+            if array.dtype.kind not in 'OUS':
+                return array
     # matplotlib is not imported: a value can be one of its figures only if the user has done so.
     if callable(getattr(value, 'savefig', None)):
         return image_of_figure(value)
-    return value
+    if isinstance(value, (numbers.Number, np.ndarray, np.generic, jax.Array, Summary)):
+        return value
+    if hasattr(value, '__array__'):  # Of another library, such as PyTorch.
+        return np.asarray(value)
+    raise UserError(
+        f'the value {name!r} is a {type(value).__name__}; expected a number, an array, text, a '
+        'summary of `trainer.summaries`, a matplotlib figure, or a dict of these'
+    )
 
 
 def image_of_figure(figure: Any) -> Images:

@@ -257,7 +257,7 @@ def returned_values(returned: Any, hook: str, kind: str) -> MetricValues:
         )
     try:
         for name, value in returned.items():
-            values.add(str(name), with_summaries(value))
+            values.add(str(name), with_summaries(str(name), value))
     except UserError as error:
         raise UserError(f'{where}: {error}') from error
     full = [name for name in values if name.startswith(('train/', 'eval/'))]
