@@ -61,7 +61,9 @@ def test_another_learning_rate_continues_with_the_moments(
     assert np.std(np.abs(steps['Dense_0']['kernel'])) > 0.05
 
 
-def test_the_state_of_another_optimizer_is_reset(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_state_of_another_optimizer_is_reset(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     half = make_trainer().fit(max_steps=4)
     optimizer = {'target': 'optax:sgd', 'momentum': 0.9}
     other = Trainer(load_and_build(make_config(), optimizer=optimizer, ema__decay=0.5))
@@ -70,6 +72,7 @@ def test_the_state_of_another_optimizer_is_reset(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     sentence = 'this experiment has another optimizer state, moving average, which is reset.'
     assert sentence in printed
+    assert 'compiles again' not in caplog.text
     for tree in (params(result.state), jax.device_get(result.state.ema)):
         jax.tree.map(np.testing.assert_array_equal, tree, expected)
     assert not any(np.any(x) for x in jax.tree.leaves(jax.device_get(result.state.opt_state)))

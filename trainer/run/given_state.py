@@ -84,7 +84,7 @@ def _reset(
         programs.abstract.params,
     )
     if {'opt_state', 'ema'} & set(names):
-        fresh = programs.restart_optimizer(dataclasses.replace(fresh, params=params, health=None))
+        fresh = programs.restart_optimizer(dataclasses.replace(fresh, params=params))
     return {name: getattr(fresh, name) for name in names}
 
 
