@@ -134,7 +134,7 @@ class Task:
         return {**found, 'meta': batch['meta']} if self.form == 'mixed' else found
 
 
-def scaled(batch: Any) -> Any:
+def scale_x(batch: Any) -> Any:
     """A transform of trees of any form, on the host or on the devices."""
     if isinstance(batch, np.ndarray | jax.Array):
         return batch * 2 if batch.dtype == np.float32 else batch

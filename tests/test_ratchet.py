@@ -58,7 +58,7 @@ PARTICIPLES = frozenset({
 # Words that only look like participles.
 VERBS_IN_ED = frozenset({'embed', 'feed', 'need', 'proceed', 'seed', 'shed', 'speed'})
 # Names that configs, loaders of users and iterators have.
-KEPT_NAMES = frozenset({'after', 'into', 'moved', 'next', 'scaled'})
+KEPT_NAMES = frozenset({'after', 'into', 'next'})
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -180,7 +180,7 @@ def test_a_factor_of_any_schedule() -> None:
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': 2, 'decay_steps': 10,
     }  # fmt: skip
-    scaled = {'target': 'trainer.schedules:scaled', 'schedule': inner, 'factor': 1.0}
+    scaled = {'target': 'trainer.schedules:scale', 'schedule': inner, 'factor': 1.0}
     vary = {'optimizer': {'learning_rate': {'factor': (1.0, 0.1)}}}
     options = {'optimizer__learning_rate': scaled, 'ensemble': ensemble(**vary)}
     trainer = Trainer(experiment(**options))

@@ -146,7 +146,7 @@ def test_warmup_longer_than_the_run_is_rejected(warmup: Any) -> None:
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': warmup, 'decay_steps': '100%',
     }  # fmt: skip
-    scaled = {'target': 'trainer.schedules:scaled', 'schedule': node, 'factor': 0.5}
+    scaled = {'target': 'trainer.schedules:scale', 'schedule': node, 'factor': 0.5}
     options = {**SMALL, 'train_for': '5 steps'}
     for rate, path in ((node, 'learning_rate'), (scaled, 'learning_rate.schedule')):
         words = rf'config.optimizer.{path}.warmup_steps: .* the 5 steps of config.optimizer.{path}'
@@ -313,7 +313,7 @@ def test_rsqrt_and_scaled() -> None:
     found = [float(schedule(step)) for step in (0, 1, 5, 20, 45)]
     assert found == pytest.approx([0.0, 0.02, 0.1, 0.05, 0.1 / 3])
     half = from_config({
-        'target': 'trainer.schedules:scaled', 'factor': 0.5, 'schedule': node,
+        'target': 'trainer.schedules:scale', 'factor': 0.5, 'schedule': node,
     })  # fmt: skip
     assert_same(half, lambda step: 0.5 * schedule(step))
     with pytest.raises(ValueError, match='warmup_steps: expected at least 1'):

@@ -47,7 +47,7 @@ def shift_schedules(node: Node, schedules: list[paths.Keys], clock: Clock) -> No
     by = ahead.numerator if ahead.denominator == 1 else float(ahead)
     for keys in schedules:
         schedule = paths.get(node, keys)
-        wrapped = {'target': 'trainer.step.schedules:moved', 'schedule': schedule, 'by': by}
+        wrapped = {'target': 'trainer.step.schedules:shift', 'schedule': schedule, 'by': by}
         node = paths.with_value(node, keys, wrapped)
     return node
 

@@ -133,7 +133,7 @@ def _check_path(optimizer: OptimizerSection, path: str) -> None:
         raise UserError(
             f'{_VARY}: config.optimizer.{path} is not a number but {current["target"]}, which '
             f'numbers would replace. Vary one of its arguments, config.optimizer.{path}.NAME, or '
-            'the factor of a trainer.schedules:scaled around it'
+            'the factor of a trainer.schedules:scale around it'
         )
 
 

@@ -22,7 +22,7 @@ _ADDING = frozenset({'setdefault', 'update'})
 
 @dataclasses.dataclass(frozen=True)
 class Callee:
-    """What a function calls with its `**kwargs`.
+    """A callable that a function passes its `**kwargs` to.
 
     Attributes:
         target: the class or function.
@@ -37,7 +37,7 @@ class Callee:
 
 @dataclasses.dataclass(frozen=True)
 class Forwarding:
-    """What a function does with its `**kwargs`.
+    """The uses of `**kwargs` in a function.
 
     Attributes:
         names: names that the function itself takes from them, as `kwargs.pop('name')` does.

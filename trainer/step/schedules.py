@@ -28,7 +28,7 @@ def rsqrt(peak_value: float, warmup_steps: int) -> optax.Schedule:
     return schedule
 
 
-def scaled(schedule: optax.Schedule, factor: float) -> optax.Schedule:
+def scale(schedule: optax.Schedule, factor: float) -> optax.Schedule:
     """Returns a schedule times a factor, which can differ between members of an ensemble.
 
     Args:
@@ -38,7 +38,7 @@ def scaled(schedule: optax.Schedule, factor: float) -> optax.Schedule:
     return lambda count: factor * schedule(count)
 
 
-def moved(schedule: optax.Schedule, by: float) -> optax.Schedule:
+def shift(schedule: optax.Schedule, by: float) -> optax.Schedule:
     """Returns a schedule shifted in time: its value at update 0 is that of `schedule` at `by`.
 
     Args:
