@@ -116,6 +116,8 @@ def test_a_score_of_the_evaluation_is_computed_for_arrays_too() -> None:
         ({'x': np.zeros((3, 4)), 'label': np.zeros(2)}, 'same positive length'),
         ({'x': np.zeros((0, 4))}, 'same positive length'),
         ({}, 'same positive length'),
+        ([{'x': np.zeros(4), 'label': 0}], r'evaluate\(data\): got a list of dicts'),
+        ({'target': 'a:B', 'n': 3}, r'evaluate\(data\): got the description of an object'),
         ({'y': np.zeros((3, 4))}, r'evaluate\(data\): .*x'),
     ],
 )

@@ -151,6 +151,17 @@ def as_source(data: Any, path: str) -> Any:
     Raises:
         UserError: for arrays of different lengths, and for any other object.
     """
+    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+        raise UserError(
+            f'{path}: got a list of dicts; expected one dict of arrays, each with one entry per '
+            "example, such as {'x': np.stack([example['x'] for example in examples])}"
+        )
+    # A field may be called 'target', too.
+    if isinstance(data, Mapping) and isinstance(data.get('target'), str | type):
+        raise UserError(
+            f'{path}: got the description of an object, as in a config; create the object (a '
+            'source), and pass that'
+        )
     if isinstance(data, Mapping | list | tuple):
         make = targets.instantiate({'ref': 'trainer.data.sources:ArraySource'}, path)
         # Not in `instantiate`, which would look for objects to make in the tree.
