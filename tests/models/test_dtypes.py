@@ -16,10 +16,12 @@ import optax
 import pytest
 
 from tests.command import ROOT
+from trainer.data.graphs import GraphsTuple
 from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
 from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
 from trainer.models.generation import generate
+from trainer.models.graphs import mean_nodes, sum_edges, sum_nodes
 from trainer.models.mixer import Mixer
 from trainer.models.mixer_nnx import Mixer as NNXMixer
 from trainer.models.mlp import MLP
@@ -28,6 +30,8 @@ from trainer.models.norm import GroupedBatchNorm
 from trainer.models.recurrent import Seq2Seq
 from trainer.models.resnet import ResNet
 from trainer.models.transformer import Transformer
+from trainer.models.vae import VAE
+from trainer.models.vae_nnx import VAE as NNXVAE
 from trainer.models.vit import ViT
 from trainer.models.vit_nnx import ViT as NNXViT
 from trainer.modules.functional import as_functional
@@ -250,6 +254,31 @@ def test_models_of_patches(way: str) -> None:
     )
     for model in models:
         assert dtypes(model, precision, images()) == {half}
+
+
+@pytest.mark.parametrize('way', SOME)
+def test_autoencoder(way: str) -> None:
+    precision, own, half = WAYS[way]
+    models: list[Any] = [VAE(shape=(8, 8, 1), latents=2, hidden=4, **own)]
+    if not own:
+        models.append(lambda rngs: NNXVAE(shape=(8, 8, 1), latents=2, hidden=4, rngs=rngs))
+
+    def call(model: Any, x: Any) -> Any:
+        logits, mean, log_variance = model(x, jax.random.key(0))
+        return logits.sum() + mean.sum() + log_variance.sum()
+
+    # In bytes, as images are read: floats of another dtype would decide that of the products.
+    pixels = np.ones((4, 8, 8, 1), np.uint8)
+    for model in models:
+        assert dtypes(model, precision, pixels, call=call) == {half}
+
+
+@pytest.mark.parametrize('half', [jnp.bfloat16, jnp.float16])
+def test_sums_over_graphs(half: Any) -> None:
+    nodes, ends, counts = jnp.ones((4, 3), half), jnp.array([0, 1]), jnp.array([3, 1])
+    graph = GraphsTuple(nodes, None, ends, ends, None, counts, jnp.array([2, 0]))
+    found = (sum_nodes(graph, nodes), mean_nodes(graph, nodes), sum_edges(graph, nodes[:2]))
+    assert {x.dtype for x in found} == {jnp.dtype(half)}
 
 
 class Normed(nn.Module):
