@@ -85,7 +85,8 @@ class TrainLoader:
         if repeat_batch is not None and repeat_batch < 1:
             raise ValueError(f'repeat_batch: {repeat_batch} batches; expected at least 1, or None')
         self._transforms = as_transforms(transforms)
-        self._collator = _make_collator(source, self._transforms, seed, batch_size)
+        rows = batch_size + padding_rows(source)
+        self._collator = _make_collator(source, self._transforms, seed, rows)
         if not len(source):
             raise ValueError(
                 f'the source {type(source).__name__} is empty; name a split or files that have '
@@ -227,12 +228,12 @@ class EvalLoader:
         if batch_size < 1:
             raise ValueError(f'batch_size: {batch_size} examples; expected a positive number')
         self._transforms = as_transforms(transforms)
-        self._collator = _make_collator(source, self._transforms, 0, batch_size, padded_to)
+        self.rows = max(batch_size + padding_rows(source), padded_to or 0)
+        self._collator = _make_collator(source, self._transforms, 0, self.rows)
         self.examples = len(source)
         self.num_batches = -(-self.examples // batch_size)
         self._source = source
         self._batch_size = batch_size
-        self.rows = max(batch_size + padding_rows(source), padded_to or 0)
 
     @property
     def num_shapes(self) -> int | None:
@@ -268,14 +269,11 @@ class EvalLoader:
         return Block(_with_mask(arrays, ids), ids)
 
 
-def _make_collator(
-    source: Any, transforms: Any, seed: int, batch_size: int, padded_to: int | None = None
-) -> Collator | None:
+def _make_collator(source: Any, transforms: Any, seed: int, rows: int) -> Collator | None:
     """Checks a source; returns what makes its batches, None for rows of its `gather`."""
     if not is_collating(source):
         check_source(source)
         return None
-    rows = max(batch_size + padding_rows(source), padded_to or 0)
     return Collator(source, transforms, seed, rows)
 
 

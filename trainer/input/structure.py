@@ -8,6 +8,7 @@ its path: 'inputs/x' in nested dicts, 'pair/0' in a tuple, 'graph/nodes' in a Na
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -63,7 +64,7 @@ class Structure:
         """Whether the top of the tree is a dict, which can have `_mask` in it."""
         return isinstance(self.template, Mapping)
 
-    @property
+    @functools.cached_property
     def template(self) -> Any:
         """The tree with the names of the arrays in their places."""
         return jax.tree.unflatten(self.treedef, self.names)
