@@ -122,6 +122,13 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in parsed]
 
 
+def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Checks that two runs ended in the same state, after the same data, with the same rows."""
+    for digest in ('digest', 'data_digest'):
+        assert result(one)[digest] == result(other)[digest]
+    assert rows(one) == rows(other)
+
+
 def wait_for(condition: Callable[[], bool], secs: float = 60) -> None:
     """Returns when the condition holds; fails if it does not in time."""
     deadline = time.monotonic() + secs

@@ -265,10 +265,7 @@ def test_a_resumed_run_is_the_same(
         for stop in (*stops, None):
             trainer = Trainer(build(config(folder)), str(tmp_path / name))
             trainer.fit(max_steps=stop)
-    for digest in ('digest', 'data_digest'):
-        results = [command.result(tmp_path / name)[digest] for name in ('whole', 'resumed')]
-        assert results[0] == results[1]
-    assert command.rows(tmp_path / 'whole') == command.rows(tmp_path / 'resumed')
+    command.assert_same_run(tmp_path / 'resumed', tmp_path / 'whole')
 
 
 def test_a_config_without_the_packages_says_so(

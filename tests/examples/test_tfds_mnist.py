@@ -56,19 +56,13 @@ def fit(name: str, workdir: pathlib.Path, *, max_steps: int | None = None, **cha
     return Trainer(experiment, str(workdir)).fit(max_steps=max_steps)
 
 
-def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
-    for digest in ('digest', 'data_digest'):
-        assert command.result(one)[digest] == command.result(other)[digest]
-    assert command.rows(one) == command.rows(other)
-
-
 def test_training_is_equal_to_that_on_arrays(tfds_directory: str, tmp_path: pathlib.Path) -> None:
     """Bit for bit, also after a resume."""
     fit('mnist', tmp_path / 'arrays', **IN_MEMORY)
     records = {'vars__name': 'digits', 'vars__data_dir': tfds_directory}
     assert fit('tfds_mnist', tmp_path / 'tfds', max_steps=6, **records).status == 'paused'
     assert fit('tfds_mnist', tmp_path / 'tfds', **records).status == 'finished'
-    assert_same_run(tmp_path / 'tfds', tmp_path / 'arrays')
+    command.assert_same_run(tmp_path / 'tfds', tmp_path / 'arrays')
 
 
 @pytest.mark.slow
@@ -77,7 +71,7 @@ def test_worker_processes_read_the_same(tfds_directory: str, tmp_path: pathlib.P
     workers = {'target': 'trainer.data.grain_loader:GrainLoader', 'workers': 1}
     fit('tfds_mnist', tmp_path / 'one', **records)
     fit('tfds_mnist', tmp_path / 'other', **records, data__loader=workers)
-    assert_same_run(tmp_path / 'one', tmp_path / 'other')
+    command.assert_same_run(tmp_path / 'one', tmp_path / 'other')
 
 
 def test_the_configs_differ_in_the_source_alone() -> None:
