@@ -87,7 +87,7 @@ def check_rows(source: Source, arrays: Any, rows: int) -> None:
         TypeError: if it is not a tree of arrays, such as a dict.
         ValueError: if an array has a different number of rows.
     """
-    # A list of dicts is a list of examples that nobody has stacked.
+    # A list of dicts is a list of examples, not a batch of stacked arrays.
     is_of_examples = isinstance(arrays, list) and isinstance(next(iter(arrays), None), Mapping)
     if not isinstance(arrays, dict | list | tuple) or is_of_examples:
         raise TypeError(

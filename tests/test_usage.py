@@ -74,7 +74,7 @@ def test_each_number_has_a_limit() -> None:
 def test_cpu_times_are_compared_with_those_of_other_files(
     slower: float, extra: float, lines: list[str]
 ) -> None:
-    """On a slower machine all files take longer; one that takes longer still stands out."""
+    """On a slower machine all files take longer; one that takes even longer is still found."""
     numbers = {'cpu_secs': 20, 'processes': 0, 'programs': 0}
     limits = {'cpu_secs': 2, 'processes': 1, 'programs': 1}
     names = ('a', 'b', 'c', 'd', usage.QUICK)

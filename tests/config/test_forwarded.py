@@ -34,7 +34,7 @@ class Wider(Wide):
 
 
 class Mixed(Wider, collections.UserDict[str, Any]):
-    """Of two bases: which constructor is next cannot be told from one of them."""
+    """Of two bases: which constructor is next cannot be known from one of them alone."""
 
 
 class Settings:

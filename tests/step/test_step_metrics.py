@@ -40,10 +40,10 @@ def test_conditional_norms_equal_unconditional_ones(frozen: tuple[str, ...], dty
         return norms_lib.norms(**arrays, frozen=step['frozen'], due=due)
 
     arrays = {name: x for name, x in step.items() if name != 'frozen'}
-    told = norms(arrays, jnp.bool_(True))
+    found = norms(arrays, jnp.bool_(True))
     assert all(float(x) == 0 for x in norms(arrays, jnp.bool_(False)).values())
     for name, value in always.items():
-        assert float(told[name]) == pytest.approx(float(value), rel=1e-5), name
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
         assert float(joined[name]) == pytest.approx(float(value), rel=1e-5), name
     trained = [name for name in ('small', 'less', 'large') if name not in frozen]
     grads = [np.asarray(step['grads'][name], np.float64).ravel() for name in trained]

@@ -74,7 +74,7 @@ def convert(
     annotation decides about sequences, and any other value is accepted.
 
     Args:
-        value: the value that the text stands for, as a Python literal.
+        value: the Python literal that the text has been parsed to.
         text: the text that was given.
         old: value of the key until now; None if it has none.
         hint: type of the key; None if it has none, as arguments of targets.

@@ -86,7 +86,7 @@ def check_names(score: Score, computed: Iterable[str], unchanged: Mapping[str, s
 
 
 def list_arrays(field: str, names: Iterable[str]) -> list[str]:
-    """Returns the arrays of a batch that a field of a score stands for.
+    """Returns the arrays of a batch that a field of a score names.
 
     Args:
         field: the path of an array, or of a node of a nested batch.
