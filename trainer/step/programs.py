@@ -43,7 +43,9 @@ _log = logging.getLogger('trainer')
 _MOST_IN_FLIGHT = 16
 # For the same reason collectives that do not depend on each other must come one by one, in the same
 # order on each device. In the compiler's usual order as many as possible run at once.
-_VIRTUAL_OPTIONS = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+_VIRTUAL_OPTIONS: dict[str, str | bool] = {
+    'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
+}
 
 # Threads suffice, because JAX releases the GIL while it compiles.
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
