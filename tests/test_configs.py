@@ -42,6 +42,7 @@ LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet'
 # Those that need weights or data from elsewhere, and the test that runs each of them.
 ELSEWHERE = {
     'docstrings': 'weights/test_finetune.py',
+    'imagenet': 'examples/test_imagenet.py',
     'tfds_mnist': 'examples/test_tfds_mnist.py',
     'vit': 'examples/test_vit.py',
 }

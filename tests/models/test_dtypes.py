@@ -21,6 +21,7 @@ from trainer.data.graphs import GraphsTuple
 from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
 from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
+from trainer.models.efficientnet import EfficientNet
 from trainer.models.generation import generate
 from trainer.models.graphs import mean_nodes, sum_edges, sum_nodes
 from trainer.models.mixer import Mixer
@@ -241,6 +242,19 @@ def test_resnet(block: Any, stem: Any, groups: int, way: str) -> None:
         assert dtypes(model, precision, images(16, 3), mode=mode) == {half}
 
 
+@pytest.mark.parametrize(
+    'way', ['cast-bfloat16', pytest.param('own-float16', marks=pytest.mark.slow)]
+)
+def test_efficientnet(way: str) -> None:
+    precision, own, half = WAYS[way]
+    stages = ((1, 3, 1, 1, 4), (1, 5, 2, 2, 4))
+    model = EfficientNet(num_classes=3, stages=stages, stem=4, width=8, **own)
+    for form in ('conv', 'sum'):
+        changed = model.clone(depthwise=form)
+        for mode in ('train', 'eval'):
+            assert dtypes(changed, precision, images(8, 3), mode=mode) == {half}
+
+
 PATCHES: dict[str, Any] = dict(num_classes=3, patch_size=4, layers=1, width=8, dropout_rate=0.1)
 
 
@@ -395,6 +409,8 @@ OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'recurrent': (seq2seq(), (tokens(), np.array([3, 1], np.int32), tokens())),
     'resnet': (ResNet(stages=(1, 1), features=4, num_classes=4, stem='small', norm_groups=2),
                (images(8, 3),)),
+    'efficientnet': (EfficientNet(num_classes=3, stages=((1, 3, 1, 1, 4), (1, 5, 2, 2, 4)), stem=4,
+                                  width=8), (images(8, 3),)),
     **{name: (module, (images(),)) for name, module in FOLLOWING.items()},
 }  # fmt: skip
 
