@@ -508,7 +508,8 @@ def test_no_other_file_imports_private_modules() -> None:
     here = pathlib.Path(__file__).name
     for package in ('trainer', 'data', 'models', 'configs', 'launch', 'tests'):
         for file in (ROOT / package).rglob('*.py'):
-            if file.name not in ('compat.py', here):
+            # Few name it at all, in a sentence or in code.
+            if file.name not in ('compat.py', here) and '_src' in file.read_text():
                 used = {name for _, name in used_names(parse(file))}
                 assert '_src' not in used, file
 

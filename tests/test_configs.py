@@ -45,8 +45,8 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-# Not among the quick tests.
-LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet'}
+# Not among the quick tests, some of which train and resume `vae`.
+LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet', 'vae'}
 
 # Those that need weights or data from elsewhere, and the test that runs each of them.
 ELSEWHERE = {

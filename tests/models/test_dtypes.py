@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from tests.command import ROOT
+from tests.marks import slow_except
 from trainer.data.graphs import GraphsTuple
 from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
 from trainer.models.bilstm import BiLSTM
@@ -121,18 +122,24 @@ def seq2seq(**options: Any) -> Seq2Seq:
 
 LOOPED = [{'remat': remat} for remat in ('none', 'full', 'dots_saveable')]
 SCANNED = [{'scan_layers': True, 'unroll': unroll, **each} for unroll in (1, 2) for each in LOOPED]
+FORMS = {'looped': LOOPED, 'scanned': SCANNED}
 PACKED: dict[str, Any] = {
     'segments': np.array([[1, 1, 1, 2, 2, 2, 2, 0]] * 2, np.int32),
     'positions': np.array([[0, 1, 2, 0, 1, 2, 3, 0]] * 2, np.int32),
 }
 
 
-@pytest.mark.parametrize('way', SOME)
-@pytest.mark.parametrize('form', [LOOPED, SCANNED], ids=['looped', 'scanned'])
-def test_transformer(form: list[dict[str, Any]], way: str) -> None:
+@pytest.mark.parametrize(
+    ('form', 'way'),
+    slow_except(
+        [('looped', 'own-bfloat16'), ('scanned', 'cast-bfloat16')],
+        itertools.product(FORMS, WAYS),
+    ),
+)
+def test_transformer(form: str, way: str) -> None:
     """All options of the layers, with dropout and packed sequences."""
     precision, own, half = WAYS[way]
-    for options in form:
+    for options in FORMS[form]:
         model = transformer(dropout_rate=0.1, **options, **own)
         assert dtypes(model, precision, tokens(), **PACKED) == {half}, options
 
@@ -219,7 +226,7 @@ def test_bilstm(way: str) -> None:
         assert dtypes(model, precision, tokens(), mode=mode) == {half}
 
 
-@pytest.mark.parametrize('way', SOME)
+@pytest.mark.parametrize('way', slow_except(['cast-bfloat16'], WAYS))
 def test_bert(way: str) -> None:
     precision, own, half = WAYS[way]
     named = {'mask': tokens() > 3, 'token_types': tokens() % 2}

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from tests.command import ROOT
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.data.sources import ArraySource
 from trainer.experiment import load_and_build
@@ -52,13 +53,15 @@ def trainer(train: dict[str, Any], test: dict[str, Any] | None = None, **overrid
 
 @pytest.mark.parametrize(
     ('bad', 'options'),
-    [
-        (-1, {}), (4, {}), (-100, {}), (-1, {'accumulate': 2, 'data__batch_size': 16}),
+    slow_after(3, [
+        (-1, {}),
         (-1, {'steps_per_call': 2}),
-        (-1, {'ensemble': {'size': 2}}),
         # `guard` is only for non-finite values.
-        (-1, WARN), (4, WARN), (-1, {**WARN, 'steps_per_call': 2, 'log__every': 'never'}),
-    ],
+        (4, WARN),
+        (4, {}), (-100, {}), (-1, {'accumulate': 2, 'data__batch_size': 16}),
+        (-1, {'ensemble': {'size': 2}}),
+        (-1, WARN), (-1, {**WARN, 'steps_per_call': 2, 'log__every': 'never'}),
+    ]),
 )  # fmt: skip
 def test_label_out_of_range_names_the_example(bad: int, options: dict[str, Any]) -> None:
     made = trainer({'bad': bad}, **options)
