@@ -19,6 +19,7 @@ from tests.command import ROOT
 from tests.marks import slow_except
 from trainer.data.graphs import GraphsTuple
 from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
+from trainer.models.bilstm import BiLSTM
 from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
 from trainer.models.efficientnet import EfficientNet
@@ -109,6 +110,10 @@ def transformer(**options: Any) -> Transformer:
 
 def encoder(**options: Any) -> Encoder:
     return Encoder(vocab_size=11, layers=1, width=8, heads=2, max_length=8, **options)
+
+
+def bilstm(**options: Any) -> BiLSTM:
+    return BiLSTM(vocab_size=11, width=4, hidden=4, **options)
 
 
 def seq2seq(**options: Any) -> Seq2Seq:
@@ -210,6 +215,15 @@ def test_recurrent(way: str) -> None:
     flops.count_by_key(jaxpr, state, None)
     # Two texts are read, one is written, each with two states.
     assert [x.name for x in carried if jnp.issubdtype(x, jnp.floating)] == 6 * [half]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', WAYS)
+def test_bilstm(way: str) -> None:
+    precision, own, half = WAYS[way]
+    model = bilstm(dropout_rate=0.1, word_dropout_rate=0.1, **own)
+    for mode in ('train', 'eval'):
+        assert dtypes(model, precision, tokens(), mode=mode) == {half}
 
 
 @pytest.mark.parametrize('way', slow_except(['cast-bfloat16'], WAYS))
@@ -406,6 +420,7 @@ def test_a_step_of_a_transformer(row: list[int]) -> None:
 
 OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'bert': (TextClassifier(encoder(dropout_rate=0.1)), (tokens(),)),
+    'bilstm': (bilstm(dropout_rate=0.1, word_dropout_rate=0.1), (tokens(),)),
     'recurrent': (seq2seq(), (tokens(), np.array([3, 1], np.int32), tokens())),
     'resnet': (ResNet(stages=(1, 1), features=4, num_classes=4, stem='small', norm_groups=2),
                (images(8, 3),)),

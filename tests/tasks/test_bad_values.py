@@ -203,10 +203,11 @@ def test_softmax_of_one_logit_is_rejected() -> None:
         Classification()(lambda x: x, batch)
 
 
-def test_one_logit_with_class_indices_is_rejected() -> None:
-    batch = {'image': jnp.zeros((3, 1)), 'label': jnp.array([0, 1, 0])}
-    with pytest.raises(UserError, match='a label is 0 or 1 in the shape of the logits'):
-        Classification(loss='sigmoid')(lambda x: x, batch)
+def test_a_binary_decision_with_another_label_is_found() -> None:
+    batch = {'image': jnp.zeros((3, 1)), 'label': jnp.array([0, 2, 1])}
+    output = Classification(loss='sigmoid')(lambda x: x, batch)
+    number, value = run_checks(output.checks, jnp.ones(3))
+    assert (int(number), float(value)) == (1, 2)
 
 
 @pytest.mark.parametrize('smoothing', [-1.0, 1.0, 2.0])
