@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of a whole split, for `config.evals.NAME.score`."""
 
+from trainer.evaluate.binary_report import BinaryReport
 from trainer.evaluate.linear_probe import LinearProbe
 
-__all__ = ['LinearProbe']
+__all__ = ['BinaryReport', 'LinearProbe']

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.command import ROOT
+from tests.marks import slow_after
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
 from trainer.step import programs as program_lib
@@ -30,8 +31,8 @@ def trainer(**overrides: Any) -> Trainer:
 
 @pytest.mark.parametrize(
     'options',
-    [{}, FSDP, NNX, {'ensemble__size': 2}, {'steps_per_call': 2}],
-    ids=['data', 'fsdp', 'nnx', 'ensemble', 'fused'],
+    slow_after(2, [FSDP, {'steps_per_call': 2}, {}, NNX, {'ensemble__size': 2}]),
+    ids=['fsdp', 'fused', 'data', 'nnx', 'ensemble'],
 )
 def test_state_leaves_keep_their_buffers_on_accelerators(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
