@@ -28,23 +28,23 @@ def copy(state: TrainState) -> TrainState:
 
 
 @functools.cache
-def _finished() -> Any:
+def _whole_run() -> Any:
     return make_trainer().fit()
 
 
 @functools.cache
-def _half() -> TrainState:
+def _half_state() -> TrainState:
     return make_trainer().fit(max_steps=4).state
 
 
 def whole() -> Any:
     """Returns the parameters after all steps, without interruption."""
-    return params(_finished().state)
+    return params(_whole_run().state)
 
 
 def half() -> TrainState:
     """Returns a state after half of the steps, which its caller may donate."""
-    return copy(_half())
+    return copy(_half_state())
 
 
 def params(state: TrainState) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_a_finished_state_of_the_same_trainer_is_no_error(tmp_path: pathlib.Path
 
 
 def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
-    state = copy(_finished().state)
+    state = copy(_whole_run().state)
     with pytest.raises(
         UserError,
         match=r"params\['Dense_0'\]\['kernel'\] is float32\[8, 2\] in .* float32\[3, 2\] in",

@@ -86,11 +86,15 @@ def test_one_update_equals_the_handwritten_update() -> None:
         logits = model.apply({'params': params}, batch['image'])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
 
+    @jax.jit
+    def update(params: Any, opt_state: Any, batch: Any) -> Any:
+        updates, opt_state = tx.update(jax.grad(loss)(params, batch), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     for seed in range(3):
         batch = batch_of(seed=seed)
         state = program.step(state, place(batch))
-        updates, opt_state = tx.update(jax.grad(loss)(params, batch), opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state = update(params, opt_state, batch)
     assert_trees_close(state.params, params, rtol=1e-5, atol=1e-6)
     assert int(state.step) == 3
     assert program.step.compiles == 1
