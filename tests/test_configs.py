@@ -32,12 +32,16 @@ SHORT: dict[str, dict[str, Any]] = {
         'data__batch_size': 16,
         'evals__test_ema__data__source__limit': 20,
     },
+    'tagging': {
+        'model__hidden': 8,
+        **{f'evals__{split}__data__source__items__limit': 20 for split in ('dev', 'test')},
+    },
     'vae': MNIST,
 }
 
 
 # Not among the quick tests.
-LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet'}
+LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet', 'tagging'}
 
 # Those that need weights or data from elsewhere, and the test that runs each of them.
 ELSEWHERE = {

@@ -2,5 +2,6 @@
 """Scores of a whole split, for `config.evals.NAME.score`."""
 
 from trainer.evaluate.linear_probe import LinearProbe
+from trainer.evaluate.tagged_text import TaggedText
 
-__all__ = ['LinearProbe']
+__all__ = ['LinearProbe', 'TaggedText']
