@@ -3,7 +3,7 @@
 
     python -m trainer.main --config=configs/mnist_mlp.py
 
-Expected after 10 epochs: 97.4 % of all 10,000 test examples; 25 s on two busy CPU cores.
+Expected after 10 epochs: 97.4 % of all 10,000 test examples; 12 s on two CPU cores.
 """
 
 import ml_collections

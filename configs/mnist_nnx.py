@@ -3,7 +3,7 @@
 
     python -m trainer.main --config=configs/mnist_nnx.py
 
-Expected after 10 epochs: about 99 % of all 10,000 test examples; 10 minutes of processor time.
+Expected after 10 epochs: 99.0 % of all 10,000 test examples; 4 minutes on two CPU cores.
 """
 
 import ml_collections

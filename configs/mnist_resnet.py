@@ -6,8 +6,7 @@
 Batch normalization, random crops, label smoothing, weight decay of kernels only, a cosine schedule
 with warmup, and an evaluated moving average of the parameters.
 
-Expected after 4 epochs: 99.4 % of all 10,000 test examples; 4 minutes of processor time, 8 minutes
-on two busy CPU cores.
+Expected after 4 epochs: 99.4 % of all 10,000 test examples; 160 s on two CPU cores.
 """
 
 import ml_collections

@@ -9,7 +9,7 @@ Each pixel is drawn once, with its grey value as the probability of white. Every
 reconstructions and samples to `summaries/` in the work directory. `:nnx` is the same model in NNX;
 `:tiny` takes half a minute. docs/examples/vae.md is the page about this config.
 
-Expected after 10 epochs: a loss of 102.4 nats per test image (published: 104); 80 s on two busy CPU
+Expected after 10 epochs: a loss of 102.4 nats per test image (published: 104); 38 s on two CPU
 cores.
 """
 

@@ -15,7 +15,7 @@ The words after the colon choose
 
 Published for ViT-S/16 after 90 epochs: 76.5 % of the 50,000 validation images (Beyer et al., 2022,
 "Better plain ViT baselines for ImageNet-1k"). ImageNet: not run yet. Fashion-MNIST: not run yet.
-`:tiny`: 93.7 % of 2,000 test images after 600 steps; 38 s of processor time.
+`:tiny`: 93.7 % of 2,000 test images after 600 steps; 26 s on two CPU cores.
 docs/examples/vit.md is the page about this config.
 """
 

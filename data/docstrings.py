@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .sources import ArraySource
+from .words import load_tokenizer
 
 # Packages of the standard library with enough documented functions, in every Python from 3.11 on.
 PACKAGES = (
@@ -83,20 +84,7 @@ def encode(texts: Sequence[str], tokenizer: str, length: int) -> np.ndarray:
     Raises:
         ValueError: if there is no such file, or the library is not installed.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ValueError(
-            "the package 'tokenizers' is not installed: pip install tokenizers"
-        ) from error
-    path = os.path.expanduser(tokenizer)
-    path = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
-    if not os.path.isfile(path):
-        raise ValueError(
-            f'tokenizer: no file {path}, relative to {os.getcwd()}; expected a Hugging Face '
-            'tokenizer.json, or the directory that contains it'
-        )
-    pieces = Tokenizer.from_file(path)
+    pieces = load_tokenizer(tokenizer)
     pieces.enable_truncation(length)
     pieces.enable_padding(length=length)
     return np.array([one.ids for one in pieces.encode_batch(list(texts))], np.int32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -177,16 +177,28 @@ class RandomCrop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomFlip:
-    """Mirrors each image (n, height, width, channels) left to right with probability one half."""
+    """Mirrors each image (n, height, width, channels) with probability one half.
+
+    Attributes:
+        key: the field.
+        axis: the dimension whose order is reversed: 'width' mirrors left to right, 'height' top to
+            bottom.
+    """
 
     key: str = 'image'
+    axis: Literal['width', 'height'] = 'width'
+
+    def __post_init__(self) -> None:
+        if self.axis not in ('width', 'height'):
+            raise ValueError(f"axis: expected 'width' or 'height', got {self.axis!r}")
 
     def __call__(self, batch: Tree, rng: ExampleRng) -> Tree:
         """Returns the batch with the field mirrored."""
         images = get_field(batch, self.key)
         # One draw per image, broadcast over its pixels.
         flip = (rng.uniform() < 0.5)[:, None, None, None]
-        return with_field(batch, self.key, np.where(flip, images[:, :, ::-1], images))
+        mirrored = images[:, :, ::-1] if self.axis == 'width' else images[:, ::-1]
+        return with_field(batch, self.key, np.where(flip, mirrored, images))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -61,10 +61,27 @@ def loggers_stay_as_they_were() -> Iterator[None]:
         log.handlers[:] = handlers
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keeps the garbage collector from what collecting the tests creates, which stays to the end.
+
+    It is millions of objects, and to go through them takes longer than most files of tests.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 @pytest.fixture(scope='module', autouse=True)
 def compiled_programs_go_with_their_module() -> Iterator[None]:
     """No other module calls them; kept, they fill gigabytes and the kernel's table of mappings."""
+    from tests import usage  # Not before pytest, which rewrites the assertions of its plugins.
+
+    before = usage.usage_so_far().programs
     yield
-    if 'jax' in sys.modules:
+    if usage.usage_so_far().programs > before:
         sys.modules['jax'].clear_caches()
         gc.collect()

@@ -32,6 +32,15 @@ SHORT: dict[str, dict[str, Any]] = {
         'data__batch_size': 16,
         'evals__test_ema__data__source__limit': 20,
     },
+    'sentiment': {
+        'model__hidden': 8,
+        'model__width': 8,
+        **{
+            f'{data}__source__{key}': value
+            for data in ('data', 'evals__dev__data', 'evals__test__data')
+            for key, value in (('items__texts__limit', 64), ('lengths', (64,)))
+        },
+    },
     'tagging': {
         'model__hidden': 8,
         **{f'evals__{split}__data__source__items__limit': 20 for split in ('dev', 'test')},
@@ -40,12 +49,15 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-# Not among the quick tests.
-LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet', 'tagging'}
+# Not among the quick tests, some of which train and resume `vae`.
+LONG = {
+    'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet', 'tagging', 'vae'
+}  # fmt: skip
 
 # Those that need weights or data from elsewhere, and the test that runs each of them.
 ELSEWHERE = {
     'docstrings': 'weights/test_finetune.py',
+    'imagenet': 'examples/test_imagenet.py',
     'tfds_mnist': 'examples/test_tfds_mnist.py',
     'vit': 'examples/test_vit.py',
 }

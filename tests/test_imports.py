@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -83,10 +84,19 @@ def module_of(path: pathlib.Path, root: pathlib.Path = ROOT) -> str:
     return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-def imports(path: pathlib.Path, root: pathlib.Path = ROOT) -> Iterator[str]:
-    """Yields what a file imports, as 'package.module' or 'package.module.name'."""
+def imports(path: pathlib.Path, root: pathlib.Path = ROOT) -> tuple[str, ...]:
+    """Returns what a file imports, as 'package.module' or 'package.module.name'."""
+    return _imports(path, root, path.read_text())
+
+
+@functools.cache
+def _imports(path: pathlib.Path, root: pathlib.Path, text: str) -> tuple[str, ...]:
+    return tuple(_find_imports(path, root, text))
+
+
+def _find_imports(path: pathlib.Path, root: pathlib.Path, text: str) -> Iterator[str]:
     package = path.relative_to(root).parent.parts
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -24,7 +24,11 @@ CNN = f'--config={command.ROOT}/configs/mnist.py'
     [
         ((CNN, '--config.modle.hidden=3'), 'Did you mean config.model.hidden?'),
         ((CNN, '--config.data.batch_size=3.5'), 'expected int'),
-        ((CNN, '--config.mesh.data=3'), 'does not fit 1 device. The sizes must multiply to 1; '),
+        pytest.param(
+            (CNN, '--config.mesh.data=3'),
+            'does not fit 1 device. The sizes must multiply to 1; ',
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             (CNN, '--config.task.label=klass'),
             'image: float32[32, 28, 28, 1], label: int32[32]',
@@ -38,9 +42,10 @@ CNN = f'--config={command.ROOT}/configs/mnist.py'
         (('--config=configs/mnst.py',), 'Did you mean configs/mnist.py?'),
         ((CNN, 'stray'), "'stray' is not a flag"),
         ((CNN, '--wrkdir=x'), 'Unknown flag --wrkdir. Did you mean --workdir?'),
-        (
+        pytest.param(
             (CNN, '--mode=eval', '--workdir=nowhere'),
             'no run in nowhere: the directory does not exist',
+            marks=pytest.mark.slow,
         ),
         ((), '--config is missing'),
     ],
@@ -201,6 +206,11 @@ def test_broken_config_file(
         ((CNN, '--config.evals={1: 2}', '--mode=config'), 'expected names as the keys of a dict'),
         ((CNN, '--config.guard={"nosuch": 1}', '--mode=config'), 'config.guard has: non_finite'),
         ((CNN, '--mode=trian'), "got 'trian'. Did you mean --mode=train?"),
+        (
+            (CNN, '--mode=eval', '--workdir=nowhere'),
+            'no run in nowhere: the directory does not exist',
+        ),
+        ((CNN, '--config.mesh.data=3'), 'does not fit 8 devices. The sizes must multiply to 8; '),
     ],
 )
 def test_mistakes_before_training(

@@ -67,7 +67,7 @@ class Origin:
     Attributes:
         name: name of the config file.
         path: path of the config file, or None if the config came from Python.
-        config: the resolved config as plain Python: dicts, which JSON can write.
+        config: the resolved config as plain Python, read-only.
         schedule_steps: steps of each duration inside the optimizer, by config path.
         objects: config paths of objects that only the program that built it has.
     """

@@ -32,7 +32,7 @@ class Event:
             'step', and values by flat name. NaN and infinity are null in the file. Empty at other
             events.
         evaluation: at 'eval', the name of the evaluation in `config.evals`.
-        config: the resolved config as plain Python; do not modify it.
+        config: a copy of the resolved config as dicts, which JSON can write.
         status: at 'end', the status of `trainer.run.result.Result`, 'failed' or 'diverged'.
         error: at the 'end' of a failed run, its error: 'ValueError: ...'.
     """

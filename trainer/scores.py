@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of a whole split, for `config.evals.NAME.score`."""
 
+from trainer.evaluate.binary_report import BinaryReport
 from trainer.evaluate.linear_probe import LinearProbe
 from trainer.evaluate.tagged_text import TaggedText
 
-__all__ = ['LinearProbe', 'TaggedText']
+__all__ = ['BinaryReport', 'LinearProbe', 'TaggedText']

@@ -261,7 +261,7 @@ def config(folder: pathlib.Path) -> ml_collections.ConfigDict:
 def test_a_resumed_run_is_the_same(
     decode: Any, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    for name, stops in (('whole', ()), ('resumed', (3, 7))):
+    for name, stops in (('whole', ()), ('resumed', (3,))):
         for stop in (*stops, None):
             trainer = Trainer(build(config(folder)), str(tmp_path / name))
             trainer.fit(max_steps=stop)

@@ -11,7 +11,7 @@ import grain.python as grain
 import numpy as np
 import pytest
 
-from tests.marks import slow_except
+from tests.marks import slow_after, slow_except
 from trainer.data.loader import Block
 from trainer.data.sources import ArraySource
 from trainer.data.stages import Filter, LongerThan, Map, Pack, Split
@@ -286,7 +286,7 @@ def test_the_position_of_another_pipeline_is_refused() -> None:
         other.restore(1, {**state[0], 'workers': 3})
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', slow_after(1, [0, 1]))
 def test_an_unreadable_record_is_named(workers: int, open_loaders: list[Any]) -> None:
     class Broken(Documents):
         def __getitem__(self, index: int) -> dict[str, np.ndarray]:

@@ -53,6 +53,10 @@ def test_crop_shifts_and_flip_mirrors() -> None:
     assert seen == possible
     flipped = RandomFlip()({'image': images}, rng(300))['image']
     assert {x.tobytes() for x in flipped} == {images[0].tobytes(), images[0][:, ::-1].tobytes()}
+    turned = RandomFlip(axis='height')({'image': images}, rng(300))['image']
+    assert {x.tobytes() for x in turned} == {images[0].tobytes(), images[0][::-1].tobytes()}
+    with pytest.raises(ValueError, match="axis: expected 'width' or 'height', got 'depth'"):
+        RandomFlip(axis='depth')  # type: ignore[arg-type]
 
 
 def test_to_float_of_another_field() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.evaluate import scored
+from tests.marks import slow_except
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
@@ -42,7 +43,7 @@ def expected_area(trained: Trainer, state: Any) -> float:
     return scored.auc(labels, logits[:, 1] - logits[:, 0])
 
 
-@pytest.mark.parametrize('batch_size', [1, 8, 21, 64])
+@pytest.mark.parametrize('batch_size', slow_except([8], [1, 8, 21, 64]))
 def test_a_score_sees_the_split_once_for_any_batch_size(batch_size: int) -> None:
     config = scored.config(score=SCORE)
     config.evals.dev.data.batch_size = batch_size

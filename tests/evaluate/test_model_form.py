@@ -17,6 +17,7 @@ from flax import nnx
 
 from tests.evaluate import scored
 from tests.evaluate.test_host_scores import trainer
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 
 HERE = __name__
@@ -91,12 +92,15 @@ def config(target: str, **changes: Any) -> ml_collections.ConfigDict:
 
 @pytest.mark.parametrize(
     ('target', 'changes'),
-    [
-        ('Net', {'settings': {'scale': 3.0}}),
-        ('Net', {'settings': Settings(scale=3.0)}),
-        ('NNXNet', {'scale': 3.0}),
-        ('Named', {'scale': 3.0}),
-    ],
+    slow_after(
+        2,
+        [
+            ('Net', {'settings': {'scale': 3.0}}),
+            ('NNXNet', {'scale': 3.0}),
+            ('Net', {'settings': Settings(scale=3.0)}),
+            ('Named', {'scale': 3.0}),
+        ],
+    ),
 )
 def test_other_arguments_with_the_same_variables(target: str, changes: dict[str, Any]) -> None:
     made = config(target, **changes)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.command import ROOT
 from tests.evaluate.watched import Watched
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.data.sources import ArraySpec
 from trainer.experiment import load_and_build
@@ -97,7 +98,9 @@ def test_a_missing_field_is_named() -> None:
     ('part', 'cause'),
     [('dropout', 'needs PRNG for "dropout"'), ('norm', 'Cannot update variable "mean"')],
 )
-@pytest.mark.parametrize('act', [Trainer.fit, lambda t: [*t.predict('test', t.init_state())]])
+@pytest.mark.parametrize(
+    'act', slow_after(1, [Trainer.fit, lambda t: [*t.predict('test', t.init_state())]])
+)
 def test_a_model_that_always_trains_is_refused(act: Any, part: str, cause: str) -> None:
     """The message for a model that trains during an evaluation says how to fix it."""
     model = {'target': f'{__name__}:AlwaysTraining', 'part': part}
@@ -110,7 +113,9 @@ def test_a_model_that_always_trains_is_refused(act: Any, part: str, cause: str) 
     assert trainer.report.latest == {}
 
 
-@pytest.mark.parametrize('act', [Trainer.fit, Trainer.evaluate, lambda t: t.predict('test')])
+@pytest.mark.parametrize(
+    'act', slow_after(1, [Trainer.fit, Trainer.evaluate, lambda t: t.predict('test')])
+)
 def test_an_empty_split_is_refused(act: Any, tmp_path: pathlib.Path) -> None:
     trainer_with(tmp_path).fit()
     trainer = trainer_with(tmp_path, data__source={'target': f'{__name__}:Nothing'})

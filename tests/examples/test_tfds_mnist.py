@@ -12,6 +12,7 @@ import pytest
 
 from tests import command
 from tests.pages import FILES
+from tests.small import one_device
 from trainer.config import loading
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
@@ -53,7 +54,7 @@ def tfds_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 def fit(name: str, workdir: pathlib.Path, *, max_steps: int | None = None, **changes: Any) -> Any:
     path = str(command.ROOT / 'configs' / f'{name}.py')
     experiment = load_and_build(path, **{**FEW, **changes})
-    return Trainer(experiment, str(workdir)).fit(max_steps=max_steps)
+    return Trainer(experiment, str(workdir), mesh=one_device()).fit(max_steps=max_steps)
 
 
 def test_training_is_equal_to_that_on_arrays(tfds_directory: str, tmp_path: pathlib.Path) -> None:

@@ -7,12 +7,12 @@ import pathlib
 import re
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 from tests import command
 from tests.pages import PAGES
+from tests.small import one_device
 from tests.tools.vae_floor import floor
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
@@ -33,7 +33,8 @@ FEW: dict[str, Any] = {
 
 def trainer(variant: str = '', workdir: pathlib.Path | None = None, **changes: Any) -> Trainer:
     experiment = load_and_build(CONFIG + variant, **{**FEW, **changes})
-    return Trainer(experiment, None if workdir is None else str(workdir))
+    directory = None if workdir is None else str(workdir)
+    return Trainer(experiment, directory, mesh=one_device())
 
 
 @pytest.mark.parametrize('variant', ['', pytest.param(':nnx', marks=pytest.mark.slow)])
@@ -74,9 +75,8 @@ def test_grey_images_are_refused() -> None:
 @pytest.mark.slow
 def test_the_small_variant_learns() -> None:
     """Far below the floor in half a minute; 154 nats when it was measured."""
-    mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
     experiment = load_and_build(f'{CONFIG}:tiny', checkpoint__every='never')
-    result = Trainer(experiment, mesh=mesh).fit()
+    result = Trainer(experiment, mesh=one_device()).fit()
     assert result.metrics['eval/test/loss'] < 162
     assert result.metrics['eval/test/kl'] > 10
 

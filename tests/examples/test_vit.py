@@ -14,6 +14,7 @@ import pytest
 
 from tests import command
 from tests.marks import slow_except
+from tests.small import one_device
 from trainer.config.errors import UserError
 from trainer.data.fashion_mnist import DIRECTORY
 from trainer.experiment import load_and_build
@@ -42,7 +43,8 @@ VARIANTS = [':tiny', ':tiny,mixer', ':tiny,nnx', ':tiny,mixer,nnx']
 
 def trainer(variant: str, workdir: pathlib.Path | None = None, **changes: Any) -> Trainer:
     experiment = load_and_build(CONFIG + variant, **{**FEW, **changes})
-    return Trainer(experiment, None if workdir is None else str(workdir))
+    directory = None if workdir is None else str(workdir)
+    return Trainer(experiment, directory, mesh=one_device())
 
 
 @pytest.mark.parametrize('variant', slow_except([':tiny'], VARIANTS))

@@ -16,10 +16,13 @@ import optax
 import pytest
 
 from tests.command import ROOT
+from tests.marks import slow_except
 from trainer.data.graphs import GraphsTuple
 from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
+from trainer.models.bilstm import BiLSTM
 from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
+from trainer.models.efficientnet import EfficientNet
 from trainer.models.generation import generate
 from trainer.models.graphs import mean_nodes, sum_edges, sum_nodes
 from trainer.models.mixer import Mixer
@@ -110,24 +113,34 @@ def encoder(**options: Any) -> Encoder:
     return Encoder(vocab_size=11, layers=1, width=8, heads=2, max_length=8, **options)
 
 
+def bilstm(**options: Any) -> BiLSTM:
+    return BiLSTM(vocab_size=11, width=4, hidden=4, **options)
+
+
 def seq2seq(**options: Any) -> Seq2Seq:
     return Seq2Seq(vocab_size=11, hidden=4, **options)
 
 
 LOOPED = [{'remat': remat} for remat in ('none', 'full', 'dots_saveable')]
 SCANNED = [{'scan_layers': True, 'unroll': unroll, **each} for unroll in (1, 2) for each in LOOPED]
+FORMS = {'looped': LOOPED, 'scanned': SCANNED}
 PACKED: dict[str, Any] = {
     'segments': np.array([[1, 1, 1, 2, 2, 2, 2, 0]] * 2, np.int32),
     'positions': np.array([[0, 1, 2, 0, 1, 2, 3, 0]] * 2, np.int32),
 }
 
 
-@pytest.mark.parametrize('way', SOME)
-@pytest.mark.parametrize('form', [LOOPED, SCANNED], ids=['looped', 'scanned'])
-def test_transformer(form: list[dict[str, Any]], way: str) -> None:
+@pytest.mark.parametrize(
+    ('form', 'way'),
+    slow_except(
+        [('looped', 'own-bfloat16'), ('scanned', 'cast-bfloat16')],
+        itertools.product(FORMS, WAYS),
+    ),
+)
+def test_transformer(form: str, way: str) -> None:
     """All options of the layers, with dropout and packed sequences."""
     precision, own, half = WAYS[way]
-    for options in form:
+    for options in FORMS[form]:
         model = transformer(dropout_rate=0.1, **options, **own)
         assert dtypes(model, precision, tokens(), **PACKED) == {half}, options
 
@@ -205,7 +218,16 @@ def test_recurrent(way: str) -> None:
     assert [x.name for x in carried if jnp.issubdtype(x, jnp.floating)] == 6 * [half]
 
 
-@pytest.mark.parametrize('way', SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize('way', WAYS)
+def test_bilstm(way: str) -> None:
+    precision, own, half = WAYS[way]
+    model = bilstm(dropout_rate=0.1, word_dropout_rate=0.1, **own)
+    for mode in ('train', 'eval'):
+        assert dtypes(model, precision, tokens(), mode=mode) == {half}
+
+
+@pytest.mark.parametrize('way', slow_except(['cast-bfloat16'], WAYS))
 def test_bert(way: str) -> None:
     precision, own, half = WAYS[way]
     named = {'mask': tokens() > 3, 'token_types': tokens() % 2}
@@ -233,6 +255,19 @@ def test_resnet(block: Any, stem: Any, groups: int, way: str) -> None:
     model = ResNet(block=block, stem=stem, norm_groups=groups, **sizes, **own)
     for mode in ('train', 'eval'):
         assert dtypes(model, precision, images(16, 3), mode=mode) == {half}
+
+
+@pytest.mark.parametrize(
+    'way', ['cast-bfloat16', pytest.param('own-float16', marks=pytest.mark.slow)]
+)
+def test_efficientnet(way: str) -> None:
+    precision, own, half = WAYS[way]
+    stages = ((1, 3, 1, 1, 4), (1, 5, 2, 2, 4))
+    model = EfficientNet(num_classes=3, stages=stages, stem=4, width=8, **own)
+    for form in ('conv', 'sum'):
+        changed = model.clone(depthwise=form)
+        for mode in ('train', 'eval'):
+            assert dtypes(changed, precision, images(8, 3), mode=mode) == {half}
 
 
 PATCHES: dict[str, Any] = dict(num_classes=3, patch_size=4, layers=1, width=8, dropout_rate=0.1)
@@ -397,9 +432,12 @@ def test_a_step_of_a_transformer(row: list[int]) -> None:
 
 OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'bert': (TextClassifier(encoder(dropout_rate=0.1)), (tokens(),)),
+    'bilstm': (bilstm(dropout_rate=0.1, word_dropout_rate=0.1), (tokens(),)),
     'recurrent': (seq2seq(), (tokens(), np.array([3, 1], np.int32), tokens())),
     'resnet': (ResNet(stages=(1, 1), features=4, num_classes=4, stem='small', norm_groups=2),
                (images(8, 3),)),
+    'efficientnet': (EfficientNet(num_classes=3, stages=((1, 3, 1, 1, 4), (1, 5, 2, 2, 4)), stem=4,
+                                  width=8), (images(8, 3),)),
     **{name: (module, (images(),)) for name, module in FOLLOWING.items()},
 }  # fmt: skip
 

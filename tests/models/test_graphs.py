@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import ragged
+from tests.marks import slow_after
 from trainer.models import graphs
 
 
@@ -20,7 +21,7 @@ def batch(rows: int, count: int = 5) -> tuple[Any, list[Any]]:
     return source.collate(examples, rows)['graph'], examples
 
 
-@pytest.mark.parametrize('rows', [6, 9])
+@pytest.mark.parametrize('rows', slow_after(1, [9, 6]))
 def test_masks_are_true_for_what_is_no_padding(rows: int) -> None:
     graph, examples = batch(rows)
     nodes = sum(len(each['nodes']) for each in examples)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any
 
@@ -29,7 +30,12 @@ INPUTS = DRAW.integers(1, 12, (6, 7)).astype('i4')
 LENGTHS = np.array([7, 1, 3, 5, 2, 7], 'i4')
 TARGETS = DRAW.integers(1, 12, (6, 4)).astype('i4')
 BATCH = {'inputs': INPUTS, 'lengths': LENGTHS, 'targets': TARGETS}
-VARIABLES = MODEL.init(jax.random.key(1), INPUTS, LENGTHS, TARGETS)
+
+
+@functools.cache
+def initial_variables() -> Any:
+    """Returns the variables of `MODEL`."""
+    return jax.jit(MODEL.init)(jax.random.key(1), INPUTS, LENGTHS, TARGETS)
 
 
 def greedy(variables: Any, count: int = 4) -> np.ndarray:
@@ -40,15 +46,15 @@ def greedy(variables: Any, count: int = 4) -> np.ndarray:
 @pytest.mark.slow
 def test_padding_is_not_read() -> None:
     """Padding does not change the output in either direction; the lengths matter."""
-    logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)
+    logits = MODEL.apply(initial_variables(), INPUTS, LENGTHS, TARGETS)
     assert logits.shape == (6, 4, 12)
     for row, length in enumerate(LENGTHS):
         alone = MODEL.apply(
-            VARIABLES, INPUTS[row : row + 1, :length], LENGTHS[row : row + 1],
+            initial_variables(), INPUTS[row : row + 1, :length], LENGTHS[row : row + 1],
             TARGETS[row : row + 1],
         )  # fmt: skip
         np.testing.assert_allclose(logits[row], alone[0], atol=1e-5)
-    whole = MODEL.apply(VARIABLES, INPUTS, np.full(6, 7), TARGETS)
+    whole = MODEL.apply(initial_variables(), INPUTS, np.full(6, 7), TARGETS)
     different = np.abs(whole - logits).max((1, 2)) > 1e-4
     assert different.tolist() == (LENGTHS < 7).tolist()
 
@@ -58,7 +64,7 @@ def test_the_padding_of_an_empty_text_is_not_read() -> None:
     """With length 0 the output does not depend on the padding."""
     lengths = np.array([0, 1, 3, 5, 2, 7], 'i4')
     logits, other = (
-        MODEL.apply(VARIABLES, inputs, lengths, TARGETS)
+        MODEL.apply(initial_variables(), inputs, lengths, TARGETS)
         for inputs in (INPUTS, np.where(lengths[:, None] > 0, INPUTS, (INPUTS + 3) % 12))
     )
     np.testing.assert_array_equal(logits, other)
@@ -67,46 +73,46 @@ def test_the_padding_of_an_empty_text_is_not_read() -> None:
 @pytest.mark.slow
 def test_the_encoder_is_bidirectional() -> None:
     """Each direction has its own parameters, and the decoder starts from both."""
-    params = VARIABLES['params']
+    params = initial_variables()['params']
     forward, backward = (params['encoder'][name] for name in ('forward_rnn', 'backward_rnn'))
     assert jax.tree.structure(forward) == jax.tree.structure(backward)
     for name in ('forward_rnn', 'backward_rnn'):
         blank = {**params['encoder'], name: jax.tree.map(jnp.zeros_like, params['encoder'][name])}
         variables = {'params': {**params, 'encoder': blank}}
         one = MODEL.apply(variables, INPUTS, LENGTHS, TARGETS)
-        assert np.abs(one - MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)).max() > 1e-3
+        assert np.abs(one - MODEL.apply(initial_variables(), INPUTS, LENGTHS, TARGETS)).max() > 1e-3
 
 
 @pytest.mark.slow
 def test_greedy_decoding_equals_teacher_forcing() -> None:
     """Token by token: equal to a full pass over its own answer for each next token."""
-    written = greedy(VARIABLES)
+    written = greedy(initial_variables())
     assert len({tuple(row) for row in written}) > 1
     again = np.zeros((6, 4), 'i4')
     for place in range(4):
-        logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, again)
+        logits = MODEL.apply(initial_variables(), INPUTS, LENGTHS, again)
         again[:, place] = logits[:, place].argmax(-1)
     assert np.array_equal(written, again)
     future = again.copy()
     future[:, 2:] = 5  # Later targets are not read.
-    logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, future)
+    logits = MODEL.apply(initial_variables(), INPUTS, LENGTHS, future)
     assert np.array_equal(logits[:, :3].argmax(-1), written[:, :3])
 
 
 def measure(mode: Any, targets: np.ndarray, **options: Any) -> TaskOutput:
     task, batch = Answer(**options), {**BATCH, 'targets': targets}
-    model = as_functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode=mode))
+    model = as_functional(MODEL, Precision()).bind(initial_variables(), Keys(seed=0, mode=mode))
     return task(model, {name: jnp.asarray(x) for name, x in batch.items()})
 
 
 @pytest.mark.slow
 def test_an_answer_counts_up_to_its_end() -> None:
     """The loss includes the tokens up to the first 0; the rest may be anything."""
-    targets = greedy(VARIABLES)
+    targets = greedy(initial_variables())
     targets[0] = [5, 0, 7, 7]
     other = targets.copy()
     other[0, 2:] = [0, 3]
-    logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, targets)
+    logits = MODEL.apply(initial_variables(), INPUTS, LENGTHS, targets)
     each = -jax.nn.log_softmax(logits)[0, [0, 1], [5, 0]]
     for mode in ('train', 'eval'):
         one, two = (measure(mode, x) for x in (targets, other))
@@ -119,7 +125,7 @@ def test_an_answer_counts_up_to_its_end() -> None:
 @pytest.mark.slow
 def test_tokens_after_the_end_are_ignored() -> None:
     """The second token is the end; tokens after it do not matter."""
-    written = greedy(VARIABLES)
+    written = greedy(initial_variables())
     end = int(written[3, 1])
     targets = written.copy()
     targets[3, 2:] = (written[3, 2:] + 1) % 12
@@ -153,7 +159,7 @@ def test_evaluations_use_greedy_decoding() -> None:
 @pytest.mark.slow
 def test_teacher_forced_and_free_answers_agree() -> None:
     """An answer that is correct with teacher forcing is correct without it."""
-    written = greedy(VARIABLES)
+    written = greedy(initial_variables())
     for targets in (written, (written + np.eye(6, 4, dtype='i4')) % 12):
         forced, free = (measure(mode, targets).metrics for mode in ('train', 'eval'))
         assert np.array_equal(forced['exact_match'], free['exact_match'])
@@ -178,11 +184,12 @@ def test_it_learns_to_add(tmp_path: pathlib.Path) -> None:
 def test_dropout() -> None:
     """Dropout is active in training only."""
     model = MODEL.clone(dropout_rate=0.5)
-    rngs = {'dropout': jax.random.key(0)}
-    dropped = model.apply(VARIABLES, INPUTS, LENGTHS, TARGETS, train=True, rngs=rngs)
-    kept = model.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)
+    inputs = (initial_variables(), INPUTS, LENGTHS, TARGETS)
+    train = jax.jit(functools.partial(model.apply, train=True))
+    dropped = train(*inputs, rngs={'dropout': jax.random.key(0)})
+    kept = jax.jit(model.apply)(*inputs)
     assert not np.allclose(dropped, kept)
-    np.testing.assert_array_equal(kept, MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS))
+    np.testing.assert_array_equal(kept, jax.jit(MODEL.apply)(*inputs))
 
 
 @pytest.mark.slow
@@ -195,6 +202,6 @@ def test_dtypes() -> None:
 
 
 def test_a_batch_without_lengths_is_an_error() -> None:
-    model = as_functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode='eval'))
+    model = as_functional(MODEL, Precision()).bind(initial_variables(), Keys(seed=0, mode='eval'))
     with pytest.raises(UserError, match=r"asks for batch\['lengths'\]"):
         TaskRunner.from_task(Answer())(model, {'inputs': INPUTS, 'targets': TARGETS})

@@ -121,7 +121,7 @@ def test_sincos_positions_fit_images_of_any_size() -> None:
 def test_dropout_is_active_in_training_only(name: str) -> None:
     linen_class, _, options = PAIRS[name]
     model = linen_class(**options, dropout_rate=0.5)
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     call = jax.jit(model.apply, static_argnames=('train', 'method'))
 
     def features(train: bool, key: int) -> Any:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.command import ROOT
 from tests.inspect.program import computation
+from tests.marks import slow_after
 from tests.modules.examples import X, bind, init, same
 from trainer.experiment import load_and_build
 from trainer.klinen.notebook import bind_for_notebook
@@ -96,7 +97,9 @@ class Stack(nn.Module):
         return nn.Dense(3)(x)
 
 
-@pytest.mark.parametrize('kind', ['plain', 'remat', 'scan', 'open scan', 'remat open scan'])
+@pytest.mark.parametrize(
+    'kind', slow_after(2, ['plain', 'remat open scan', 'remat', 'scan', 'open scan'])
+)
 def test_unread_values_cost_nothing(kind: str) -> None:
     """The compiled gradient of a model that sows is that of one that does not."""
     texts = []

@@ -11,6 +11,7 @@ import pytest
 
 from tests.evaluate import scored
 from tests.in_memory import HERE, Net, Points, make_config, points
+from tests.marks import slow_after
 from trainer import Trainer, build
 from trainer.config.errors import UserError
 from trainer.step.state import TrainState
@@ -34,7 +35,7 @@ def losses(state: TrainState, arrays: dict[str, np.ndarray], scale: float = 1.0)
 
 
 # These do not fill the batches of 16 rows, nor the 8 devices.
-@pytest.mark.parametrize('rows', [1, 37])
+@pytest.mark.parametrize('rows', slow_after(1, [37, 1]))
 def test_arrays_are_evaluated_exactly(rows: int) -> None:
     trainer = Trainer(build(make_config()))
     state, arrays = trainer.init_state(), points(rows)

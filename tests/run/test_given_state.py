@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any
 
@@ -26,31 +27,48 @@ def copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
+@functools.cache
+def _whole_run() -> Any:
+    return make_trainer().fit()
+
+
+@functools.cache
+def _half_state() -> TrainState:
+    return make_trainer().fit(max_steps=4).state
+
+
+def whole() -> Any:
+    """Returns the parameters after all steps, without interruption."""
+    return params(_whole_run().state)
+
+
+def half() -> TrainState:
+    """Returns a state after half of the steps, which its caller may donate."""
+    return copy(_half_state())
+
+
 def params(state: TrainState) -> dict[str, Any]:
     return jax.device_get(state.params)
 
 
 def test_the_same_experiment_continues_as_without_interruption() -> None:
-    whole = make_trainer().fit()
-    half = make_trainer().fit(max_steps=4)
-    other = make_trainer()
-    result = other.fit(state=half.state)
+    before = make_trainer().fit(max_steps=4)
+    result = make_trainer().fit(state=before.state)
     assert (result.status, result.step) == ('finished', 8)
-    jax.tree.map(np.testing.assert_array_equal, params(result.state), params(whole.state))
+    jax.tree.map(np.testing.assert_array_equal, params(result.state), whole())
     assert result.history['train/loss'].steps.tolist() == [8]
     with pytest.raises(DonatedError):
-        _ = half.state
+        _ = before.state
 
 
 def test_another_learning_rate_continues_with_the_moments(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    half = make_trainer().fit(max_steps=4).state
-    before, same = params(copy(half)), copy(half)
+    before = params(half())
     fast = Trainer(load_and_build(make_config(), optimizer__learning_rate=1.0))
-    moved = params(fast.fit(state=half, max_steps=1).state)
+    moved = params(fast.fit(state=half(), max_steps=1).state)
     assert 'is reset' not in capsys.readouterr().out
-    slow = params(make_trainer().fit(state=same, max_steps=1).state)
+    slow = params(make_trainer().fit(state=half(), max_steps=1).state)
     # Adam's update is the learning rate times a function of its moments.
     steps = jax.tree.map(np.subtract, moved, before)
     jax.tree.map(
@@ -64,11 +82,10 @@ def test_another_learning_rate_continues_with_the_moments(
 def test_the_state_of_another_optimizer_is_reset(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    half = make_trainer().fit(max_steps=4)
     optimizer = {'target': 'optax:sgd', 'momentum': 0.9}
     other = Trainer(load_and_build(make_config(), optimizer=optimizer, ema__decay=0.5))
-    expected = params(copy(half.state))
-    result = other.fit(state=half.state, max_steps=0)
+    expected = params(half())
+    result = other.fit(state=half(), max_steps=0)
     printed = capsys.readouterr().out
     sentence = 'this experiment has another optimizer state, moving average, which is reset.'
     assert sentence in printed
@@ -80,15 +97,12 @@ def test_the_state_of_another_optimizer_is_reset(
 
 
 def test_a_new_work_directory_gets_the_run_from_there_on(tmp_path: pathlib.Path) -> None:
-    half = make_trainer().fit(max_steps=4)
     workdir = str(tmp_path / 'run')
-    make_trainer(workdir).fit(state=half.state, max_steps=2)
+    make_trainer(workdir).fit(state=half(), max_steps=2)
     result = make_trainer(workdir).fit()
-    whole = make_trainer().fit()
-    jax.tree.map(np.testing.assert_array_equal, params(result.state), params(whole.state))
-    early = make_trainer().fit(max_steps=2)
-    with pytest.raises(UserError, match=r'at step 2, but the newest checkpoint .* of step 8'):
-        make_trainer(workdir).fit(state=early.state)
+    jax.tree.map(np.testing.assert_array_equal, params(result.state), whole())
+    with pytest.raises(UserError, match=r'at step 4, but the newest checkpoint .* of step 8'):
+        make_trainer(workdir).fit(state=half())
 
 
 STREAM = {'data__loader': {'target': 'trainer.data.streaming:StreamLoader'}}
@@ -120,7 +134,7 @@ def test_a_finished_state_of_the_same_trainer_is_no_error(tmp_path: pathlib.Path
 
 
 def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
-    state = make_trainer().fit().state
+    state = copy(_whole_run().state)
     with pytest.raises(
         UserError,
         match=r"params\['Dense_0'\]\['kernel'\] is float32\[8, 2\] in .* float32\[3, 2\] in",

@@ -110,7 +110,7 @@ def test_complex_parameters_converge(name: str) -> None:
 
 @pytest.mark.parametrize(
     'node',
-    slow_after(2, [
+    slow_after(1, [
         {'target': 'optax:adam', 'learning_rate': 0.05},
         {'target': 'optax:adamw', 'learning_rate': 0.05, 'weight_decay': 1.0, 'decay_mask': 'w'},
         {'target': 'optax:lion', 'learning_rate': 0.05},

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from tests import command
-from tests.marks import slow_after
+from tests.marks import slow_except
 from tests.step import perceptron
 from trainer.experiment import load_and_build
 from trainer.hooks import Event
@@ -145,7 +145,7 @@ DROP_IN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', slow_after(2, DROP_IN))
+@pytest.mark.parametrize('name', slow_except(['nlp_seq, wmt'], DROP_IN))
 def test_drop_in_replacements(name: str) -> None:
     """They train from a config, and their rate is logged."""
     trainer = perceptron.trainer(DROP_IN[name])

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from tests.command import ROOT
+from tests.marks import slow_except
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.step.optimizer import Optimizer, RegexMask
@@ -137,7 +138,10 @@ MASKED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', MASKED)
+@pytest.mark.parametrize(
+    'name',
+    slow_except(['adadelta', 'adafactor', 'within a chain', 'within a wrapper'], MASKED),
+)
 def test_decay_masks_with_other_argument_names(name: str) -> None:
     """A mask of one kernel; without gradients, a parameter that changes has decayed."""
     path = str(ROOT / 'configs' / 'mnist_mlp.py')

@@ -48,7 +48,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ('name', 'dtype'),
-    slow_after(2, [*((name, 'float16') for name in OPTIMIZERS), ('adam', 'bfloat16')]),
+    slow_after(1, [*((name, 'float16') for name in OPTIMIZERS), ('adam', 'bfloat16')]),
 )
 def test_optimizers_train_half_precision_parameters(name: str, dtype: str) -> None:
     """Adam's eps of 1e-8 is 0 in float16: for a zero gradient, the update would be NaN."""

@@ -46,6 +46,20 @@ def test_sigmoid_loss_and_accuracy() -> None:
     np.testing.assert_allclose(smooth.loss, expected, rtol=1e-6)
 
 
+def test_one_logit_is_a_binary_decision() -> None:
+    """A label (batch,) means the same as one (batch, 1)."""
+    task = Classification(loss='sigmoid', ignore_label=-1)
+    for label in ([1, 0], [1, -1]):
+        one, other = (
+            task(lambda x: x, {'image': jnp.asarray(LOGITS[:, :1]), 'label': jnp.array(labels)})
+            for labels in (label, [[each] for each in label])
+        )
+        np.testing.assert_array_equal(one.loss, other.loss)
+        np.testing.assert_array_equal(one.weights, other.weights)
+        assert one.metrics['accuracy'].tolist() == other.metrics['accuracy'].tolist()
+        np.testing.assert_allclose(one.loss[0], np.log1p(np.exp(-2.0)), rtol=1e-6)
+
+
 @pytest.mark.parametrize('loss', ['softmax', 'sigmoid'])
 def test_fields_are_kept_in_predictions(loss: Any) -> None:
     task = Classification(loss=loss, keep=('label', 'length'))

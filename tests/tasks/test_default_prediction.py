@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from tests.in_memory import Net, make_config, points
+from tests.marks import slow_after
 from trainer import TaskOutput, Trainer, build
 from trainer.config.errors import UserError
 
@@ -161,7 +162,7 @@ def config_with_score(task: str = 'cross_entropy') -> ml_collections.ConfigDict:
     return config
 
 
-@pytest.mark.parametrize('task', ['cross_entropy', 'weighted_task'])
+@pytest.mark.parametrize('task', slow_after(1, ['weighted_task', 'cross_entropy']))
 def test_a_score_gets_the_output_of_the_evaluated_form_of_the_model(task: str) -> None:
     made = Trainer(build(config_with_score(task)), verbose=False)
     state, arrays = made.init_state(), points(21, seed=1)

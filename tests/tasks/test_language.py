@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,8 +21,8 @@ PACKED = NextToken(segments='tokens_segment_ids', positions='tokens_positions')
 
 @pytest.fixture(scope='module')
 def model() -> Any:
-    params = meta.unbox(MODEL.init(jax.random.key(0), jnp.zeros((1, 12), jnp.int32)))
-    return lambda *args, **options: MODEL.apply(params, *args, **options)
+    params = meta.unbox(jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 12), jnp.int32)))
+    return functools.partial(jax.jit(MODEL.apply), params)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from trainer.builders.optimizer import build_optimizer
@@ -58,7 +59,7 @@ def build_ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
     # Build each member's optimizer once, so that an invalid value is reported here.
     for member in range(given.size if values else 0):
         build({path: each[member] for path, each in values.items()})
-    return Ensemble(seeds=seeds, values=values, optimizer=build)
+    return Ensemble(seeds=seeds, values=MappingProxyType(values), optimizer=build)
 
 
 def _build_optimizer(sections: Sections, clock: Clock, values: Mapping[str, Any]) -> Optimizer:

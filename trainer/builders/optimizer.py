@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from trainer.builders import by_examples, counts, decay, hyperparams, nodes
@@ -91,7 +92,7 @@ def build_optimizer(
         groups[name] = Group(params=_patterns(group.params), optimizer=single, loss=group.loss)
         steps.update(more)
     whole = Optimizer(
-        groups=groups,
+        groups=MappingProxyType(groups),
         clip_norm=section.clip_norm,
         lr_multipliers=section.lr_multipliers or (),
     )

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ml_collections
@@ -61,12 +62,19 @@ def name_objects(node: Any, keys: Sequence[str | int] = ()) -> Any:
 
 
 def without_objects(node: Any) -> Any:
-    """Returns a plain config with the names alone."""
+    """Returns a read-only plain config with the names alone."""
     if isinstance(node, Mapping):
-        return {key: without_objects(value) for key, value in node.items()}
+        return MappingProxyType({key: without_objects(value) for key, value in node.items()})
     if type(node) in (tuple, list):
         return type(node)(map(without_objects, node))
     return str(node) if isinstance(node, Named) else node
+
+
+def copy_as_dicts(node: Any) -> Any:
+    """Returns a copy of a plain config in dicts, which JSON can write."""
+    if isinstance(node, Mapping):
+        return {key: copy_as_dicts(value) for key, value in node.items()}
+    return type(node)(map(copy_as_dicts, node)) if type(node) in (tuple, list) else node
 
 
 def find_objects(node: Any, path: str = '') -> Iterator[str]:

@@ -24,7 +24,7 @@ class TaggedText:
     - `exact_match`: the share of sentences in which all tags are right
     - `sentences`: a text for each of the first sentences, such as 'Ali/NOUN geldi/VERB'; a wrong
       tag is followed by the right one, such as 'mi/NOUN(PRT)'
-    - `confused`: the most frequent mistakes.
+    - `confused`: the most frequent mistakes, if there are any.
 
     Words without a label do not count.
 
@@ -70,11 +70,9 @@ class TaggedText:
                 examples['text'][: self.show].tolist(), guesses, labels, is_wrong, strict=False
             )
         ]
-        return {
-            'exact_match': float(1 - is_wrong.any(1).mean()),
-            'sentences': Texts(shown),
-            'confused': Texts(['\n'.join(confused)]),
-        }
+        values = {'exact_match': float(1 - is_wrong.any(1).mean()), 'sentences': Texts(shown)}
+        # Without a mistake, an empty text would be written.
+        return {**values, 'confused': Texts('\n'.join(confused))} if confused else values
 
     def _format(self, word: str, guess: int, label: int, is_wrong: bool) -> str:
         right = f'({self.tags[label]})' if is_wrong else ''

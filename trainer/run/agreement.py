@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trainer.checkpoint.manager import Checkpoints
+from trainer.config import python_objects
 from trainer.evaluate.evaluator import Evaluator
 from trainer.experiment import Experiment
 from trainer.input.fingerprint import fingerprint
@@ -32,7 +33,7 @@ def check_run(
     # values that do not belong together.
     processes.check_agreement(
         {
-            'config': experiment.origin.config,
+            'config': python_objects.copy_as_dicts(experiment.origin.config),
             'versions': versions(),
             'data': fingerprint(experiment.data),
             'workdir': None if workdir is None else str(workdir.path),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from trainer.builders.hooks import HookRules
+from trainer.config import python_objects
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.hooks import Event
@@ -223,7 +224,7 @@ class Hooks:
             metrics=dict(self._report.latest),
             workdir=None if self._workdir is None else str(self._workdir.path),
             row=self._report.row if kind in ('log', 'eval') else {},
-            config=self._experiment.origin.config,
+            config=python_objects.copy_as_dicts(self._experiment.origin.config),
             **more,
         )
 

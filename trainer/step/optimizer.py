@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -74,7 +75,9 @@ class Optimizer:
     """
 
     base: optax.GradientTransformation | None = None
-    groups: Mapping[str, Group] = dataclasses.field(default_factory=dict, hash=False)
+    groups: Mapping[str, Group] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({}), hash=False
+    )
     learning_rate: Schedule | Mapping[str, Schedule] | None = dataclasses.field(
         default=None, hash=False
     )

