@@ -70,9 +70,10 @@ class TaggedText:
                 examples['text'][: self.show].tolist(), guesses, labels, is_wrong, strict=False
             )
         ]
-        values = {'exact_match': float(1 - is_wrong.any(1).mean()), 'sentences': Texts(shown)}
         # Without a mistake, an empty text would be written.
-        return {**values, 'confused': Texts('\n'.join(confused))} if confused else values
+        lists = {'confused': Texts('\n'.join(confused))} if confused else {}
+        share = float(1 - is_wrong.any(1).mean())
+        return {'exact_match': share, 'sentences': Texts(shown), **lists}
 
     def _format(self, word: str, guess: int, label: int, is_wrong: bool) -> str:
         right = f'({self.tags[label]})' if is_wrong else ''
