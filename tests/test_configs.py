@@ -75,7 +75,7 @@ RESULTS = pages.table('config', 'result', 'time', 'measured')
 
 def test_each_config_has_a_row() -> None:
     assert sorted(name for name, *_ in ROWS) == NAMES
-    assert sorted(config for config, *_ in RESULTS) == [f'`configs/{name}.py`' for name in NAMES]
+    assert sorted({_parts(config)[0] for config, *_ in RESULTS}) == NAMES
 
 
 @pytest.mark.parametrize(('name', 'trains', 'arguments'), ROWS)
@@ -92,11 +92,13 @@ def test_the_results_are_those_of_the_docstring(
     config: str, result: str, time: str, day: str
 ) -> None:
     """The figure and the time are those of the docstring."""
-    text = ' '.join(description(config.removeprefix('`configs/').removesuffix('.py`')).split())
+    name, words = _parts(config)
+    text = ' '.join(description(name).split())
     if result == 'not run yet':
         assert (time, day) == ('', '') and 'not run yet' in text
         return
-    expected = text.split('Expected after ')[1]
+    # A config with variants has a sentence for each.
+    expected = text.split(f'`{words}`: ' if words else 'Expected after ')[1]
     figure = re.match(r'[\d.]+( %| nats)', result)
     # A docstring may round: 'about 88 %' for 88.2 %.
     assert figure is not None
@@ -104,6 +106,13 @@ def test_the_results_are_those_of_the_docstring(
     assert time.removesuffix(', busy') in expected
     assert (', busy' in time) == ('busy CPU cores' in expected)
     assert re.fullmatch(r'20\d\d-\d\d-\d\d', day)
+
+
+def _parts(config: str) -> tuple[str, str]:
+    """Returns the name of a config and its words, ':tiny' or '', for a cell of the table."""
+    match = re.fullmatch(r'`configs/(\w+)\.py((?::[\w,]+)?)`', config)
+    assert match is not None, config
+    return match[1], match[2]
 
 
 @pytest.mark.parametrize('name', NAMES)
