@@ -221,9 +221,10 @@ class Project:
 
 
 def _prepares(text: str) -> list[str]:
-    """Returns the scripts that write the directory of datasets that a command reads."""
-    found = re.search(r'\.data_dir=(\w+)', text)
-    return [] if found is None else [x for x in FILES if f"data_dir='{found[1]}'" in FILES[x]]
+    """Returns the scripts that write the datasets or the texts that a command reads."""
+    written = [f"data_dir='{name}'" for name in re.findall(r'\.data_dir=(\w+)', text)]
+    written += [f"'{name}'" for name in re.findall(r"=['\"]?([\w{}-]+\.(?:txt|conllu))", text)]
+    return [name for name in FILES if any(each in FILES[name] for each in written)]
 
 
 @functools.cache
@@ -236,7 +237,10 @@ def needs(text: str) -> tuple[str, ...]:
             if file in text:
                 found += needs(FILES[file])
         if _READING.search(text):
-            found.append(_training_of(text))
+            # Data of its own that it reads does not make it another run.
+            in_own = [x for x in COMMANDS if own and f'--workdir={own[1]}' in x.split()]
+            training = [line for line in in_own if '--mode=' not in line]
+            found.append(training[0] if training else _training_of(text))
     # Runs that a page names and a command makes.
     for directory in dict.fromkeys(re.findall(r'\bruns/\w+', text)):
         makers = [line for line in COMMANDS if f'--workdir={directory}' in line.split()]

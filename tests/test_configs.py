@@ -41,12 +41,18 @@ SHORT: dict[str, dict[str, Any]] = {
             for key, value in (('items__texts__limit', 64), ('lengths', (64,)))
         },
     },
+    'tagging': {
+        'model__hidden': 8,
+        **{f'evals__{split}__data__source__items__limit': 20 for split in ('dev', 'test')},
+    },
     'vae': MNIST,
 }
 
 
 # Not among the quick tests, some of which train and resume `vae`.
-LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet', 'vae'}
+LONG = {
+    'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet', 'tagging', 'vae'
+}  # fmt: skip
 
 # Those that need weights or data from elsewhere, and the test that runs each of them.
 ELSEWHERE = {

@@ -143,6 +143,8 @@ SCRIPTS = {
     'report.py': r'\d+ summaries',
     'vae_samples.py': r'\(100, 28, 28, 1\)',
     'judge.py': r'[01]\.\d\d I laughed .*',
+    'tag_text.py': r'(\S+/[A-Z]+ ?){4}',
+    'write_conllu.py': '3 files',
     'prepare_digits.py': r"\{'train': 1000, 'test': 1000\}",
 }
 

@@ -3,5 +3,6 @@
 
 from trainer.evaluate.binary_report import BinaryReport
 from trainer.evaluate.linear_probe import LinearProbe
+from trainer.evaluate.tagged_text import TaggedText
 
-__all__ = ['BinaryReport', 'LinearProbe']
+__all__ = ['BinaryReport', 'LinearProbe', 'TaggedText']

@@ -139,7 +139,7 @@ def test_the_default_reads_a_dataset_like_imagenet(
         precision__compute=precision,
         model__stages=(1, 1, 1, 1),
         model__features=4,
-        data__batch_size=8,
+        data__batch_size=16,
         data__loader__workers=0,
         accumulate=2,
         train_for='2 steps',

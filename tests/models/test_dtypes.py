@@ -32,6 +32,7 @@ from trainer.models.mlp_nnx import MLP as NNXMLP
 from trainer.models.norm import GroupedBatchNorm
 from trainer.models.recurrent import Seq2Seq
 from trainer.models.resnet import ResNet
+from trainer.models.tagger import Tagger
 from trainer.models.transformer import Transformer
 from trainer.models.vae import VAE
 from trainer.models.vae_nnx import VAE as NNXVAE
@@ -306,6 +307,17 @@ def test_autoencoder(way: str) -> None:
     pixels = np.ones((4, 8, 8, 1), np.uint8)
     for model in models:
         assert dtypes(model, precision, pixels, call=call) == {half}
+
+
+@pytest.mark.parametrize('way', SOME)
+def test_tagger(way: str) -> None:
+    precision, own, half = WAYS[way]
+    model = Tagger(
+        num_tags=3, num_words=11, num_characters=11, word_width=4, filters=4, hidden=4,
+        dropout_rate=0.1, word_dropout_rate=0.1, **own,
+    )  # fmt: skip
+    inputs = {'words': tokens(), 'characters': np.repeat(tokens()[..., None], 4, axis=-1)}
+    assert dtypes(model, precision, inputs) == {half}
 
 
 @pytest.mark.parametrize('half', [jnp.bfloat16, jnp.float16])

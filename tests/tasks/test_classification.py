@@ -60,6 +60,22 @@ def test_one_logit_is_a_binary_decision() -> None:
         np.testing.assert_allclose(one.loss[0], np.log1p(np.exp(-2.0)), rtol=1e-6)
 
 
+@pytest.mark.parametrize('loss', ['softmax', 'sigmoid'])
+def test_fields_are_kept_in_predictions(loss: Any) -> None:
+    task = Classification(loss=loss, keep=('label', 'length'))
+    batch = {'image': jnp.asarray(LOGITS), 'label': jnp.array([2, 1]), 'length': jnp.array([3, 4])}
+    predicted = task.predict(lambda x: x, batch)
+    others = Classification(loss=loss).predict(lambda x: x, batch)
+    assert predicted.keys() == {*others, 'label', 'length'}
+    assert predicted['length'] is batch['length']
+
+
+@pytest.mark.parametrize('keep', ['label', ('probability',)])
+def test_fields_that_cannot_be_kept(keep: Any) -> None:
+    with pytest.raises(ValueError, match=r'keep: expected a tuple of batch keys, none of which'):
+        Classification(keep=keep)
+
+
 def test_sigmoid_predicts_each_class() -> None:
     model, batch = (lambda x: jnp.asarray(x)), {'image': LOGITS}
     predicted = Classification(loss='sigmoid').predict(model, batch)

@@ -93,6 +93,13 @@ RUNS = {
             'model.features=8', 'data.batch_size=32',
         ),
     ),
+    'tagging': Run(
+        'tagging',
+        (
+            'model.hidden=8', 'data.source.items.limit=200', 'evals.dev.every=10steps',
+            'evals.dev.data.source.items.limit=40', 'evals.test.data.source.items.limit=40',
+        ),
+    ),
     'vae': Run('vae', (*MNIST, 'model.hidden=16')),
     'accumulate': mlp('accumulate=4'),
     'bfloat16': cnn('precision.compute=bfloat16'),

@@ -90,6 +90,29 @@ def _addressable_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
+def join_batches(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the arrays of several batches as one, (examples, ...).
+
+    Batches of sequences differ in length, so that their predictions may: the shorter ones are
+    padded at the end with 0, or with '' in text, to the size of the largest.
+
+    Args:
+        parts: of each batch, (examples of the batch, ...).
+    """
+    shapes = {x.shape[1:] for x in parts}
+    # Arrays that differ in the number of dimensions do not belong together, which numpy reports.
+    if len(shapes) == 1 or len({len(shape) for shape in shapes}) > 1:
+        return np.concatenate(parts)
+    largest = tuple(map(max, *shapes))
+    joined = np.zeros((sum(map(len, parts)), *largest), np.result_type(*parts))
+    start = 0
+    for x in parts:
+        end = start + len(x)
+        joined[(slice(start, end), *map(slice, x.shape[1:]))] = x
+        start = end
+    return joined
+
+
 class AllRows:
     """Collects the rows of batches until the end of a split.
 
@@ -121,7 +144,7 @@ class AllRows:
         joined = {}
         # One field after the other, so that only one is in memory twice.
         for name in list(self._arrays):
-            x = np.concatenate(self._arrays.pop(name))
+            x = join_batches(self._arrays.pop(name))
             joined[name] = x if order is None else x[order]
         self._ids = []
         return joined

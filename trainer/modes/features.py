@@ -8,6 +8,7 @@ from etils import epath
 
 from trainer.config import places
 from trainer.config.errors import UserError
+from trainer.evaluate.host_rows import join_batches
 from trainer.observe.npz import write_npz
 from trainer.parallel import processes
 from trainer.step.state import TrainState
@@ -43,7 +44,7 @@ def precompute(
     state = trainer.init_state() if state is None else state
     # In all processes: predicting is collective.
     batches = list(trainer.predict(evaluation, state))
-    arrays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    arrays = {name: join_batches([b[name] for b in batches]) for name in batches[0]}
     if processes.is_main_process():
         file = epath.Path(places.expand(path, 'precompute'))
         file.parent.mkdir(parents=True, exist_ok=True)

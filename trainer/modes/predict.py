@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from trainer.config.errors import UserError
+from trainer.evaluate.host_rows import join_batches
 from trainer.modes.command import Command, restore, workdir_of, write_arrays
 from trainer.observe import logfile
 from trainer.parallel import processes
@@ -30,7 +29,7 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
         if not batches:
             raise UserError(f'config.evals.{name}.data: the stream has no examples')
         arrays: dict[str, Any] = {
-            key: np.concatenate([b[key] for b in batches]) for key in batches[0]
+            key: join_batches([b[key] for b in batches]) for key in batches[0]
         }
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
         if processes.is_main_process():

@@ -16,6 +16,7 @@ from trainer.config.errors import UserError
 from trainer.ensemble.evaluate import EnsembleEvalStep
 from trainer.ensemble.step import member_state
 from trainer.evaluate.evaluator import Evaluator, Stopped
+from trainer.evaluate.host_rows import join_batches
 from trainer.evaluate.spec import Evaluation
 from trainer.evaluate.step import EvalStep
 from trainer.experiment import Experiment
@@ -87,7 +88,7 @@ class OtherData:
         batches = list(evaluator.predict(state))
         if not batches:
             raise UserError('predict(data): there are no examples')
-        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        return {name: join_batches([batch[name] for batch in batches]) for name in batches[0]}
 
     def _evaluator(
         self, path: str, data: Any, evaluation: str | None, *, has_score: bool

@@ -19,6 +19,9 @@ from trainer.tasks.checks import Check
 from trainer.tasks.extra_metrics import add_to_means
 from trainer.tasks.task import Batch, TaskOutput
 
+# Names of predictions.
+_PREDICTED = {'class', 'probability', 'classes', 'probabilities'}
+
 # The end of the message for a label out of range: the reason, and the fix.
 _NO_OR_YES = (
     'A label per class is a number from 0 (no) to 1 (yes): fix the data, or set ignore_label'
@@ -48,6 +51,7 @@ class Classification:
         top_k: also report `top{k}_accuracy` for each of these k.
         ignore_label: the label of unlabeled examples, such as -1, which are left out of losses and
             metrics. With 'sigmoid' and labels for each class, only that class is left out.
+        keep: batch keys of fields that `predict` returns, too, such as ids or text.
         extra_metrics: metrics by name, such as `trainer.metrics:F1`. They may read the outputs
             `logits` and `labels` (integers, or 0 and 1 for each class with 'sigmoid').
     """
@@ -59,6 +63,7 @@ class Classification:
     label_smoothing: float = 0.0
     top_k: tuple[int, ...] = ()
     ignore_label: int | None = None
+    keep: tuple[str, ...] = ()
     extra_metrics: Mapping[str, type[clu.metrics.Metric]] = dataclasses.field(
         default_factory=dict, hash=False
     )
@@ -78,6 +83,11 @@ class Classification:
             raise ValueError(f'top_k: expected a tuple of integers such as (5,), got {self.top_k}')
         if any(k < 1 for k in self.top_k):
             raise ValueError(f'top_k: expected integers of at least 1, got {self.top_k}')
+        if not isinstance(self.keep, tuple) or set(self.keep) & _PREDICTED:
+            raise ValueError(
+                f'keep: expected a tuple of batch keys, none of which is the name of a prediction '
+                f'({", ".join(sorted(_PREDICTED))}), got {self.keep!r}'
+            )
         add_to_means(self._means, self.extra_metrics)
 
     @property
@@ -228,15 +238,17 @@ class Classification:
         return mean_sigmoid(logits) if self.loss == 'sigmoid' else mean_softmax(logits)
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
-        """Returns the most probable class and its probability for each example.
+        """Returns the most probable class and its probability for each example, and `keep`.
 
         With 'sigmoid', returns the decision and the probability of each class: (batch, ...,
         classes).
         """
         logits = self._logits(model, batch)
+        kept = {name: batch[name] for name in self.keep}
         if self.loss == 'sigmoid':
-            return {'classes': logits > 0, 'probabilities': jax.nn.sigmoid(logits)}
-        return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
+            return {'classes': logits > 0, 'probabilities': jax.nn.sigmoid(logits), **kept}
+        best = jax.nn.softmax(logits).max(-1)
+        return {'class': logits.argmax(-1), 'probability': best, **kept}
 
 
 def _can_represent(labels: jax.Array, value: int) -> bool:

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tagged sentences as numbers: their splits, and words and tags that training does not have."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.data.tagged import TaggedSentences, list_tags, read_split, read_text
+
+
+def conllu(*sentences: str) -> str:
+    """Returns sentences such as 'a/X b/Y' as CoNLL-U."""
+    lines = []
+    for sentence in sentences:
+        pairs = [word.split('/') for word in sentence.split()]
+        lines += [f'{i}\t{w}\t_\t{t}' + 6 * '\t_' for i, (w, t) in enumerate(pairs, 1)]
+        lines.append('')
+    return '\n'.join(lines)
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> str:
+    """The pattern of files for three splits."""
+    (tmp_path / 'de-train.conllu').write_text(conllu('der/DET Hut/NOUN', 'der/DET rote/ADJ'))
+    (tmp_path / 'de-dev.conllu').write_text(conllu('der/DET Huß/NOUN', 'rote/_ der/DET'))
+    (tmp_path / 'de-test.conllu').write_text(conllu('oh/INTJ'))
+    return str(tmp_path / 'de-{split}.conllu')
+
+
+def test_the_numbers_are_those_of_the_training_split(path: str) -> None:
+    """Words are unknown that it has once, characters that it does not have."""
+    dev = TaggedSentences('dev', path=path, word_length=3)
+    assert len(dev) == 2
+    example = dev[0]
+    assert example['inputs']['words'].tolist() == [2, 1]
+    # From the most frequent character on: e, r, d, t, H, u, o.
+    assert example['inputs']['characters'].tolist() == [[4, 2, 3], [6, 7, 1]]
+    assert example['tag'].tolist() == [list_tags(path).index(tag) for tag in ('DET', 'NOUN')]
+    assert example['text'] == 'der\tHuß'
+    assert dev[1]['inputs']['characters'].tolist() == [[8, 5, 2], [4, 2, 3]]
+    assert dev[1]['tag'].tolist() == [-1, list_tags(path).index('DET')]
+
+
+def test_the_number_of_ids_is_limited(path: str) -> None:
+    source = TaggedSentences('train', path=path, max_words=4, max_characters=4, min_count=1)
+    words = [source[i]['inputs']['words'].tolist() for i in range(2)]
+    assert words == [[2, 3], [2, 1]]
+    assert max(source[i]['inputs']['characters'].max() for i in range(2)) == 3
+
+
+def test_a_limit_does_not_change_the_numbers(path: str) -> None:
+    whole, limited = (TaggedSentences('train', path=path, limit=n) for n in (None, 1))
+    assert (len(whole), len(limited)) == (2, 1)
+    np.testing.assert_array_equal(
+        whole[0]['inputs']['characters'], limited[0]['inputs']['characters']
+    )
+
+
+def test_a_tag_that_training_does_not_have(path: str) -> None:
+    message = "the split 'test' has the tag 'INTJ', which is none of ADJ, DET, NOUN"
+    with pytest.raises(ValueError, match=message):
+        TaggedSentences('test', path=path)
+    named = TaggedSentences('test', path=path, tags=('ADJ', 'DET', 'INTJ', 'NOUN'))
+    assert named[0]['tag'].tolist() == [2]
+
+
+def test_files_without_a_split_in_their_name(tmp_path: pathlib.Path) -> None:
+    """Of ten sentences of each file, the ninth is in dev and the tenth in test."""
+    for name, count in (('a', 12), ('b', 10)):
+        (tmp_path / f'{name}.conllu').write_text(conllu(*(f'{name}{i}/X' for i in range(count))))
+    found = {
+        split: [s.words[0] for s in read_split(split, str(tmp_path / '*.conllu'))]
+        for split in ('train', 'dev', 'test')
+    }
+    assert found['dev'] == ['a8', 'b8'] and found['test'] == ['a9', 'b9']
+    assert found['train'][6:10] == ['a6', 'a7', 'a10', 'a11'] and len(found['train']) == 18
+
+
+def test_the_treebank() -> None:
+    """The documented numbers of sentences, words and tags; the content is checked."""
+    sizes = {split: read_split(split) for split in ('train', 'dev', 'test')}
+    assert [len(x) for x in sizes.values()] == [3881, 485, 485]
+    assert [sum(len(s.words) for s in x) for x in sizes.values()] == [64707, 8638, 8025]
+    assert len(list_tags()) == 14
+
+
+def test_plain_text(tmp_path: pathlib.Path, path: str) -> None:
+    text = tmp_path / 'mine.txt'
+    text.write_text("Ankara'da 3,5 milyon (%25'i) yok!\n\nder Hut\n")
+    first, second = read_text(str(text))
+    assert first.words == ("Ankara'da", '3,5', 'milyon', '(', '%', "25'i", ')', 'yok', '!')
+    assert second.tags == ('', '')
+    source = TaggedSentences('test', path=path, text=str(text))
+    assert source[1]['inputs']['words'].tolist() == [2, 1]
+    assert source[1]['tag'].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'split': 'valid'}, "split: 'valid' is none of train, dev, test"),
+        ({'path': 'nowhere/*.conllu'}, r"path: no file 'nowhere/\*\.conllu', relative to /"),
+        ({'text': 'nowhere.txt'}, r'text: nowhere\.txt cannot be read'),
+        ({'max_words': 2}, 'max_words=2, .* expected at least 3 ids'),
+        ({'limit': 0}, r"there are no sentences in the split 'dev'"),
+    ],
+)
+def test_arguments_that_are_refused(changes: dict[str, Any], message: str, path: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaggedSentences(**{'split': 'dev', 'path': path, **changes})
