@@ -152,7 +152,7 @@ def _train_on_imagenet(config: ml_collections.ConfigDict, folder: bool) -> None:
 
 
 def _train_on_solar_cells(config: ml_collections.ConfigDict, finetune: bool) -> None:
-    """Photographs of 300 x 300 pixels, intact or defective: at 112 pixels, or further at 128."""
+    """Cells that are intact or defective: from scratch at 112 pixels, or fine-tuned at 128."""
     size = 128 if finetune else 112
     config.train_for = '6 epochs' if finetune else '30 epochs'
     # A quarter of the computation of the full width.
