@@ -49,9 +49,10 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-# Not among the quick tests, some of which train and resume `vae`.
+# Not among the quick tests, some of which train `vae` and `sentiment`.
 LONG = {
-    'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet', 'tagging', 'vae'
+    'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet',
+    'sentiment', 'tagging', 'vae',
 }  # fmt: skip
 
 # Those that need weights or data from elsewhere, and the test that runs each of them.

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tests import command
-from tests.marks import slow_except
 from tests.small import one_device
 from trainer.config.errors import UserError
 from trainer.data.fashion_mnist import DIRECTORY
@@ -47,7 +46,15 @@ def trainer(variant: str, workdir: pathlib.Path | None = None, **changes: Any) -
     return Trainer(experiment, directory, mesh=one_device())
 
 
-@pytest.mark.parametrize('variant', slow_except([':tiny'], VARIANTS))
+def test_it_trains_and_is_probed_with_few_images() -> None:
+    result = trainer(':tiny', train_for='2 steps', evals__test__every='never').fit()
+    assert result.status == 'finished'
+    few_shot = {f'eval/few_shot/{k}_shot' for k in (1, 5, 10)}
+    assert few_shot | {'eval/test/accuracy', 'train/loss'} <= result.metrics.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', VARIANTS)
 def test_a_resumed_run_is_the_same(variant: str, tmp_path: pathlib.Path) -> None:
     """Its augmentation, its mixtures and its scores; the interruption is within an epoch."""
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
