@@ -12,7 +12,7 @@ import pytest
 
 from tests.tools.sentiment_splits import splits
 from trainer.data import sentiment
-from trainer.data.labeled_texts import Texts, Tokenized
+from trainer.data.labeled_texts import LabeledTexts, Tokenized
 from trainer.data.sentiment import Sentences
 from trainer.data.words import Words, split
 
@@ -50,7 +50,8 @@ def test_labels_are_signs_of_ratings() -> None:
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (b'1\tGood.\n2\tBad.\n', r'line 2: expected a label \(0 or 1\), a tab.*got .2\\tBad'),
+        (b'1\tGood.\n-\tBad.\n', r'line 2: expected a label \(0, 1, \.\.\.\), a tab.*got .-\\tBad'),
+        (b'-1\tBad.\n', 'line 1: expected a label'),
         (b'1 Good.\n', 'line 1: expected a label'),
         (b'1\tGood.\n\n', r"line 2: expected .*got '\\n'"),
         (b'1\tGood.\n0\t \n', 'line 2: expected'),
@@ -66,11 +67,12 @@ def test_broken_lines_are_named(content: bytes, message: str, tmp_path: pathlib.
 
 
 def test_texts_of_ones_own(tmp_path: pathlib.Path) -> None:
-    (tmp_path / 'dev.tsv').write_text('1\tA tab\tis text. \r\n0\tNo.', newline='')
+    (tmp_path / 'dev.tsv').write_text('1\tA tab\tis text. \r\n0\tNo.\n2\tSo so.', newline='')
     items = Sentences('dev', directory=str(tmp_path))
-    assert [(x['text'], int(x['label'])) for x in (items[0], items[1])] == [
+    assert [(x['text'], int(x['label'])) for x in (items[i] for i in range(3))] == [
         ('A tab\tis text.', 1),
         ('No.', 0),
+        ('So so.', 2),
     ]
     with pytest.raises(ValueError, match=r'there is no file .*test\.tsv'):
         Sentences('test', directory=str(tmp_path))
@@ -80,7 +82,7 @@ def test_texts_of_ones_own(tmp_path: pathlib.Path) -> None:
 
 def test_words_of_a_vocabulary() -> None:
     """By frequency, then by the alphabet; rare words, and texts without words, are unknown."""
-    texts = Texts(["b a! Don't", "a b DON'T a", 'once'])
+    texts = LabeledTexts(["b a! Don't", "a b DON'T a", 'once'])
     tokenizer = Words(texts, size=10)
     assert [x.tolist() for x in tokenizer(["A b don't !", 'once', ''])] == [[2, 3, 4, 1], [1], [1]]
     item = Tokenized(texts, Words(texts, size=4))[1]
@@ -91,10 +93,13 @@ def test_words_of_a_vocabulary() -> None:
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
-        (lambda: Words(Texts(['a']), size=2), 'size: 2, min_count: 2; expected at least 3 tokens'),
-        (lambda: Texts('text'), 'expected sequences of one length'),
-        (lambda: Texts(['a', 'b'], [1]), r'expected sequences of one length.* \[1\]'),
-        (lambda: Texts(['a'], limit=0), 'limit: 0 texts'),
+        (
+            lambda: Words(LabeledTexts(['a']), size=2),
+            'size: 2, min_count: 2; expected at least 3 tokens',
+        ),
+        (lambda: LabeledTexts('text'), 'expected sequences of one length'),
+        (lambda: LabeledTexts(['a', 'b'], [1]), r'expected sequences of one length.* \[1\]'),
+        (lambda: LabeledTexts(['a'], limit=0), 'limit: 0 texts'),
     ],
 )
 def test_mistakes(make: Any, message: str) -> None:

@@ -98,8 +98,8 @@ def test_texts_of_ones_own(tmp_path: pathlib.Path) -> None:
         (tmp_path / f'{name}.tsv').write_text(lines)
     mine = {'vars__directory': str(tmp_path), 'train_for': '2 epochs'}
     assert trainer(**mine).experiment.clock.total_steps == 2
-    (tmp_path / 'dev.tsv').write_text(f'{lines}2\tNot so bad.\n')
-    with pytest.raises(UserError, match=r'dev\.tsv, line 17: expected a label \(0 or 1\)'):
+    (tmp_path / 'dev.tsv').write_text(f'{lines}good\tNot so bad.\n')
+    with pytest.raises(UserError, match=r'dev\.tsv, line 17: expected a label \(0, 1, \.\.\.\)'):
         trainer(**mine)
 
 
