@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import re
 from typing import Any
@@ -14,7 +15,7 @@ from tests.tools.sentiment_splits import splits
 from trainer.data import sentiment
 from trainer.data.labeled_texts import LabeledTexts, Tokenized
 from trainer.data.sentiment import Sentences
-from trainer.data.words import Words, split
+from trainer.data.words import WordPieces, Words, split
 
 
 def test_no_text_is_in_two_splits() -> None:
@@ -88,6 +89,23 @@ def test_words_of_a_vocabulary() -> None:
     item = Tokenized(texts, Words(texts, size=4))[1]
     assert item['tokens'].tolist() == [2, 3, 1, 2] and item['tokens'].dtype == np.int32
     assert item['text'] == "a b DON'T a"
+
+
+def test_word_pieces_warn_of_truncated_texts(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once for all texts."""
+    tokenizers = pytest.importorskip('tokenizers')
+    words = {'[UNK]': 0, 'a': 1, 'b': 2}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token='[UNK]'))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    whole.save(str(tmp_path / 'tokenizer.json'))
+    logging.getLogger('trainer').propagate = True
+    pieces = WordPieces(str(tmp_path), length=3)
+    assert [x.tolist() for x in pieces(['a b b', 'b'])] == [[1, 2, 2], [2]]
+    assert not caplog.messages
+    assert [x.tolist() for x in pieces(['a b c a', 'b', 'b b b b'])] == [[1, 2, 0], [2], [2, 2, 2]]
+    assert caplog.messages == ['2 of 3 texts are truncated to 3 tokens']
 
 
 @pytest.mark.parametrize(
