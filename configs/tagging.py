@@ -26,11 +26,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.train_for = '12 epochs'
-    # path: CoNLL-U files, see `TaggedSentences`; None for the Turkish Web Treebank.
-    # num_words, num_characters: how many have an id, with padding and what is unknown.
-    config.vars = dict(
-        path=ml_collections.config_dict.placeholder(str), num_words=8192, num_characters=128
-    )
+    config.vars = dict(num_words=8192, num_characters=128)
+    config.vars.path = ml_collections.config_dict.placeholder(str)  # None: the Turkish treebank.
 
     config.model = dict(
         target='trainer.models.tagger:Tagger',

