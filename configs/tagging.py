@@ -26,13 +26,14 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.train_for = '12 epochs'
-    # path: CoNLL-U files, see `TaggedSentences`; None for the Turkish Web Treebank.
-    config.vars = dict(path=ml_collections.config_dict.placeholder(str), num_words=8192)
+    config.vars = dict(num_words=8192, num_characters=128)
+    config.vars.path = ml_collections.config_dict.placeholder(str)  # None: the Turkish treebank.
 
     config.model = dict(
         target='trainer.models.tagger:Tagger',
         num_tags=14,
         num_words=config.vars.get_ref('num_words'),
+        num_characters=config.vars.get_ref('num_characters'),
         dropout_rate=0.4,
         word_dropout_rate=0.1,
     )
@@ -86,6 +87,7 @@ def _source(config: ml_collections.ConfigDict, split: str, is_tiny: bool) -> dic
             split=split,
             path=config.vars.get_ref('path'),
             max_words=config.vars.get_ref('num_words'),
+            max_characters=config.vars.get_ref('num_characters'),
         ),
         fields=('inputs/words', 'inputs/characters', 'tag'),
         fill={'tag': -1},

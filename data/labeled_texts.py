@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 
-class Texts:
+class LabeledTexts:
     """Texts with labels, as items for `Tokenized`.
 
     An item has the fields `text` and `label`, int32 ().
@@ -56,7 +56,7 @@ class Texts:
 
 
 def read_file(path: str) -> tuple[list[str], list[int]]:
-    """Returns the texts of a file and their labels, 0 or 1.
+    """Returns the texts of a file and their labels, 0, 1, ...
 
     Args:
         path: a file in UTF-8 with a text in each line: a label, a tab, and the text.
@@ -66,8 +66,8 @@ def read_file(path: str) -> tuple[list[str], list[int]]:
     """
     if not os.path.isfile(path):
         raise ValueError(
-            f'there is no file {path}, relative to {os.getcwd()}; expected a file with a label (0 '
-            'or 1), a tab, and a text in each line'
+            f'there is no file {path}, relative to {os.getcwd()}; expected a file with a label (0, '
+            '1, ...), a tab, and a text in each line'
         )
     with open(path, 'rb') as file:
         rows = [_parse(line, f'{path}, line {number}') for number, line in enumerate(file, 1)]
@@ -86,7 +86,7 @@ class Tokenized:
         """Tokenizes all texts.
 
         Args:
-            texts: `Texts`, or another object with a list `texts`, and items that are dicts.
+            texts: `LabeledTexts`, or another object with a list `texts`, and items that are dicts.
             tokenizer: `data.words.Words`, `data.words.WordPieces`, or another function from texts
                 to the tokens of each.
         """
@@ -107,8 +107,8 @@ def _parse(line: bytes, where: str) -> tuple[int, str]:
         label, tab, text = line.decode().partition('\t')
     except UnicodeDecodeError as error:
         raise ValueError(f'{where}: the line is not UTF-8: {error}') from error
-    if label not in ('0', '1') or not tab or not text.strip():
+    if not label.isdecimal() or not tab or not text.strip():
         raise ValueError(
-            f'{where}: expected a label (0 or 1), a tab, and a text; got {line.decode()!r:.80}'
+            f'{where}: expected a label (0, 1, ...), a tab, and a text; got {line.decode()!r:.80}'
         )
     return int(label), text.strip()

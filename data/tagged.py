@@ -7,6 +7,7 @@ import collections
 import glob
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,15 +22,25 @@ PADDING, UNKNOWN = 0, 1
 # The id of a missing tag.
 UNTAGGED = -1
 
-# A number or a word, also with an apostrophe or hyphen in it; or one other character.
-_WORD = re.compile(r"\d+(?:[.,:]\d+)*(?:['\u2019]\w+)?|\w+(?:['\u2019-]\w+)*|[^\w\s]")
+# What is one word in the treebank, too. The first alternative that fits is taken.
+_WORD = re.compile(
+    r"""
+    \d+(?:[.,:]\d+)*\w*(?:['\u2019]\w+)?  # a number, also with letters: 3,5 or 25'i or 3D
+    | \w+(?:['\u2019-]\w+)*  # a word, also with an apostrophe or hyphen in it
+    | \.{2,} | -{2,} | `` | ''
+    | [:;]-?[()DPS](?!\w)  # a smiley
+    | [^\w\s]
+    """,
+    re.VERBOSE,
+)
 
 
 class TaggedSentences:
     """The sentences of a split, as numbers.
 
-    All numbers are those of the training split: a word that is rare there, or missing, is unknown
-    (1), and the model has to tag it by its characters and the words around it.
+    Words and characters have the numbers of the training split: a word that is rare there, or
+    missing, is unknown (1), and the model has to tag it by its characters and the words around it.
+    Tags have those of `list_tags`.
 
     An example of n words has the fields `inputs/words` int32 (n,), `inputs/characters` int32
     (n, word_length), `tag` int32 (n,), -1 for a word without a tag, and `text`, the words with a
@@ -42,7 +53,6 @@ class TaggedSentences:
         *,
         path: str | None = None,
         text: str | None = None,
-        tags: Sequence[str] | None = None,
         max_words: int = 8192,
         max_characters: int = 128,
         min_count: int = 2,
@@ -58,7 +68,6 @@ class TaggedSentences:
                 sentences of a file, the ninth is in 'dev' and the tenth in 'test'. By default the
                 Turkish Web Treebank, in this way.
             text: a file of plain text to tag in place of the split, a sentence on each line.
-            tags: the tags, numbered in this order; by default those of the training split, sorted.
             max_words: number of ids of words, and so of embeddings in the model.
             max_characters: number of ids of characters.
             min_count: a word that is less frequent in the training split is unknown.
@@ -66,7 +75,7 @@ class TaggedSentences:
             limit: use only this many sentences from the start of the split. The ids stay the same.
 
         Raises:
-            ValueError: if a file cannot be read, or a tag or an argument is not valid.
+            ValueError: if a file cannot be read, or an argument is not valid.
         """
         if min(max_words, max_characters) <= UNKNOWN + 1 or word_length < 1:
             raise ValueError(
@@ -81,7 +90,8 @@ class TaggedSentences:
         if not sentences:
             raise ValueError(f'there are no sentences in {text or f"the split {split!r}"}')
         self._text = ['\t'.join(sentence.words) for sentence in sentences]
-        self._tag = _encode_tags(sentences, list_tags(path) if tags is None else tags, split)
+        tag_ids = {'': UNTAGGED, **{tag: i for i, tag in enumerate(list_tags(path))}}
+        self._tag = [np.array([tag_ids[tag] for tag in s.tags], np.int32) for s in sentences]
         # Each word is encoded once.
         words = list(dict.fromkeys(w for sentence in sentences for w in sentence.words))
         index = {word: i for i, word in enumerate(words)}
@@ -110,28 +120,37 @@ def read_split(split: str, path: str | None = None) -> list[Sentence]:
         return [s for file in _list_files(path.replace('{split}', split)) for s in file]
     files = treebank.read() if path is None else _list_files(path)
     # The position in the file, so that another file changes nothing in the split of this one.
-    places = {'train': range(8), 'dev': (8,), 'test': (9,)}[split]
-    return [s for file in files for i, s in enumerate(file) if i % 10 in places]
+    remainders = {'train': range(8), 'dev': (8,), 'test': (9,)}[split]
+    return [s for file in files for i, s in enumerate(file) if i % 10 in remainders]
 
 
 def list_tags(path: str | None = None) -> list[str]:
-    """Returns the tags of the training split, sorted: the names of their ids 0, 1, 2, ...
+    """Returns the tags of all splits, sorted: the names of their ids 0, 1, 2, ...
 
     Args:
-        path: as for `TaggedSentences`.
+        path: as for `TaggedSentences`; the files of all three splits are read.
+
+    Raises:
+        ValueError: if one of them does not exist or cannot be read.
     """
-    return sorted({tag for s in read_split('train', path) for tag in s.tags} - {''})
+    # Not those of training alone: the tags belong to the annotation scheme, so a tag that is only
+    # in another split is a mistake of the model, and not an error of the data.
+    sentences = (s for split in SPLITS for s in read_split(split, path))
+    return sorted({tag for s in sentences for tag in s.tags} - {''})
 
 
 def read_text(path: str) -> list[Sentence]:
     """Returns the lines of a text in UTF-8 as sentences without tags; empty lines are left out.
 
+    A letter and a separate accent become one character (NFC), as in the treebank.
+
     Raises:
         ValueError: if the file cannot be read.
     """
     try:
-        with open(os.path.expanduser(path), encoding='utf-8') as file:
-            words = [tuple(_WORD.findall(line)) for line in file]
+        # Without the byte order mark that some editors write.
+        with open(os.path.expanduser(path), encoding='utf-8-sig') as file:
+            words = [tuple(_WORD.findall(unicodedata.normalize('NFC', line))) for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f'text: {path} cannot be read: {error}') from error
     return [Sentence(each, ('',) * len(each)) for each in words if each]
@@ -146,20 +165,6 @@ def _list_files(pattern: str) -> list[list[Sentence]]:
             f'path: no file {pattern!r}, relative to {os.getcwd()}; expected CoNLL-U files'
         )
     return [conllu.read(name) for name in names]
-
-
-def _encode_tags(
-    sentences: Sequence[Sentence], tags: Sequence[str], split: str
-) -> list[np.ndarray]:
-    """Returns the ids of the tags of each sentence, int32 (n,)."""
-    ids = {'': UNTAGGED, **{name: i for i, name in enumerate(tags)}}
-    try:
-        return [np.array([ids[tag] for tag in s.tags], np.int32) for s in sentences]
-    except KeyError as error:
-        raise ValueError(
-            f'the split {split!r} has the tag {error}, which is none of {", ".join(tags)}: '
-            'correct it, or name all tags with the argument `tags`'
-        ) from None
 
 
 def _encode_characters(words: Sequence[str], ids: Mapping[str, int], length: int) -> np.ndarray:

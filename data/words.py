@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import collections
 import functools
+import logging
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+_log = logging.getLogger(__name__)
 
 PADDING, UNKNOWN = 0, 1
 
@@ -32,8 +35,8 @@ class Words:
             texts: what the vocabulary is made from: the texts of training, whatever is tokenized.
                 An object with a list `texts`, such as `data.sentiment.Sentences`.
             size: tokens are below this number.
-            min_count: words that occur less often are unknown. At least 2, so that training has
-                unknown words.
+            min_count: words that occur less often are unknown. 2 or more, so that training has
+                unknown words; with 1, only word dropout trains the unknown word.
 
         Raises:
             ValueError: if an argument is out of range.
@@ -70,18 +73,24 @@ class WordPieces:
 
         Args:
             path: a Hugging Face `tokenizer.json`, or the directory that contains it.
-            length: longer texts are truncated to so many tokens.
+            length: longer texts are truncated to so many tokens, with a warning.
 
         Raises:
             ValueError: if there is no such file, or the library is not installed.
         """
+        self._length = length
         self._tokenizer = load_tokenizer(path)
         self._tokenizer.enable_truncation(length)
         self._tokenizer.no_padding()
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the tokens of each text, int32 (n,)."""
-        return [np.array(each.ids, np.int32) for each in self._tokenizer.encode_batch(list(texts))]
+        encoded = self._tokenizer.encode_batch(list(texts))
+        if truncated := sum(bool(each.overflowing) for each in encoded):
+            _log.warning(
+                '%d of %d texts are truncated to %d tokens', truncated, len(encoded), self._length
+            )
+        return [np.array(each.ids, np.int32) for each in encoded]
 
 
 def load_tokenizer(path: str) -> Any:

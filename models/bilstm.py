@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bidirectional LSTM that classifies texts of different lengths.
 
-B: batch, L: length of the texts with padding, E: width of the embeddings, H: units, C: classes.
+B: batch, L: length of the texts with padding, E: width of the embeddings,
+H: units in each direction, C: classes.
 """
 
 from __future__ import annotations

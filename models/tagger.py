@@ -2,7 +2,7 @@
 """A tagger of words by their characters and the words around them.
 
 B: batch, L: words of a sentence, C: characters of a word, E: width of a character's embedding,
-D: width of a word's vector, H: units, T: tags.
+D: width of a word's vector, H: units in each direction, T: tags.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Characters(nn.Module):
 
 
 class Tagger(nn.Module):
-    """A bidirectional LSTM over words, which are read as such and by their characters.
+    """A bidirectional LSTM over words, each read whole, if it is frequent, and letter by letter.
 
     Attributes:
         num_tags: number of tags.
@@ -106,8 +106,8 @@ class Tagger(nn.Module):
             )
             parts.append(characters(inputs['characters']))
         x_BLD = dropout(jnp.concatenate(parts, axis=-1))
-        x_BLH = dropout(self._read_both_ways(x_BLD, is_real.sum(axis=1)))
-        return nn.Dense(self.num_tags, name='tags', **dtypes)(x_BLH)
+        x_BL2H = dropout(self._read_both_ways(x_BLD, is_real.sum(axis=1)))
+        return nn.Dense(self.num_tags, name='tags', **dtypes)(x_BL2H)
 
     def _read_both_ways(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
         """Returns the states of both directions after each word, (B, L, 2 H)."""

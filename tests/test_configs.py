@@ -35,10 +35,11 @@ SHORT: dict[str, dict[str, Any]] = {
     'sentiment': {
         'model__hidden': 8,
         'model__width': 8,
+        'vars__limit': 64,
+        **{f'evals__{split}__data__source__items__texts__limit': 64 for split in ('dev', 'test')},
         **{
-            f'{data}__source__{key}': value
+            f'{data}__source__lengths': (64,)
             for data in ('data', 'evals__dev__data', 'evals__test__data')
-            for key, value in (('items__texts__limit', 64), ('lengths', (64,)))
         },
     },
     'tagging': {

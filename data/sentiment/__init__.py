@@ -10,7 +10,7 @@ import os
 import pathlib
 import zlib
 
-from ..labeled_texts import Texts, read_file
+from ..labeled_texts import LabeledTexts, read_file
 
 FILE = pathlib.Path(__file__).parent / 'movie_sentences.tsv.gz'
 SPLITS = pathlib.Path(__file__).parent / 'splits.tsv'
@@ -21,8 +21,8 @@ NAMES = ('train', 'dev', 'test')
 _SHA256 = 'c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350'
 
 
-class Sentences(Texts):
-    """Sentences of movie reviews, or texts of your own, positive (label 1) or negative (0).
+class Sentences(LabeledTexts):
+    """Sentences of movie reviews, positive (label 1) or negative (0), or texts of your own.
 
     The label of a movie sentence is the sign of its mean rating; one whose mean is 0 is in no
     split. `splits.tsv` lists those of each split; nearly equal sentences are in the same.
@@ -36,7 +36,7 @@ class Sentences(Texts):
             directory: a directory with the files `train.tsv`, `dev.tsv` and `test.tsv`, which are
                 read in place of the movie sentences (`data.labeled_texts.read_file`).
             limit: use only this many sentences: the first ones of `splits.tsv`, which have both
-                labels, or of a file of your own.
+                labels, or of a file of your own. None for all.
 
         Raises:
             ValueError: if the split is unknown, or a file is missing or damaged.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import re
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 
 from tests.tools.sentiment_splits import splits
 from trainer.data import sentiment
-from trainer.data.labeled_texts import Texts, Tokenized
+from trainer.data.labeled_texts import LabeledTexts, Tokenized
 from trainer.data.sentiment import Sentences
-from trainer.data.words import Words, split
+from trainer.data.words import WordPieces, Words, split
 
 
 def test_no_text_is_in_two_splits() -> None:
@@ -50,7 +51,8 @@ def test_labels_are_signs_of_ratings() -> None:
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (b'1\tGood.\n2\tBad.\n', r'line 2: expected a label \(0 or 1\), a tab.*got .2\\tBad'),
+        (b'1\tGood.\n-\tBad.\n', r'line 2: expected a label \(0, 1, \.\.\.\), a tab.*got .-\\tBad'),
+        (b'-1\tBad.\n', 'line 1: expected a label'),
         (b'1 Good.\n', 'line 1: expected a label'),
         (b'1\tGood.\n\n', r"line 2: expected .*got '\\n'"),
         (b'1\tGood.\n0\t \n', 'line 2: expected'),
@@ -66,11 +68,12 @@ def test_broken_lines_are_named(content: bytes, message: str, tmp_path: pathlib.
 
 
 def test_texts_of_ones_own(tmp_path: pathlib.Path) -> None:
-    (tmp_path / 'dev.tsv').write_text('1\tA tab\tis text. \r\n0\tNo.', newline='')
+    (tmp_path / 'dev.tsv').write_text('1\tA tab\tis text. \r\n0\tNo.\n2\tSo so.', newline='')
     items = Sentences('dev', directory=str(tmp_path))
-    assert [(x['text'], int(x['label'])) for x in (items[0], items[1])] == [
+    assert [(x['text'], int(x['label'])) for x in (items[i] for i in range(3))] == [
         ('A tab\tis text.', 1),
         ('No.', 0),
+        ('So so.', 2),
     ]
     with pytest.raises(ValueError, match=r'there is no file .*test\.tsv'):
         Sentences('test', directory=str(tmp_path))
@@ -80,7 +83,7 @@ def test_texts_of_ones_own(tmp_path: pathlib.Path) -> None:
 
 def test_words_of_a_vocabulary() -> None:
     """By frequency, then by the alphabet; rare words, and texts without words, are unknown."""
-    texts = Texts(["b a! Don't", "a b DON'T a", 'once'])
+    texts = LabeledTexts(["b a! Don't", "a b DON'T a", 'once'])
     tokenizer = Words(texts, size=10)
     assert [x.tolist() for x in tokenizer(["A b don't !", 'once', ''])] == [[2, 3, 4, 1], [1], [1]]
     item = Tokenized(texts, Words(texts, size=4))[1]
@@ -88,13 +91,33 @@ def test_words_of_a_vocabulary() -> None:
     assert item['text'] == "a b DON'T a"
 
 
+def test_word_pieces_warn_of_truncated_texts(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once for all texts."""
+    tokenizers = pytest.importorskip('tokenizers')
+    words = {'[UNK]': 0, 'a': 1, 'b': 2}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token='[UNK]'))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    whole.save(str(tmp_path / 'tokenizer.json'))
+    logging.getLogger('trainer').propagate = True
+    pieces = WordPieces(str(tmp_path), length=3)
+    assert [x.tolist() for x in pieces(['a b b', 'b'])] == [[1, 2, 2], [2]]
+    assert not caplog.messages
+    assert [x.tolist() for x in pieces(['a b c a', 'b', 'b b b b'])] == [[1, 2, 0], [2], [2, 2, 2]]
+    assert caplog.messages == ['2 of 3 texts are truncated to 3 tokens']
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
-        (lambda: Words(Texts(['a']), size=2), 'size: 2, min_count: 2; expected at least 3 tokens'),
-        (lambda: Texts('text'), 'expected sequences of one length'),
-        (lambda: Texts(['a', 'b'], [1]), r'expected sequences of one length.* \[1\]'),
-        (lambda: Texts(['a'], limit=0), 'limit: 0 texts'),
+        (
+            lambda: Words(LabeledTexts(['a']), size=2),
+            'size: 2, min_count: 2; expected at least 3 tokens',
+        ),
+        (lambda: LabeledTexts('text'), 'expected sequences of one length'),
+        (lambda: LabeledTexts(['a', 'b'], [1]), r'expected sequences of one length.* \[1\]'),
+        (lambda: LabeledTexts(['a'], limit=0), 'limit: 0 texts'),
     ],
 )
 def test_mistakes(make: Any, message: str) -> None:

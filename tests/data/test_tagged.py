@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.tagged import TaggedSentences, list_tags, read_split, read_text
+from trainer.data.tagged import SPLITS, TaggedSentences, list_tags, read_split, read_text
 
 
 def conllu(*sentences: str) -> str:
@@ -61,11 +61,10 @@ def test_a_limit_does_not_change_the_numbers(path: str) -> None:
 
 
 def test_a_tag_that_training_does_not_have(path: str) -> None:
-    message = "the split 'test' has the tag 'INTJ', which is none of ADJ, DET, NOUN"
-    with pytest.raises(ValueError, match=message):
-        TaggedSentences('test', path=path)
-    named = TaggedSentences('test', path=path, tags=('ADJ', 'DET', 'INTJ', 'NOUN'))
-    assert named[0]['tag'].tolist() == [2]
+    """It has a number and a name, the same in all splits."""
+    assert list_tags(path) == ['ADJ', 'DET', 'INTJ', 'NOUN']
+    tags = {split: TaggedSentences(split, path=path)[0]['tag'].tolist() for split in SPLITS}
+    assert tags == {'train': [1, 3], 'dev': [1, 3], 'test': [2]}
 
 
 def test_files_without_a_split_in_their_name(tmp_path: pathlib.Path) -> None:
@@ -85,7 +84,10 @@ def test_the_treebank() -> None:
     sizes = {split: read_split(split) for split in ('train', 'dev', 'test')}
     assert [len(x) for x in sizes.values()] == [3881, 485, 485]
     assert [sum(len(s.words) for s in x) for x in sizes.values()] == [64707, 8638, 8025]
-    assert len(list_tags()) == 14
+    assert list_tags() == [
+        'ADJ', 'ADP', 'ADV', 'AFFIX', 'CONJ', 'DET', 'NOUN', 'NUM', 'ONOM', 'PRON', 'PRT', 'PUNCT',
+        'VERB', 'X',
+    ]  # fmt: skip
 
 
 def test_plain_text(tmp_path: pathlib.Path, path: str) -> None:
@@ -97,6 +99,28 @@ def test_plain_text(tmp_path: pathlib.Path, path: str) -> None:
     source = TaggedSentences('test', path=path, text=str(text))
     assert source[1]['inputs']['words'].tolist() == [2, 1]
     assert source[1]['tag'].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        'Evet ... -- :) ;-) :D :( :S',
+        "1980lerde 3D 3G'ye 2008'de 3,5 12:30",
+        "`` Ali'nin kedisi ''",
+        'saat : Sabah - akşam ( 5 )',
+    ],
+)
+def test_plain_text_has_the_words_of_the_treebank(words: str, tmp_path: pathlib.Path) -> None:
+    text = tmp_path / 'mine.txt'
+    text.write_text(words)
+    assert read_text(str(text))[0].words == tuple(words.split())
+
+
+def test_characters_of_plain_text(tmp_path: pathlib.Path) -> None:
+    """Without the byte order mark of some editors; a letter and its accent are one character."""
+    text = tmp_path / 'mine.txt'
+    text.write_text('\ufeffgu\u0308zel(:))...', encoding='utf-8')
+    assert read_text(str(text))[0].words == ('güzel', '(', ':)', ')', '...')
 
 
 @pytest.mark.parametrize(

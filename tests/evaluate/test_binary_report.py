@@ -21,7 +21,13 @@ EXAMPLES: dict[str, Any] = {'probabilities': PROBABILITIES, 'label': LABELS, 'te
 def test_the_worst_mistakes_are_first() -> None:
     values = BinaryReport(count=2)(EXAMPLES)
     assert values['auc'] == sklearn.metrics.roc_auc_score(LABELS, PROBABILITIES[:, 0])
-    assert values['mistakes'] == ['0.100 for label 1: c', '0.800 for label 0: b']
+    assert values['mistakes'].texts == ('0.100 for label 1: c', '0.800 for label 0: b')
+
+
+def test_an_example_without_a_label_is_no_mistake() -> None:
+    values = BinaryReport()({**EXAMPLES, 'label': np.array([-1, 0, 1, 0, -1], 'i4')})
+    assert values['auc'] == 0.0
+    assert values['mistakes'].texts == ('0.100 for label 1: c', '0.800 for label 0: b')
 
 
 def test_without_mistakes() -> None:

@@ -20,7 +20,6 @@ from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.evaluate.evaluator import Stopped
-from trainer.evaluate.host_rows import join_batches
 from trainer.experiment import build
 from trainer.trainer import Trainer
 
@@ -343,19 +342,6 @@ def no_predict(model: Any, batch: Any) -> Any:
 
 def count(examples: dict[str, np.ndarray]) -> dict[str, int]:
     return {'count': len(next(iter(examples.values())))}
-
-
-def test_batches_of_other_lengths_are_padded() -> None:
-    """At the end, with 0 or ''; arrays that do not belong together stay an error."""
-    long, short = np.ones((2, 3, 1), np.int8), np.full((1, 2, 1), 2, np.int32)
-    joined = join_batches([long, short])
-    assert joined[..., 0].tolist() == [[1, 1, 1], [1, 1, 1], [2, 2, 0]]
-    assert joined.dtype == np.int32
-    text = join_batches([np.array([['a']]), np.array([['bc', 'd']])])
-    assert text.tolist() == [['a', ''], ['bc', 'd']]
-    np.testing.assert_array_equal(join_batches([long, long]), np.concatenate([long, long]))
-    with pytest.raises(ValueError, match='dimensions'):
-        join_batches([long, short[..., 0]])
 
 
 def test_an_ensemble_is_scored_as_one_model() -> None:

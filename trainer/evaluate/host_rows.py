@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from trainer.config.errors import UserError
 from trainer.input.batch import LoadedBatch
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import LocalExamples
 from trainer.parallel.messages import Messages
 
 Arrays = dict[str, np.ndarray]
+# Begins the names of arrays that metrics collect.
+COLLECTED = 'collected/'
 # The name of the ids among the arrays of a part.
 _IDS = '_ids'
+# Arrays that say what is padding in a batch of sequences (`trainer.data.sequences`).
+_LENGTHS = ('length', 'is_real')
 
 
 def gather_rows(
@@ -90,7 +95,21 @@ def _addressable_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def join_batches(parts: Sequence[np.ndarray]) -> np.ndarray:
+def join_batches(batches: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
+    """Returns the predictions for several batches as one array each, (examples, ...).
+
+    Args:
+        batches: the predictions for each batch by name, (examples of the batch, ...).
+
+    Raises:
+        UserError: if an array has to be padded, and no other one says what is padding.
+    """
+    parts = {name: [batch[name] for batch in batches] for name in batches[0]}
+    check_padding(parts, "return 'length' from predict, too")
+    return {name: join_arrays(parts[name]) for name in parts}
+
+
+def join_arrays(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the arrays of several batches as one, (examples, ...).
 
     Batches of sequences differ in length, so that their predictions may: the shorter ones are
@@ -111,6 +130,36 @@ def join_batches(parts: Sequence[np.ndarray]) -> np.ndarray:
         joined[(slice(start, end), *map(slice, x.shape[1:]))] = x
         start = end
     return joined
+
+
+def check_padding(
+    parts: Mapping[str, Sequence[np.ndarray]], fix: str, *, weights: Sequence[str] = ()
+) -> None:
+    """Checks that, if arrays have to be padded, one of them says what is padding.
+
+    Args:
+        parts: arrays of each batch by name, (examples of the batch, ...).
+        fix: how to get such an array, for the message.
+        weights: names of weights. They say it if they are padded themselves, with weight 0.
+
+    Raises:
+        UserError: if none does: `length`, `is_real` or weights.
+    """
+    shapes = {name: {x.shape[1:] for x in each} for name, each in parts.items()}
+    padded = [name for name, each in shapes.items() if len(each) > 1]
+    known = [name for name in parts if name.rpartition('/')[2] in _LENGTHS]
+    known += [name for name in padded if name in weights]
+    if padded and not known:
+        raise UserError(
+            f'batches differ in length: {padded[0]!r} is {describe_shapes(shapes[padded[0]])}, and '
+            f'no array says what is padding; {fix}'
+        )
+
+
+def describe_shapes(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Returns the shapes of batches without their size: '(examples, 16) and (examples, 32)'."""
+    texts = [', '.join(['examples', *map(str, shape)]) for shape in sorted(shapes)]
+    return ' and '.join(f'({text})' for text in texts)
 
 
 class AllRows:
@@ -137,14 +186,31 @@ class AllRows:
             self._arrays.setdefault(name, []).append(x)
 
     def join(self) -> Arrays:
-        """Returns all rows by name, (examples, ...), and forgets them."""
+        """Returns all rows by name, (examples, ...), and forgets them.
+
+        Raises:
+            UserError: if an array has to be padded, and no other one says what is padding.
+        """
+        self._check_padding()
         ids = np.concatenate(self._ids) if self._ids else np.zeros(0, np.int64)
         is_sorted = not self._by_id or bool((ids[1:] >= ids[:-1]).all())
         order = None if is_sorted else np.argsort(ids, kind='stable')
         joined = {}
         # One field after the other, so that only one is in memory twice.
         for name in list(self._arrays):
-            x = join_batches(self._arrays.pop(name))
+            x = join_arrays(self._arrays.pop(name))
             joined[name] = x if order is None else x[order]
         self._ids = []
         return joined
+
+    def _check_padding(self) -> None:
+        # A metric reads no other arrays than its own.
+        groups: dict[str, dict[str, list[np.ndarray]]] = {}
+        for name, parts in self._arrays.items():
+            group = name.rpartition('/')[0] if name.startswith(COLLECTED) else ''
+            groups.setdefault(group, {})[name] = parts
+        for group, arrays in groups.items():
+            fix = "return 'length' from predict, or name it in score.fields"
+            if group:
+                fix = "let the metric collect 'length' or weights of each element, too"
+            check_padding(arrays, fix, weights=(f'{group}/weights',) if group else ())

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.evaluate.host_rows import AllRows, Arrays, gather_rows
+from trainer.evaluate.host_rows import COLLECTED, AllRows, Arrays, gather_rows
 from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.score import Score, discard, is_streaming, list_arrays
 from trainer.evaluate.step import EvalStep
@@ -26,8 +26,8 @@ from trainer.tasks.collecting import Collecting, compute_collected
 from trainer.tasks.measured import MetricValues
 from trainer.tasks.runner import MASK
 
-# Names of gathered arrays: what metrics collect, what the task predicts, fields of the batch.
-_COLLECTED, _PREDICTED, _FIELD = 'collected/', 'predicted/', 'field/'
+# Names of gathered arrays, besides those of metrics: what the task predicts, fields of the batch.
+_PREDICTED, _FIELD = 'predicted/', 'field/'
 
 
 class MainScoreError(UserError):
@@ -68,7 +68,7 @@ class StepWithRows:
                     predicted = self.prediction(*args)
         rows = {}
         for metric, arrays in self.step.task.collect(output).items():
-            rows.update({f'{_COLLECTED}{metric}/{name}': x for name, x in arrays.items()})
+            rows.update({f'{COLLECTED}{metric}/{name}': x for name, x in arrays.items()})
         # The mask is known on the host already: ids of padding are negative.
         rows.update({f'{_PREDICTED}{name}': x for name, x in predicted.items() if name != MASK})
         return self.step(totals, *args, output), rows
@@ -135,7 +135,7 @@ class HostScores:
         if is_streaming(self._function):
             self._try(lambda: self._function(self._examples(arrays)) if len(ids) else None)
             # What a streaming score has seen is not kept.
-            arrays = {name: x for name, x in arrays.items() if name.startswith(_COLLECTED)}
+            arrays = {name: x for name, x in arrays.items() if name.startswith(COLLECTED)}
         self._rows.add(ids, arrays)
 
     def _make_function(self) -> None:
@@ -180,7 +180,7 @@ class HostScores:
     def _compute(self, measured: MetricValues) -> None:
         arrays = self._rows.join()
         for name, kind in self._collecting:
-            collected = _with_prefix(arrays, f'{_COLLECTED}{name}/')
+            collected = _with_prefix(arrays, f'{COLLECTED}{name}/')
             measured.add(name, compute_collected(kind, collected))
         if self._score is None:
             return

@@ -8,7 +8,7 @@ from etils import epath
 
 from trainer.config import places
 from trainer.config.errors import UserError
-from trainer.evaluate.host_rows import join_batches
+from trainer.evaluate.host_rows import describe_shapes, join_batches
 from trainer.observe.npz import write_npz
 from trainer.parallel import processes
 from trainer.step.state import TrainState
@@ -33,7 +33,8 @@ def precompute(
         that `predict` returns unchanged.
 
     Raises:
-        UserError: if there is no such evaluation, or its task cannot predict.
+        UserError: if there is no such evaluation, or its task cannot predict, or its batches differ
+            in length.
     """
     evaluators = trainer.set_up().evaluators
     if evaluation not in evaluators:
@@ -44,7 +45,15 @@ def precompute(
     state = trainer.init_state() if state is None else state
     # In all processes: predicting is collective.
     batches = list(trainer.predict(evaluation, state))
-    arrays = {name: join_batches([b[name] for b in batches]) for name in batches[0]}
+    for name in batches[0]:
+        shapes = {batch[name].shape[1:] for batch in batches}
+        if len(shapes) > 1:
+            # In the file, padding would be features like all others.
+            raise UserError(
+                f'precompute: batches differ in length: {name!r} is {describe_shapes(shapes)}; '
+                f'give the source of config.evals.{evaluation} one length, such as lengths=(64,)'
+            )
+    arrays = join_batches(batches)
     if processes.is_main_process():
         file = epath.Path(places.expand(path, 'precompute'))
         file.parent.mkdir(parents=True, exist_ok=True)

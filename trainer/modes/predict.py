@@ -28,9 +28,7 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
             batches.append(batch if processes.is_main_process() else {})
         if not batches:
             raise UserError(f'config.evals.{name}.data: the stream has no examples')
-        arrays: dict[str, Any] = {
-            key: join_batches([b[key] for b in batches]) for key in batches[0]
-        }
+        arrays: dict[str, Any] = join_batches(batches)
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
         if processes.is_main_process():
             write_arrays(path, arrays)

@@ -88,7 +88,7 @@ class OtherData:
         batches = list(evaluator.predict(state))
         if not batches:
             raise UserError('predict(data): there are no examples')
-        return {name: join_batches([batch[name] for batch in batches]) for name in batches[0]}
+        return join_batches(batches)
 
     def _evaluator(
         self, path: str, data: Any, evaluation: str | None, *, has_score: bool
