@@ -40,8 +40,15 @@ _STORAGES = {
 }
 
 
+class _Fixed:
+    """An object whose attributes a file cannot set, as a pickle may do with all that it names."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError('it sets attributes of an object that has none in PyTorch')
+
+
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(_Fixed):
     """A sequence of numbers in the file, which tensors refer to before it is read."""
 
     key: str
@@ -49,7 +56,7 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _Tensor(_Fixed):
     """A view of a storage: first number, and shape and strides in numbers."""
 
     storage: _Storage
@@ -78,6 +85,16 @@ class _Tensor:
         return view.astype(np.float32 if numbers.dtype == ml_dtypes.bfloat16 else numbers.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Function(_Fixed):
+    """What a file calls under the name of a function or class of PyTorch."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
 class _State(dict):
     """A dict that ignores what is stored beside its entries, such as the versions of modules."""
 
@@ -91,13 +108,14 @@ def _rebuild_tensor(
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-# All that a file may name, and what it gets.
+# All that a file may name, and what it gets. Nothing here can be changed by a pickle, because the
+# next file gets the same.
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ('collections', 'OrderedDict'): _State,
-    ('torch', 'Size'): tuple,
-    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
-    ('torch._utils', '_rebuild_parameter'): lambda tensor, *rest: tensor,
-    **{('torch', name): np.dtype(dtype) for name, dtype in _STORAGES.items()},
+    ('collections', 'OrderedDict'): _Function(_State),
+    ('torch', 'Size'): _Function(tuple),
+    ('torch._utils', '_rebuild_tensor_v2'): _Function(_rebuild_tensor),
+    ('torch._utils', '_rebuild_parameter'): _Function(lambda tensor, *rest: tensor),
+    **{('torch', name): name for name in _STORAGES},
 }
 
 
@@ -119,11 +137,12 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Returns the storage with an id: ('storage', dtype, key, device, size), and None."""
-        kind, dtype, key, *rest = pid
+        """Returns the storage with an id: ('storage', its class, key, device, size), and None."""
+        kind, name, key, *rest = pid
         # The older format may have views of storages, which PyTorch has not written since 0.4.
-        if kind != 'storage' or not isinstance(dtype, np.dtype) or rest[2:] not in ([], [None]):
+        if kind != 'storage' or name not in _STORAGES or rest[2:] not in ([], [None]):
             raise ValueError(f'an unknown kind of storage: {pid}')
+        dtype = np.dtype(_STORAGES[name])
         return self.storages.setdefault(str(key), _Storage(str(key), dtype))
 
 
