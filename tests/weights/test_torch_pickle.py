@@ -173,6 +173,24 @@ def test_no_attribute_can_be_set(owner: bytes, state: Any, tmp_path: pathlib.Pat
     np.testing.assert_array_equal(found, values.astype('f4').reshape(3, 4))
 
 
+def test_what_pytorch_reads_besides(tmp_path: pathlib.Path) -> None:
+    """The message for objects that are no tensors, but harmless."""
+    device = b'\x80\x02ctorch\ndevice\n' + text('cpu') + b'\x85R.'
+    with pytest.raises(UserError, match=r'torch\.device, .* PyTorch can read it: pip install'):
+        torch_pickle.read(write_older(tmp_path / 'a.pt', device))
+
+
+def test_what_occurs_many_times_is_read_once(tmp_path: pathlib.Path) -> None:
+    """A tensor under two names; and lists in lists, of which there are few in the file."""
+    # The tensor is 0 in the memo, and each list has what comes before it twice.
+    memo = tensor() + b'q\x000' + b''.join(b'(h%ch%clq%c0' % (i, i, i + 1) for i in range(9))
+    entries = text('a') + b'h\x00' + text('b') + b'h\x00' + text('c') + b'h\x09'
+    tree = b'\x80\x02' + memo + b'}(' + entries + b'u.'
+    found = torch_pickle.read(write_older(tmp_path / 'a.pt', tree))
+    assert found['a'] is found['b']
+    assert found['c'][0] is found['c'][1]
+
+
 def test_damaged_files(tmp_path: pathlib.Path) -> None:
     """Cut off, with views beyond their storage, of another byte order, of other tools."""
     whole = write_older(tmp_path / 'a.pt', state_dict(x=tensor()))
@@ -195,7 +213,7 @@ def test_damaged_files(tmp_path: pathlib.Path) -> None:
         torch_pickle.read(file)
     with zipfile.ZipFile(tmp_path / 'c.pt', 'w') as archive:
         archive.writestr('other', b'')
-    with pytest.raises(UserError, match=r'c\.pt cannot be read as a file of torch\.save'):
+    with pytest.raises(UserError, match=r'c\.pt cannot .* with one file data\.pkl, found 0'):
         torch_pickle.read(epath.Path(tmp_path / 'c.pt'))
 
 
