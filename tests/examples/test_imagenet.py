@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import command
 from tests.examples.test_vit import PREPARE
@@ -109,13 +110,12 @@ def test_solar_cells(finetune: bool, cells: pathlib.Path, tmp_path: pathlib.Path
 
 def write_images(root: pathlib.Path) -> None:
     """Six for training and three for validation, of three classes and different sizes."""
-    cv2 = pytest.importorskip('cv2')
     rng = np.random.default_rng(0)
     for i in range(9):
         directory = root / ('val' if i > 5 else 'train') / f'n{i % 3}'
         directory.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (40 + 9 * i, 90 - 7 * i, 3)).astype(np.uint8)
-        cv2.imwrite(str(directory / f'{i}.jpeg'), pixels)
+        Image.fromarray(pixels).save(directory / f'{i}.jpeg')
 
 
 @pytest.mark.slow
@@ -125,8 +125,8 @@ def test_the_default_reads_a_dataset_like_imagenet(
     variant: str, precision: str, workers: int, tmp_path: pathlib.Path
 ) -> None:
     """Photographs of different sizes, in the full setting but for the sizes of the network."""
-    pytest.importorskip('PIL')
     pytest.importorskip('simplejpeg')
+    pytest.importorskip('cv2')
     if variant:
         write_images(tmp_path)
         changes: dict[str, Any] = {'vars__path': str(tmp_path)}
@@ -157,6 +157,7 @@ def test_the_default_reads_a_dataset_like_imagenet(
 def test_few_images_of_ones_own(tmp_path: pathlib.Path) -> None:
     """The learning rate is that of the page for the batch size; both splits have one class each."""
     pytest.importorskip('simplejpeg')
+    pytest.importorskip('cv2')
     write_images(tmp_path)
     config = load_and_build(f'{CONFIG}:folder,few', vars__path=str(tmp_path)).origin.config
     peak = config['optimizer']['args'][1]['learning_rate']['peak_value']
