@@ -114,7 +114,7 @@ def _rebuild_tensor(
 # next file gets the same.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ('collections', 'OrderedDict'): _Function(_State),
-    ('torch', 'Size'): _Function(tuple),
+    ('torch', 'Size'): tuple,
     ('torch._utils', '_rebuild_tensor_v2'): _Function(_rebuild_tensor),
     ('torch._utils', '_rebuild_parameter'): _Function(lambda tensor, *rest: tensor),
     **{('torch', name): name for name in _STORAGES},
