@@ -40,6 +40,7 @@ class ImageFolder:
         *,
         files: str | os.PathLike[str] | None = None,
         classes: Sequence[str] | None = None,
+        like: str | os.PathLike[str] | None = None,
         limit: int | None = None,
     ):
         """Lists the files, without reading them.
@@ -49,20 +50,29 @@ class ImageFolder:
             files: a text file with the files of a split, one a line, relative to `path`; by
                 default all of the directory.
             classes: names of the classes, in the order of the labels; by default all directories,
-                sorted by name. Splits in directories of their own need it if one of them may lack a
-                class.
+                sorted by name.
+            like: a directory with the same classes, for a split in a directory of its own: that of
+                the training split, so that both have the same labels.
             limit: use only this many files from the start.
 
         Raises:
-            ValueError: if a directory, a class or a file does not exist, or there are no images.
+            ValueError: if a directory, a class or a file does not exist, there are no images, or
+                the classes are not those of `like`.
         """
+        if like is not None and classes is not None:
+            raise ValueError('classes, like: expected at most one of them')
         root = os.path.expanduser(path)
-        if not os.path.isdir(root):
-            raise ValueError(f'path: there is no directory {root}, relative to {os.getcwd()}')
-        found = sorted(entry.name for entry in os.scandir(root) if _is_directory(entry))
+        found = _list_classes(root, 'path')
+        if like is not None:
+            classes = _list_classes(os.path.expanduser(like), 'like')
+            if more := sorted(set(found) - set(classes)):
+                raise ValueError(f'like: {root} has {", ".join(more)}, which {like} does not have')
         self.classes = tuple(found if classes is None else classes)
         if missing := sorted(set(self.classes) - set(found)):
-            raise ValueError(f'classes: {root} has no directory {", ".join(missing)}')
+            raise ValueError(
+                f'classes: {root} has no directory {", ".join(missing)}; create an empty one if it '
+                'has no images of a class'
+            )
         self._root = root
         names = self._walk() if files is None else self._read_list(os.path.expanduser(files))
         if limit is not None and limit < 1:
@@ -117,6 +127,12 @@ class ImageFolder:
     def describe(self, index: int) -> str:
         """Returns the path of an example, for messages."""
         return os.path.join(self._root, self._names[index])
+
+
+def _list_classes(root: str, argument: str) -> list[str]:
+    if not os.path.isdir(root):
+        raise ValueError(f'{argument}: there is no directory {root}, relative to {os.getcwd()}')
+    return sorted(entry.name for entry in os.scandir(root) if _is_directory(entry))
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:

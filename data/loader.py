@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -212,6 +213,7 @@ class EvalLoader:
         batch_size: int,
         transforms: Sequence[Callable[..., Tree]] = (),
         padded_to: int | None = None,
+        threads: int = 1,
     ):
         """Creates the loader.
 
@@ -220,13 +222,20 @@ class EvalLoader:
             batch_size: examples per batch.
             transforms: applied to every block; random ones use the random numbers of epoch 0.
             padded_to: rows per batch including padding, so that they divide evenly over devices.
+            threads: number of threads that read and transform parts of the rows, where this is
+                slow and releases the interpreter lock, such as decoding images.
 
         Raises:
-            ValueError: if the batch size is not positive, or the source violates the `Source`
-                protocol.
+            ValueError: if a number is not positive, the source violates the `Source` protocol, or
+                it collates its batches and there is more than one thread.
         """
         if batch_size < 1:
             raise ValueError(f'batch_size: {batch_size} examples; expected a positive number')
+        if threads < 1 or (threads > 1 and is_collating(source)):
+            raise ValueError(
+                f'threads: {threads}; expected a positive number, and 1 for a source that collates '
+                'its batches'
+            )
         self._transforms = as_transforms(transforms)
         self.rows = max(batch_size + padding_rows(source), padded_to or 0)
         self._collator = _make_collator(source, self._transforms, 0, self.rows)
@@ -234,6 +243,7 @@ class EvalLoader:
         self.num_batches = -(-self.examples // batch_size)
         self._source = source
         self._batch_size = batch_size
+        self._threads = threads
 
     @property
     def num_shapes(self) -> int | None:
@@ -265,7 +275,7 @@ class EvalLoader:
         # Batches after the last one have no first row: any example can fill them.
         filler, ids = np.maximum(ids[:, 0], 0), ids[:, rows]
         epochs = np.zeros_like(ids)
-        arrays = _read(self._source, self._transforms, 0, ids, epochs, filler)
+        arrays = _read(self._source, self._transforms, 0, ids, epochs, filler, self._threads)
         return Block(_with_mask(arrays, ids), ids)
 
 
@@ -289,8 +299,9 @@ def _read(
     ids: np.ndarray,
     epochs: np.ndarray,
     filler: np.ndarray,
+    threads: int = 1,
 ) -> Tree:
-    """Reads and transforms all rows with one gather; fills the rows of padding.
+    """Reads and transforms all rows with one gather a thread; fills the rows of padding.
 
     Args:
         source: source of the examples.
@@ -299,10 +310,12 @@ def _read(
         ids: int64 (steps, rows).
         epochs: int64 (steps, rows).
         filler: int64 (steps,), the example that fills the rows of padding.
+        threads: number of threads; with 1, this one does all.
     """
     real = ids != PADDING
     if real.all():
-        batch = _gather_and_transform(source, transforms, seed, ids.ravel(), epochs.ravel())
+        flat = ids.ravel(), epochs.ravel()
+        batch = _gather_and_transform(source, transforms, seed, *flat, threads)
         return nested.map_arrays(lambda x: x.reshape(*ids.shape, *x.shape[1:]), batch)
     # One gather for everything: the real rows, and at its end one filler for each step with
     # padding.
@@ -319,12 +332,12 @@ def _read(
         whole[~real] = np.repeat(fill, repeats, axis=0)
         return whole
 
-    batch = _gather_and_transform(source, transforms, seed, wanted, wanted_epochs)
+    batch = _gather_and_transform(source, transforms, seed, wanted, wanted_epochs, threads)
     return nested.map_arrays(pad, batch)
 
 
 def _gather_and_transform(
-    source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
+    source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray, threads: int
 ) -> Tree:
     def read(rows: slice) -> Tree:
         selected = ids[rows]
@@ -337,11 +350,20 @@ def _gather_and_transform(
         )
 
     try:
-        return read(slice(None))
+        return read(slice(None)) if threads == 1 else _read_in_threads(read, len(ids), threads)
     except Exception as error:
         # A note, so that the error keeps its type and its traceback.
         error.add_note(blame(source, ids, read))
         raise
+
+
+def _read_in_threads(read: Callable[[slice], Tree], count: int, threads: int) -> Tree:
+    """Returns the batch of `count` rows, of which each thread reads a part."""
+    size = -(-count // threads)
+    parts = [slice(start, start + size) for start in range(0, count, size)]
+    with ThreadPoolExecutor(threads) as pool:
+        batches = list(pool.map(read, parts))
+    return nested.map_arrays(lambda *arrays: np.concatenate(arrays), *batches)
 
 
 def _with_mask(arrays: Tree, ids: np.ndarray) -> Tree:

@@ -8,7 +8,7 @@ A suffix of a name says which dimensions an array has:
     W  width in pixels            O  channels at the output of a block
                                   F  features of an image, 1280
 
-Behind a stride of 2, H and W are half of what they were, rounded up.
+After a stride of 2, H and W are half of what they were, rounded up.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class DepthwiseSum(nn.Module):
     """A convolution of each channel alone, written as a sum of shifted images.
 
     The parameters and results are those of `nn.Conv` with as many groups as channels. On CPUs, XLA
-    compiles the gradient of that to a slow loop: 4 to 10 times as much processor time as this.
+    compiles the gradient of that to a slow loop: 6 to 170 times as much processor time as this,
+    with jax 0.10.2 (`python tests/benchmarks/depthwise.py --batch=2`).
 
     Attributes:
         kernel: side of the kernel.
@@ -71,20 +72,14 @@ class DepthwiseSum(nn.Module):
         shape = (self.kernel, self.kernel, 1, x_BHWE.shape[-1])
         kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
         x_BHWE, kernel = nn.dtypes.promote_dtype(x_BHWE, kernel, dtype=self.dtype)
-        sizes = [-(-n // self.strides) for n in x_BHWE.shape[1:3]]
-        # Of 'SAME': with an odd number of pixels to add, one more at the end.
-        spans = [(n - 1) * self.strides + 1 for n in sizes]
-        missing = [
-            max(span - 1 + self.kernel - n, 0)
-            for span, n in zip(spans, x_BHWE.shape[1:3], strict=True)
-        ]
-        padding = [(n // 2, n - n // 2) for n in missing]
+        size, stride = self.kernel, self.strides
+        padding = jax.lax.padtype_to_pads(x_BHWE.shape[1:3], (size, size), (stride, stride), 'SAME')
         x_BHWE = jnp.pad(x_BHWE, ((0, 0), *padding, (0, 0)))
-        step = self.strides
+        height, width = (n - size + 1 for n in x_BHWE.shape[1:3])
         return sum(
-            x_BHWE[:, i : i + spans[0] : step, j : j + spans[1] : step] * kernel[i, j, 0]
-            for i in range(self.kernel)
-            for j in range(self.kernel)
+            x_BHWE[:, i : i + height : stride, j : j + width : stride] * kernel[i, j, 0]
+            for i in range(size)
+            for j in range(size)
         )
 
 
@@ -142,8 +137,8 @@ class Block(nn.Module):
 class EfficientNet(nn.Module):
     """Stages of inverted residuals; the defaults are those of EfficientNet-Lite0.
 
-    Its weights from ImageNet can be loaded: see `PYTORCH`. They expect images with mean 127 and
-    standard deviation 128 taken out: `trainer.data.transforms:Normalize`.
+    Its weights from ImageNet can be loaded: see `PYTORCH`. They expect pixels as
+    (value - 127) / 128: `trainer.data.transforms:Normalize`.
 
     Attributes:
         num_classes: number of logits.
@@ -151,8 +146,8 @@ class EfficientNet(nn.Module):
         stem: channels of the first convolution.
         width: features of an image.
         dropout_rate: dropout of the features in training.
-        drop_path_rate: probability of leaving out the branch of the last block in training; it
-            rises linearly from 0 in the first one.
+        drop_path_rate: probability of leaving out the branch of a block in training. It rises
+            linearly with the index of the block: block i of n has i / n of this.
         momentum: momentum of the running statistics.
         depthwise: how convolutions of single channels are computed: 'conv' by `nn.Conv`, or 'sum'
             by `DepthwiseSum`, for CPUs.

@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual networks (ResNets) for images of any size."""
+"""Residual networks (ResNets; He et al., 2015) for images of any size.
+
+A suffix of a name says which dimensions an array has:
+
+    B  images of a batch          C  channels, at the input of a block
+    H  height in pixels           O  channels at its output
+    W  width in pixels            M  channels of the convolutions before its last one
+                                  F  features of an image
+"""
 
 from __future__ import annotations
 
@@ -48,13 +56,13 @@ class BasicBlock(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Returns (batch, height / strides, width / strides, features)."""
-        y = self.conv(self.features, (3, 3), self.strides, padding=1, name='conv1')(x)
-        y = self.activation(self.norm(name='bn1')(y))
-        y = self.conv(self.features, (3, 3), padding=1, name='conv2')(y)
-        y = self.norm(scale_init=_ZEROS, name='bn2')(y)
-        return self.activation(_shortcut(self, x, y) + y)
+        y_BHWM = self.conv(self.features, (3, 3), self.strides, padding=1, name='conv1')(x_BHWC)
+        y_BHWM = self.activation(self.norm(name='bn1')(y_BHWM))
+        y_BHWO = self.conv(self.features, (3, 3), padding=1, name='conv2')(y_BHWM)
+        y_BHWO = self.norm(scale_init=_ZEROS, name='bn2')(y_BHWO)
+        return self.activation(_shortcut(self, x_BHWC, y_BHWO) + y_BHWO)
 
 
 class BottleneckBlock(nn.Module):
@@ -75,24 +83,24 @@ class BottleneckBlock(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Returns (batch, height / strides, width / strides, 4 x features)."""
-        y = self.conv(self.features, (1, 1), name='conv1')(x)
-        y = self.activation(self.norm(name='bn1')(y))
-        y = self.conv(self.features, (3, 3), self.strides, padding=1, name='conv2')(y)
-        y = self.activation(self.norm(name='bn2')(y))
-        y = self.conv(4 * self.features, (1, 1), name='conv3')(y)
-        y = self.norm(scale_init=_ZEROS, name='bn3')(y)
-        return self.activation(_shortcut(self, x, y) + y)
+        y_BHWM = self.conv(self.features, (1, 1), name='conv1')(x_BHWC)
+        y_BHWM = self.activation(self.norm(name='bn1')(y_BHWM))
+        y_BHWM = self.conv(self.features, (3, 3), self.strides, padding=1, name='conv2')(y_BHWM)
+        y_BHWM = self.activation(self.norm(name='bn2')(y_BHWM))
+        y_BHWO = self.conv(4 * self.features, (1, 1), name='conv3')(y_BHWM)
+        y_BHWO = self.norm(scale_init=_ZEROS, name='bn3')(y_BHWO)
+        return self.activation(_shortcut(self, x_BHWC, y_BHWO) + y_BHWO)
 
 
-def _shortcut(block: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+def _shortcut(block: Any, x_BHWC: jax.Array, y_BHWO: jax.Array) -> jax.Array:
     """Returns the block's input, projected to the shape of its output if that differs."""
-    if x.shape == y.shape:
-        return x
+    if x_BHWC.shape == y_BHWO.shape:
+        return x_BHWC
     # Called in the block's compact method, so these are layers of the block.
     return block.norm(name='bn_proj')(
-        block.conv(y.shape[-1], (1, 1), block.strides, name='conv_proj')(x)
+        block.conv(y_BHWO.shape[-1], (1, 1), block.strides, name='conv_proj')(x_BHWC)
     )
 
 
@@ -128,11 +136,11 @@ class ResNet(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits (batch, num_classes) for images (batch, height, width, channels).
 
         Args:
-            x: images (batch, height, width, channels).
+            x_BHWC: images (batch, height, width, channels).
             train: whether to normalize by the batch and update the running statistics.
 
         Raises:
@@ -147,21 +155,22 @@ class ResNet(nn.Module):
         )  # fmt: skip
         # Explicit padding as in PyTorch: with strides, 'SAME' would pad unevenly.
         padding = [(pad, pad), (pad, pad)]
-        x = conv(self.features, (size, size), strides, padding=padding, name='conv_init')(x)
-        x = self.activation(norm(name='bn_init')(x))
+        stem = conv(self.features, (size, size), strides, padding=padding, name='conv_init')
+        x_BHWC = self.activation(norm(name='bn_init')(stem(x_BHWC)))
         if self.stem == 'large':
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x_BHWC = nn.max_pool(x_BHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.stages):
             for index in range(blocks):
-                x = block(
+                x_BHWC = block(
                     features=self.features * 2**stage,
                     strides=2 if stage > 0 and index == 0 else 1,
                     conv=conv,
                     norm=norm,
                     activation=self.activation,
                     name=f'stage{stage + 1}_block{index}',
-                )(x)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x.mean((1, 2)))
+                )(x_BHWC)
+        x_BF = x_BHWC.mean((1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x_BF)
 
 
 def _select(option: str, name: str, **choices: Any) -> Any:

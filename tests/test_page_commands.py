@@ -11,6 +11,7 @@ import tomllib
 import pytest
 
 from tests import command
+from tests.examples.test_imagenet import write_images
 from tests.launch.test_commands_of_readme import check as check_launcher
 from tests.pages import (
     ALL_COMMANDS,
@@ -68,7 +69,9 @@ SAYS = (
 @pytest.fixture(scope='module')
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Created once; each test runs the commands that it needs, unless they have run."""
-    return Project(tmp_path_factory.mktemp('project'))
+    made = Project(tmp_path_factory.mktemp('project'))
+    write_images(made.root / 'photos')
+    return made
 
 
 def test_the_pages_are_parsed_to_their_end() -> None:

@@ -394,7 +394,7 @@ def test_override_within_a_sentence(block: Block) -> None:
 @pytest.mark.slow
 def test_fine_tuning(encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Runs the command, with the directory of a small encoder."""
-    [line] = {text.strip() for text in TEXTS if '=DIRECTORY' in text}
+    [line] = {text.strip() for text in TEXTS if 'vars.encoder=DIRECTORY' in text}
     small = [f'--config.{key}={value!r}' for key, value in TINY.items()]
     finished = run(line.replace('DIRECTORY', str(encoder)), tmp_path, *small)
     assert finished.code == 0, finished.err

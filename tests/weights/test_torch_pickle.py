@@ -9,6 +9,7 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Iterable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -142,6 +143,55 @@ def test_other_names_are_refused(
     assert not (tmp_path / 'attacked').exists()
 
 
+# Attributes of a dtype, of a function, and of an object with slots.
+STATES = ((3, 'V', None, None, None, 1_000_000, 1, 0), {'x': 1}, (None, {'__defaults__': (1,)}))
+
+
+@pytest.mark.parametrize('state', STATES, ids=['dtype', 'dict', 'slots'])
+@pytest.mark.parametrize(
+    'owner',
+    [
+        b'ctorch\nBFloat16Storage\n',
+        b'ctorch._utils\n_rebuild_tensor_v2\n',
+        b'ctorch._utils\n_rebuild_parameter\n',
+        b'ccollections\nOrderedDict\n',
+        b'ctorch\nSize\n',
+        tensor(kind='BFloat16').partition(b'\n(')[2].partition(b'Q')[0] + b'Q',
+        tensor(),
+    ],
+    ids=['class', 'function', 'parameter', 'dict', 'size', 'storage', 'tensor'],
+)
+def test_no_attribute_can_be_set(owner: bytes, state: Any, tmp_path: pathlib.Path) -> None:
+    """Neither that of a stand-in nor that of a tensor; the next file is read as before."""
+    values = np.arange(12).astype(ml_dtypes.bfloat16)
+    pickled = b'\x80\x02' + owner + pickle.dumps(state, protocol=2)[2:-1] + b'b.'
+    refusals = r'it sets attributes|no attribute|not a dict|does not support item|immutable type'
+    with pytest.raises(UserError, match=refusals):
+        torch_pickle.read(write_older(tmp_path / 'a.pt', pickled, values.tobytes()))
+    assert np.dtype(ml_dtypes.bfloat16).itemsize == 2
+    file = write_older(tmp_path / 'b.pt', state_dict(x=tensor(kind='BFloat16')), values.tobytes())
+    found = torch_pickle.read(file)['x']
+    np.testing.assert_array_equal(found, values.astype('f4').reshape(3, 4))
+
+
+def test_what_pytorch_reads_besides(tmp_path: pathlib.Path) -> None:
+    """The message for objects that are no tensors, but harmless."""
+    device = b'\x80\x02ctorch\ndevice\n' + text('cpu') + b'\x85R.'
+    with pytest.raises(UserError, match=r'torch\.device, .* PyTorch can read it: pip install'):
+        torch_pickle.read(write_older(tmp_path / 'a.pt', device))
+
+
+def test_what_occurs_many_times_is_read_once(tmp_path: pathlib.Path) -> None:
+    """A tensor under two names; and lists in lists, of which there are few in the file."""
+    # The tensor is 0 in the memo, and each list has what comes before it twice.
+    memo = tensor() + b'q\x000' + b''.join(b'(h%ch%clq%c0' % (i, i, i + 1) for i in range(9))
+    entries = text('a') + b'h\x00' + text('b') + b'h\x00' + text('c') + b'h\x09'
+    tree = b'\x80\x02' + memo + b'}(' + entries + b'u.'
+    found = torch_pickle.read(write_older(tmp_path / 'a.pt', tree))
+    assert found['a'] is found['b']
+    assert found['c'][0] is found['c'][1]
+
+
 def test_damaged_files(tmp_path: pathlib.Path) -> None:
     """Cut off, with views beyond their storage, of another byte order, of other tools."""
     whole = write_older(tmp_path / 'a.pt', state_dict(x=tensor()))
@@ -149,7 +199,13 @@ def test_damaged_files(tmp_path: pathlib.Path) -> None:
         (tmp_path / 'cut.pt').write_bytes(whole.read_bytes()[:size])
         with pytest.raises(UserError, match=r'cut\.pt cannot be read .* it is damaged, or of ano'):
             torch_pickle.read(epath.Path(tmp_path / 'cut.pt'))
-    for view in ({'shape': (3, 5)}, {'offset': 1}, {'offset': -1}, {'strides': (-4, 1)}):
+    for view in (
+        {'shape': (3, 5)},
+        {'offset': 1},
+        {'offset': -1},
+        {'strides': (-4, 1)},
+        {'shape': (10**9, 10**9), 'strides': (0, 0)},
+    ):
         file = write_older(tmp_path / 'a.pt', state_dict(x=tensor(**view)))  # type: ignore[arg-type]
         with pytest.raises(UserError, match='does not fit into its storage'):
             torch_pickle.read(file)
@@ -158,7 +214,7 @@ def test_damaged_files(tmp_path: pathlib.Path) -> None:
         torch_pickle.read(file)
     with zipfile.ZipFile(tmp_path / 'c.pt', 'w') as archive:
         archive.writestr('other', b'')
-    with pytest.raises(UserError, match=r'c\.pt cannot be read as a file of torch\.save'):
+    with pytest.raises(UserError, match=r'c\.pt cannot .* with one file data\.pkl, found 0'):
         torch_pickle.read(epath.Path(tmp_path / 'c.pt'))
 
 

@@ -40,8 +40,15 @@ _STORAGES = {
 }
 
 
+class _Fixed:
+    """An object whose attributes a file cannot set, as a pickle may do with all that it names."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError('it sets attributes of an object that has none in PyTorch')
+
+
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(_Fixed):
     """A sequence of numbers in the file, which tensors refer to before it is read."""
 
     key: str
@@ -49,7 +56,7 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _Tensor(_Fixed):
     """A view of a storage: first number, and shape and strides in numbers."""
 
     storage: _Storage
@@ -64,18 +71,30 @@ class _Tensor:
             contents: of the storage.
 
         Raises:
-            ValueError: if the view reaches beyond the storage.
+            ValueError: if the view reaches beyond the storage, or has more numbers.
         """
         numbers = np.frombuffer(contents, self.storage.dtype)
-        reach = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
-        end = self.offset + reach + 1 if math.prod(self.shape) else 0
+        reach = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        size = math.prod(self.shape)
+        # With strides of 0, a few bytes could ask for an array that fills the memory.
+        end = max(self.offset + reach + 1, size) if size else 0
         if min((self.offset, *self.shape, *self.strides)) < 0 or end > len(numbers):
             raise ValueError(f'a tensor of shape {self.shape} does not fit into its storage')
         if not end:
             return np.zeros(self.shape, numbers.dtype)
-        steps = [step * numbers.itemsize for step in self.strides]
-        view = np.lib.stride_tricks.as_strided(numbers[self.offset :], self.shape, steps)
+        strides = [stride * numbers.itemsize for stride in self.strides]
+        view = np.lib.stride_tricks.as_strided(numbers[self.offset :], self.shape, strides)
         return view.astype(np.float32 if numbers.dtype == ml_dtypes.bfloat16 else numbers.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Function(_Fixed):
+    """What a file calls under the name of a function or class of PyTorch."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 class _State(dict):
@@ -91,13 +110,14 @@ def _rebuild_tensor(
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-# All that a file may name, and what it gets.
+# All that a file may name, and what it gets. Nothing here can be changed by a pickle, because the
+# next file gets the same.
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ('collections', 'OrderedDict'): _State,
+    ('collections', 'OrderedDict'): _Function(_State),
     ('torch', 'Size'): tuple,
-    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
-    ('torch._utils', '_rebuild_parameter'): lambda tensor, *rest: tensor,
-    **{('torch', name): np.dtype(dtype) for name, dtype in _STORAGES.items()},
+    ('torch._utils', '_rebuild_tensor_v2'): _Function(_rebuild_tensor),
+    ('torch._utils', '_rebuild_parameter'): _Function(lambda tensor, *rest: tensor),
+    **{('torch', name): name for name in _STORAGES},
 }
 
 
@@ -119,11 +139,12 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Returns the storage with an id: ('storage', dtype, key, device, size), and None."""
-        kind, dtype, key, *rest = pid
+        """Returns the storage with an id: ('storage', its class, key, device, size), and None."""
+        kind, name, key, *rest = pid
         # The older format may have views of storages, which PyTorch has not written since 0.4.
-        if kind != 'storage' or not isinstance(dtype, np.dtype) or rest[2:] not in ([], [None]):
+        if kind != 'storage' or name not in _STORAGES or rest[2:] not in ([], [None]):
             raise ValueError(f'an unknown kind of storage: {pid}')
+        dtype = np.dtype(_STORAGES[name])
         return self.storages.setdefault(str(key), _Storage(str(key), dtype))
 
 
@@ -139,11 +160,12 @@ def read(file: epath.Path) -> Any:
         opened.seek(0)
         try:
             tree, contents = (_read_zip if is_zip else _read_older)(opened)
-            return _fill(tree, contents)
+            return _fill(tree, contents, {})
         except _Forbidden as error:
             raise UserError(
                 f'{file} contains {error}, an object other than a tensor, and unpickling it could '
-                'run any code; save only the tensors: torch.save(model.state_dict(), ...)'
+                'run any code; save only the tensors: torch.save(model.state_dict(), ...). If it '
+                'is harmless, such as torch.device, PyTorch can read it: pip install torch'
             ) from error
         except Exception as error:  # A damaged pickle may raise anything.
             raise UserError(
@@ -152,8 +174,8 @@ def read(file: epath.Path) -> Any:
             ) from error
 
 
-def _read_older(opened: IO[bytes]) -> tuple[Any, Callable[[_Storage], bytes]]:
-    """Returns the tree, and a function that returns the contents of a storage."""
+def _read_older(opened: IO[bytes]) -> tuple[Any, dict[str, bytes]]:
+    """Returns the tree, and the contents of the storages by key."""
     magic, protocol, system = (_Unpickler(opened).load() for _ in range(3))
     if (magic, protocol, system['little_endian']) != (_MAGIC, _PROTOCOL, True):
         raise ValueError('expected the format of PyTorch 0.1.10 to 1.5, little-endian')
@@ -163,26 +185,41 @@ def _read_older(opened: IO[bytes]) -> tuple[Any, Callable[[_Storage], bytes]]:
     for key in _Unpickler(opened).load():
         size = int.from_bytes(opened.read(8), 'little')
         contents[key] = opened.read(size * unpickler.storages[key].dtype.itemsize)
-    return tree, lambda storage: contents[storage.key]
+    return tree, contents
 
 
-def _read_zip(opened: IO[bytes]) -> tuple[Any, Callable[[_Storage], bytes]]:
-    """Returns the tree, and a function that returns the contents of a storage."""
+def _read_zip(opened: IO[bytes]) -> tuple[Any, dict[str, bytes]]:
+    """Returns the tree, and the contents of the storages by key."""
     archive = zipfile.ZipFile(opened)
-    [name] = [name for name in archive.namelist() if name.endswith('/data.pkl')]
-    root = name.removesuffix('/data.pkl')
+    names = [name for name in archive.namelist() if name.endswith('/data.pkl')]
+    if len(names) != 1:
+        raise ValueError(f'expected a zip archive with one file data.pkl, found {len(names)}')
+    root = names[0].removesuffix('/data.pkl')
     order = f'{root}/byteorder'
     if order in archive.namelist() and archive.read(order) != b'little':
         raise ValueError('expected little-endian numbers')
-    with archive.open(name) as pickled:
-        tree = _Unpickler(pickled).load()
-    return tree, lambda storage: archive.read(f'{root}/data/{storage.key}')
+    with archive.open(names[0]) as pickled:
+        unpickler = _Unpickler(pickled)
+        tree = unpickler.load()
+    return tree, {key: archive.read(f'{root}/data/{key}') for key in unpickler.storages}
 
 
-def _fill(tree: Any, contents: Callable[[_Storage], bytes]) -> Any:
-    """Returns the tree with arrays for tensors."""
-    if isinstance(tree, dict):
-        return {key: _fill(value, contents) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_fill(value, contents) for value in tree]
-    return tree.read(contents(tree.storage)) if isinstance(tree, _Tensor) else tree
+def _fill(node: Any, contents: dict[str, bytes], done: dict[int, Any]) -> Any:
+    """Returns a node of the tree with arrays for tensors.
+
+    Args:
+        node: of the tree.
+        contents: of the storages, by key.
+        done: results by id of their node: what occurs many times in the tree is read once.
+    """
+    if id(node) in done:
+        return done[id(node)]
+    result = node
+    if isinstance(node, dict):
+        result = {key: _fill(value, contents, done) for key, value in node.items()}
+    elif isinstance(node, list | tuple):
+        result = [_fill(value, contents, done) for value in node]
+    elif isinstance(node, _Tensor):
+        result = node.read(contents[node.storage.key])
+    done[id(node)] = result
+    return result
