@@ -72,12 +72,16 @@ def test_contents_of_the_wheel(wheel: pathlib.Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split('/')[0] for name in names}
     assert {top for top in tops if not top.endswith('.dist-info')} == {'trainer'}
-    assert not [n for n in names if '__pycache__' in n or 'test' in n or n.endswith('.sh')]
+    unwanted = re.compile(r'__pycache__|(^|/)tests?[/_]|\.sh$')
+    assert not [name for name in names if unwanted.search(name)]
     for name in (
         '__init__.pyi',
         'models/cnn.py',
         'models/__init__.py',
         'data/mnist/train-images-idx3-ubyte.gz',
+        'data/elpv_test.txt',
+        'data/sentiment/splits.tsv',
+        'data/treebank/web.conllu.gz',
         'configs/mnist.py',
         'configs/__init__.py',
     ):
