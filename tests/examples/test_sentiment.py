@@ -84,6 +84,7 @@ def test_a_resumed_run_has_the_same_buckets_and_mistakes(tmp_path: pathlib.Path)
         assert re.match(r'[01]\.\d{3} for label [01]: \w', (whole / path).read_text())
 
 
+@pytest.mark.slow
 def test_metrics_are_the_same_on_several_devices() -> None:
     """Each sentence counts once, although the last batch has padding."""
     found = []

@@ -93,6 +93,7 @@ def test_workers_restart_after_42_up_to_the_maximum(cloud: Cloud) -> None:
     assert cloud.verbs().count('create') == 1
 
 
+@pytest.mark.slow
 def test_run_that_ended_with_42_is_restarted(cloud: Cloud) -> None:
     cloud.will_exit(0, 0)
     # Unpacking, installing and starting succeed; the first wait returns 42.
@@ -106,6 +107,7 @@ def test_run_that_ended_with_42_is_restarted(cloud: Cloud) -> None:
     assert cloud.run('wait').returncode == 42
 
 
+@pytest.mark.slow
 def test_preempted_tpu_is_recreated(cloud: Cloud) -> None:
     cloud.will_exit(0, 0)
     assert cloud.train().returncode == 0
@@ -146,6 +148,7 @@ def test_failed_stage_is_reported_and_ends_the_command(cloud: Cloud) -> None:
     assert cloud.train().returncode == 0
 
 
+@pytest.mark.slow
 def test_second_run_is_rejected_and_stop_ends_the_first(cloud: Cloud) -> None:
     cloud.will_exit('late', 'wait')
     assert cloud.train().returncode == 0

@@ -28,6 +28,7 @@ def test_parameter_count() -> None:
     assert len([name for name in params if name.startswith('block_')]) == 16
 
 
+@pytest.mark.slow
 def test_training() -> None:
     """Statistics follow the batch, and branches of blocks are left out at random."""
     x = np.random.default_rng(0).normal(size=(4, 9, 9, 3)).astype('f4')
