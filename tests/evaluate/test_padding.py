@@ -37,8 +37,8 @@ def test_predictions_say_what_is_padding() -> None:
     message = r"'class' is \(examples, 2\) and \(examples, 3\), .*; return 'length' from predict"
     with pytest.raises(UserError, match=message):
         join_batches(batches)
-    told = [{**batch, 'length': np.array([batch['class'].shape[1]])} for batch in batches]
-    joined = join_batches(told)
+    with_lengths = [{**batch, 'length': np.array([batch['class'].shape[1]])} for batch in batches]
+    joined = join_batches(with_lengths)
     assert joined['class'].tolist() == [[1, 0, 1], [1, 0, 0]]
     assert joined['length'].tolist() == [3, 2]
 
@@ -91,8 +91,8 @@ def test_a_score_of_sequences_needs_their_lengths() -> None:
     run = trainer('tags')
     with pytest.raises(UserError, match=r"evals\.dev: batches differ in length: '.*tags?' is"):
         run.evaluate(run.init_state())
-    told = trainer('tags', 'length')
-    measured = told.evaluate(told.init_state())['dev']
+    with_length = trainer('tags', 'length')
+    measured = with_length.evaluate(with_length.init_state())['dev']
     words = sum(map(len, ragged.Sentences(21, 1).tokens))
     assert measured['right'] == pytest.approx(words * measured['accuracy'], abs=1e-3)
 
