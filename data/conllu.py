@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import os
 import pathlib
-import zlib
 from typing import NamedTuple
+
+from .checked_file import read_bytes
 
 # https://universaldependencies.org/format.html
 _COLUMNS = ('ID', 'FORM', 'LEMMA', 'UPOS', 'XPOS', 'FEATS', 'HEAD', 'DEPREL', 'DEPS', 'MISC')
@@ -40,14 +39,7 @@ def read(path: str | os.PathLike[str], *, sha256: str | None = None) -> list[Sen
         ValueError: if the file cannot be read or is damaged, naming the line.
     """
     file = pathlib.Path(path).expanduser()
-    try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == '.gz' else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f'{file} cannot be read: {error}') from error
-    found = hashlib.sha256(content).hexdigest()
-    if sha256 not in (None, found):
-        raise ValueError(f'{file} is damaged: its content has sha256 {found}, not {sha256}')
+    content = read_bytes(file, sha256)
     sentences: list[Sentence] = []
     words: list[str] = []
     tags: list[str] = []

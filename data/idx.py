@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import pathlib
-import zlib
 
 import numpy as np
+
+from .checked_file import read_bytes
 
 
 def read(path: pathlib.Path, sha256: str) -> np.ndarray:
@@ -21,13 +20,7 @@ def read(path: pathlib.Path, sha256: str) -> np.ndarray:
     Raises:
         ValueError: if the file cannot be read, or its content is another.
     """
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f'{path} cannot be read: {error}') from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(f'{path} is damaged: its content has sha256 {found}, not {sha256}')
+    content = read_bytes(path, sha256)
     # Two zeros, the type of the elements, the number of dimensions, and the size of each.
     dims = content[3]
     shape = np.frombuffer(content, '>i4', count=dims, offset=4)

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import functools
-import gzip
-import hashlib
 import os
 import pathlib
-import zlib
 
+from ..checked_file import read_bytes
 from ..labeled_texts import LabeledTexts, read_file
 
 FILE = pathlib.Path(__file__).parent / 'movie_sentences.tsv.gz'
@@ -66,13 +64,7 @@ def read() -> list[tuple[int, float, str]]:
 
 @functools.cache
 def _read() -> tuple[tuple[int, float, str], ...]:
-    try:
-        content = gzip.decompress(FILE.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f'{FILE} cannot be read: {error}') from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != _SHA256:
-        raise ValueError(f'{FILE} is damaged: its content has sha256 {found}, not {_SHA256}')
+    content = read_bytes(FILE, _SHA256)
     rows = (line.split('\t') for line in content.decode().splitlines())
     return tuple((int(number), float(rating), text) for number, rating, text in rows)
 
