@@ -96,6 +96,7 @@ def test_processes_and_programs_are_counted() -> None:
     """JAX does not document its event names: after a rename nothing would be counted."""
     before = usage.usage_so_far()
     subprocess.run([sys.executable, '-c', 'sum(range(10**7))'], check=True)
+    subprocess.run(['git', '--version'], check=True, capture_output=True)  # Not counted.
     between = usage.usage_so_far()
     jax.jit(lambda x: x + 41)(1)
     after = usage.usage_so_far()

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import resource
 import statistics
@@ -37,7 +38,8 @@ class Usage:
 
     Attributes:
         cpu_secs: of the process, and of child processes that it has waited for.
-        processes: number of processes started by `subprocess`.
+        processes: number of processes started by `subprocess`, except git: how often a run asks
+            git about its code depends on whether the tests are in a repository.
         programs: number of programs that JAX compiled or read from the compile cache.
     """
 
@@ -205,9 +207,12 @@ def usage_so_far() -> Usage:
     return Usage(secs, _process.processes, _process.programs)
 
 
-def _count_process(event: str, _: Any) -> None:
-    if event == 'subprocess.Popen':
-        _process.processes += 1
+def _count_process(event: str, args: Any) -> None:
+    if event != 'subprocess.Popen':
+        return
+    command = args[1]
+    name = command if isinstance(command, (str, bytes)) else command[0]
+    _process.processes += os.path.basename(os.fsdecode(name)) != 'git'
 
 
 @functools.cache
