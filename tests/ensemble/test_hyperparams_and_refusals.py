@@ -160,9 +160,12 @@ def test_sharding_rules_cannot_use_the_ensemble_axis() -> None:
 
 
 @pytest.mark.slow
-def test_outputs_of_methods_are_not_combined() -> None:
-    """The advice fits: `combine` is for the model's own call only."""
+def test_answers_of_an_ensemble_are_not_combined() -> None:
+    """Each member would continue its own tokens."""
     config = str(command.ROOT / 'configs' / 'addition.py')
     trainer = Trainer(load_and_build(config, ensemble={'size': 2}))
-    with pytest.raises(UserError, match=r'a method or a part .* int32, .* that only calls the'):
+    with pytest.raises(UserError, match=r'config\.ensemble: the members .* different answers'):
         trainer.set_up().evaluators['held_out'].prepare(trainer.set_up().programs.abstract)
+    # The advice for a method fits: `combine` is for the model's own call only.
+    with pytest.raises(UserError, match=r'a method or a part .* int32, .* that only calls the'):
+        trainer.set_up().evaluators['held_out'].prediction(trainer.set_up().programs.abstract)
