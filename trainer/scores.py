@@ -3,6 +3,7 @@
 
 from trainer.evaluate.binary_report import BinaryReport
 from trainer.evaluate.linear_probe import LinearProbe
+from trainer.evaluate.samples import Samples
 from trainer.evaluate.tagged_text import TaggedText
 
-__all__ = ['BinaryReport', 'LinearProbe', 'TaggedText']
+__all__ = ['BinaryReport', 'LinearProbe', 'Samples', 'TaggedText']
