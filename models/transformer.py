@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,27 @@ def _layer_norm(name: str, **dtypes: Any) -> nn.LayerNorm:
     scale = _with_axes(nn.initializers.ones, 'embed')
     bias = _with_axes(nn.initializers.zeros, 'embed')
     return nn.LayerNorm(scale_init=scale, bias_init=bias, name=name, **dtypes)
+
+
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotates queries or keys by angles proportional to their positions (Su et al., 2021).
+
+    The product of a query and a key then depends on the distance between their positions only.
+
+    Args:
+        x: (batch, length, heads, head_dim) with an even head_dim.
+        positions: int (batch, length) or (1, length).
+
+    Returns:
+        An array of the shape and dtype of x.
+    """
+    half = x.shape[-1] // 2
+    frequencies = 10_000.0 ** -(jnp.arange(half) / half)
+    angles = (positions[..., None] * frequencies)[:, :, None]
+    # In float32: half precision cannot tell large positions apart.
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -49,7 +70,13 @@ class Attention(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        start: jax.Array | int = 0,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns (batch, length, width) for inputs of the same shape; for the rest see `Block`."""
         batch, length, width = x.shape
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -63,6 +90,8 @@ class Attention(nn.Module):
             return nn.with_logical_constraint(y, ('batch', 'length', 'heads', 'head_dim'))
 
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
+        if positions is not None:
+            query, key = rotate(query, positions), rotate(key, positions)
         if self.cache_length:
             key, value = (
                 self._update_cache('keys', key, start),
@@ -113,7 +142,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        start: jax.Array | int = 0,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         """Returns (batch, length, width) for inputs of the same shape, and None for `nn.scan`.
 
@@ -121,6 +154,8 @@ class Block(nn.Module):
             x: (batch, length, width).
             mask: bool, broadcast to (batch, heads, length, keys); False where masked.
             start: index of the first input in the cache, if there is one.
+            positions: int (batch, length) or (1, length), by which queries and keys are rotated;
+                None for no rotation.
         """
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.lecun_normal()
@@ -130,7 +165,7 @@ class Block(nn.Module):
         attention = Attention(
             heads=self.heads, cache_length=self.cache_length, name='attention', **dtypes
         )
-        y = attention(y, mask, start)
+        y = attention(y, mask, start, positions)
         x = nn.with_logical_constraint(x + dropout(y), _ACTIVATIONS)
 
         y = _layer_norm('mlp_norm', **dtypes)(x)
@@ -153,7 +188,11 @@ class Transformer(nn.Module):
         width: width of the residual stream.
         heads: number of attention heads; must divide the width.
         mlp_width: hidden units of each MLP; by default 4 x width.
-        max_length: maximum length of a sequence: number of position embeddings.
+        max_length: maximum length of a sequence.
+        positions: 'learned' for a table of position embeddings, or 'rotary' for queries and keys
+            that are rotated: see `rotate`.
+        tied: whether the logits are products with the embeddings of the tokens, instead of a layer
+            of their own.
         dropout_rate: dropout of the embeddings and of each branch in training.
         scan_layers: whether to compile one block and scan over the layers, whose parameters are
             stacked in a leading dimension 'layers'. Compiles faster; may run slower.
@@ -173,6 +212,8 @@ class Transformer(nn.Module):
     heads: int = 4
     mlp_width: int | None = None
     max_length: int = 1024
+    positions: Literal['learned', 'rotary'] = 'learned'
+    tied: bool = False
     dropout_rate: float = 0.0
     scan_layers: bool = False
     unroll: int = 1
@@ -185,6 +226,13 @@ class Transformer(nn.Module):
         """Raises ValueError for invalid options, before anything is traced."""
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f'heads={self.heads} does not divide width={self.width}')
+        if self.positions not in ('learned', 'rotary'):
+            raise ValueError(f'positions: {self.positions!r} is none of learned, rotary')
+        if self.positions == 'rotary' and self.width // self.heads % 2:
+            raise ValueError(
+                f'width={self.width}, heads={self.heads}: rotary positions need an even number of '
+                'features per head'
+            )
         _policy(self.remat)
         super().__post_init__()
 
@@ -212,15 +260,10 @@ class Transformer(nn.Module):
             raise ValueError(f'{length} tokens, but max_length is {self.max_length}')
         embedding = _with_axes(nn.initializers.normal(0.02), 'vocab', 'embed')
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = nn.Embed(
+        embed = nn.Embed(
             self.vocab_size, self.width, embedding_init=embedding, name='tokens', **dtypes
-        )(tokens)
-        table = self.param(
-            'positions',
-            _with_axes(nn.initializers.normal(0.02), 'length', 'embed'),
-            (self.max_length, self.width),
-            self.param_dtype,
         )
+        x = embed(tokens)
         start: jax.Array | int = 0
         if self.decode:
             index = self.variable('cache', 'index', jnp.zeros, (), jnp.int32)
@@ -228,9 +271,12 @@ class Transformer(nn.Module):
             # The call that creates the cache must not advance it.
             if not self.is_initializing():
                 index.value = start + length
-            positions = start + jnp.arange(length)
-        table = table.astype(x.dtype)
-        x = x + (table[:length] if positions is None else table[positions])
+            positions = (start + jnp.arange(length))[None]
+        rotation: jax.Array | None = None
+        if self.positions == 'rotary':
+            rotation = jnp.arange(length)[None] if positions is None else positions
+        else:
+            x = x + self._position_embeddings(length, positions).astype(x.dtype)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = nn.with_logical_constraint(x, _ACTIVATIONS)
 
@@ -242,15 +288,33 @@ class Transformer(nn.Module):
         elif segments is not None:
             same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
             mask = nn.combine_masks(mask, same, dtype=bool)
-        x = self._blocks(x, mask, start, train)
+        x = self._blocks(x, mask, start, rotation, train)
 
         x = _layer_norm('norm', **dtypes)(x)
-        init = _with_axes(nn.initializers.lecun_normal(), 'embed', 'vocab')
-        logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
+        if self.tied:
+            logits = embed.attend(x)
+        else:
+            init = _with_axes(nn.initializers.lecun_normal(), 'embed', 'vocab')
+            logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
         return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
 
+    def _position_embeddings(self, length: int, positions: jax.Array | None) -> jax.Array:
+        """Returns those of the positions, by default of the first `length`."""
+        table = self.param(
+            'positions',
+            _with_axes(nn.initializers.normal(0.02), 'length', 'embed'),
+            (self.max_length, self.width),
+            self.param_dtype,
+        )
+        return table[:length] if positions is None else table[positions]
+
     def _blocks(
-        self, x: jax.Array, mask: jax.Array, start: jax.Array | int, train: bool
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        start: jax.Array | int,
+        rotation: jax.Array | None,
+        train: bool,
     ) -> jax.Array:
         block: Any = Block
         if self.remat != 'none':
@@ -277,9 +341,9 @@ class Transformer(nn.Module):
                 unroll=self.unroll,
                 metadata_params={nn.PARTITION_NAME: 'layers'},
             )
-            return stack(name='blocks', **options)(x, mask, start)[0]
+            return stack(name='blocks', **options)(x, mask, start, rotation)[0]
         for layer in range(self.layers):
-            x, _ = block(name=f'block_{layer}', **options)(x, mask, start)
+            x, _ = block(name=f'block_{layer}', **options)(x, mask, start, rotation)
         return x
 
 
