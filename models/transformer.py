@@ -59,23 +59,21 @@ class Attention(nn.Module):
 
     Attributes:
         heads: number of attention heads; must divide the width.
+        rotary: whether queries and keys are rotated by their positions: see `rotate`.
         cache_length: length of the cache of keys and values for decoding; 0 for no cache.
         dtype: dtype of the computation; None follows inputs and parameters.
         param_dtype: dtype of the parameters.
     """
 
     heads: int
+    rotary: bool = False
     cache_length: int = 0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        start: jax.Array | int = 0,
-        positions: jax.Array | None = None,
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array | None = None
     ) -> jax.Array:
         """Returns (batch, length, width) for inputs of the same shape; for the rest see `Block`."""
         batch, length, width = x.shape
@@ -90,13 +88,13 @@ class Attention(nn.Module):
             return nn.with_logical_constraint(y, ('batch', 'length', 'heads', 'head_dim'))
 
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
-        if positions is not None:
+        if self.rotary:
+            assert positions is not None
             query, key = rotate(query, positions), rotate(key, positions)
         if self.cache_length:
-            key, value = (
-                self._update_cache('keys', key, start),
-                self._update_cache('values', value, start),
-            )
+            assert positions is not None
+            key = self._update_cache('keys', key, positions)
+            value = self._update_cache('values', value, positions)
         # bfloat16 probabilities would not sum to 1, so the softmax is in float32. Its result is
         # cast back: otherwise it would promote the next product and everything after it.
         weights = nn.dot_product_attention_weights(
@@ -107,15 +105,22 @@ class Attention(nn.Module):
             width, kernel_init=_with_axes(init, 'heads', 'embed'), name='out', **dtypes
         )(y)
 
-    def _update_cache(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:
-        """Writes `new` into the cache at `start`; returns all of it (batch, cache_length, ...)."""
+    def _update_cache(self, name: str, new: jax.Array, positions: jax.Array) -> jax.Array:
+        """Writes `new` into the cache at `positions`; returns all of it (batch, cache_length, ...).
+
+        Args:
+            name: name of the cache.
+            new: (batch, length, heads, head_dim).
+            positions: int (batch, length); those outside of the cache are not written.
+        """
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
         cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
         # The call that creates the cache must leave it empty.
         if not self.is_initializing():
+            rows = jnp.arange(new.shape[0])[:, None]
             # A cache that was created before the parameters were cast has another dtype.
             update = new.astype(cache.value.dtype)
-            cache.value = jax.lax.dynamic_update_slice(cache.value, update, (0, start, 0, 0))
+            cache.value = cache.value.at[rows, positions].set(update, mode='drop')
         return cache.value.astype(new.dtype)
 
 
@@ -127,6 +132,7 @@ class Block(nn.Module):
         mlp_width: hidden units of the MLP.
         dropout_rate: probability of dropping an element of each branch's output in training.
         train: whether dropout is active.
+        rotary: see `Attention`.
         cache_length: see `Attention`.
         dtype: dtype of the computation; None follows inputs and parameters.
         param_dtype: dtype of the parameters.
@@ -136,26 +142,22 @@ class Block(nn.Module):
     mlp_width: int
     dropout_rate: float = 0.0
     train: bool = False
+    rotary: bool = False
     cache_length: int = 0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        start: jax.Array | int = 0,
-        positions: jax.Array | None = None,
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
         """Returns (batch, length, width) for inputs of the same shape, and None for `nn.scan`.
 
         Args:
             x: (batch, length, width).
             mask: bool, broadcast to (batch, heads, length, keys); False where masked.
-            start: index of the first input in the cache, if there is one.
-            positions: int (batch, length) or (1, length), by which queries and keys are rotated;
-                None for no rotation.
+            positions: int (batch, length), the position of each input in its sequence, and so in
+                the cache; only needed for a cache and for rotary positions.
         """
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.lecun_normal()
@@ -163,9 +165,13 @@ class Block(nn.Module):
 
         y = _layer_norm('attention_norm', **dtypes)(x)
         attention = Attention(
-            heads=self.heads, cache_length=self.cache_length, name='attention', **dtypes
+            heads=self.heads,
+            rotary=self.rotary,
+            cache_length=self.cache_length,
+            name='attention',
+            **dtypes,
         )
-        y = attention(y, mask, start, positions)
+        y = attention(y, mask, positions)
         x = nn.with_logical_constraint(x + dropout(y), _ACTIVATIONS)
 
         y = _layer_norm('mlp_norm', **dtypes)(x)
@@ -201,7 +207,8 @@ class Transformer(nn.Module):
             saving them; or the name of a policy in `jax.checkpoint_policies`, such as
             'dots_saveable', for what to save.
         decode: whether to cache keys and values in the collection 'cache', so that each call
-            continues the tokens of the previous one. For `trainer.models.generation`.
+            continues the tokens of the previous one. Its `index`, int (batch,), counts the tokens
+            of each example so far. For `trainer.models.generation`.
         dtype: dtype of the computation, such as bfloat16; None follows the parameters.
         param_dtype: dtype of the parameters.
     """
@@ -264,31 +271,23 @@ class Transformer(nn.Module):
             self.vocab_size, self.width, embedding_init=embedding, name='tokens', **dtypes
         )
         x = embed(tokens)
-        start: jax.Array | int = 0
         if self.decode:
-            index = self.variable('cache', 'index', jnp.zeros, (), jnp.int32)
-            start = index.value
-            # The call that creates the cache must not advance it.
-            if not self.is_initializing():
-                index.value = start + length
-            positions = (start + jnp.arange(length))[None]
-        rotation: jax.Array | None = None
-        if self.positions == 'rotary':
-            rotation = jnp.arange(length)[None] if positions is None else positions
-        else:
+            positions = self._advance(tokens)
+        if self.positions == 'learned':
             x = x + self._position_embeddings(length, positions).astype(x.dtype)
+        if positions is None:
+            positions = jnp.arange(length)[None]
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = nn.with_logical_constraint(x, _ACTIVATIONS)
 
         mask = nn.make_causal_mask(tokens, dtype=bool)
         if self.decode:
             # Keys are those of the whole cache. Its unused part is after all queries.
-            keys = jnp.arange(self.max_length)
-            mask = (keys <= start + jnp.arange(length)[:, None])[None, None]
+            mask = (jnp.arange(self.max_length) <= positions[..., None])[:, None]
         elif segments is not None:
             same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
             mask = nn.combine_masks(mask, same, dtype=bool)
-        x = self._blocks(x, mask, start, rotation, train)
+        x = self._blocks(x, mask, positions, train)
 
         x = _layer_norm('norm', **dtypes)(x)
         if self.tied:
@@ -308,13 +307,18 @@ class Transformer(nn.Module):
         )
         return table[:length] if positions is None else table[positions]
 
+    def _advance(self, tokens: jax.Array) -> jax.Array:
+        """Returns the positions of tokens after those of the cache, int (batch, length)."""
+        batch, length = tokens.shape
+        index = self.variable('cache', 'index', jnp.zeros, (batch,), jnp.int32)
+        positions = index.value[:, None] + jnp.arange(length)
+        # The call that creates the cache must not advance it.
+        if not self.is_initializing():
+            index.value = index.value + length
+        return positions
+
     def _blocks(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        start: jax.Array | int,
-        rotation: jax.Array | None,
-        train: bool,
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array, train: bool
     ) -> jax.Array:
         block: Any = Block
         if self.remat != 'none':
@@ -326,6 +330,7 @@ class Transformer(nn.Module):
             mlp_width=self.mlp_width or 4 * self.width,
             dropout_rate=self.dropout_rate,
             train=train,
+            rotary=self.positions == 'rotary',
             cache_length=self.max_length if self.decode else 0,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -341,9 +346,9 @@ class Transformer(nn.Module):
                 unroll=self.unroll,
                 metadata_params={nn.PARTITION_NAME: 'layers'},
             )
-            return stack(name='blocks', **options)(x, mask, start, rotation)[0]
+            return stack(name='blocks', **options)(x, mask, positions)[0]
         for layer in range(self.layers):
-            x, _ = block(name=f'block_{layer}', **options)(x, mask, start, rotation)
+            x, _ = block(name=f'block_{layer}', **options)(x, mask, positions)
         return x
 
 
