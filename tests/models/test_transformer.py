@@ -128,7 +128,7 @@ def test_invalid_options_are_errors(options: dict[str, Any], message: str) -> No
     with pytest.raises(
         UserError, match=rf'^config\.model: trainer\.models\.transformer:\w+ .*{message}'
     ):
-        load_and_build(str(ROOT / 'configs' / 'lm.py'), model__width=16, **given)
+        load_and_build(str(ROOT / 'configs' / 'lm.py:bytes'), model__width=16, **given)
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_half_precision_softmax_is_computed_in_float32() -> None:
 def test_a_trained_model_generates_text() -> None:
     """A short run on the standard library's source generates text of its alphabet."""
     config = load_and_build(
-        str(ROOT / 'configs' / 'lm.py'), train_for='60 steps', evals={},
+        str(ROOT / 'configs' / 'lm.py:bytes'), train_for='60 steps', evals={},
         model__layers=1, model__width=64, model__remat='dots_saveable', model__scan_layers=True,
     )  # fmt: skip
     trainer = Trainer(config)
