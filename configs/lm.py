@@ -184,23 +184,23 @@ def _enlarge_to_gpt2(config: ml_collections.ConfigDict) -> None:
 
 def _train_on_words(config: ml_collections.ConfigDict) -> None:
     """The Penn Treebank, in its 10,000 words: perplexities compare with published ones."""
-    config.train_for = '12 epochs'
-    config.model.update(vocab_size=10_000, layers=3, dropout_rate=0.25, max_length=64)
-    config.optimizer.learning_rate.peak_value = 2e-3
+    config.train_for = '20 epochs'
+    config.model.update(vocab_size=10_000, layers=3, dropout_rate=0.25)
+    config.optimizer.learning_rate.peak_value = 1.5e-3
 
     def source(split: str, stride: int) -> dict:
         return dict(
             target='trainer.data.tokens:TokenSequences',
             text=dict(target='trainer.data.penn_treebank:PennTreebank', split=split),
-            seq_len=64,
+            seq_len=128,
             stride=stride,
         )
 
-    config.data = dict(source=source('train', 64), batch_size=16)
-    # 32 words of each sequence are new, the others are what comes before them.
+    config.data = dict(source=source('train', 128), batch_size=16)
+    # 64 words of each sequence are new, the others are what comes before them.
     config.evals = dict(
-        dev=dict(every='1 epoch', data=dict(source=source('dev', 32), batch_size=32)),
-        test=dict(every='never', data=dict(source=source('test', 32), batch_size=32)),
+        dev=dict(every='1 epoch', data=dict(source=source('dev', 64), batch_size=32)),
+        test=dict(every='never', data=dict(source=source('test', 64), batch_size=32)),
     )
     config.checkpoint = dict(every='1 epoch', keep_last=2, best=dict(metric='eval/dev/loss'))
 

@@ -12,11 +12,18 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from trainer.data.bpe import BPE  # noqa: E402
+from trainer.data.bpe import train as train_bpe  # noqa: E402
+from trainer.data.penn_treebank import PennTreebank  # noqa: E402
+from trainer.data.text import read_texts  # noqa: E402
+from trainer.data.tokens import TokenizedText  # noqa: E402
 
 ORDER = 5
 
@@ -108,10 +115,44 @@ def _interpolate(
 def _discounts(counts: np.ndarray) -> np.ndarray:
     """Returns what is taken from counts of 0, 1, 2 and at least 3."""
     n1, n2, n3, n4 = (np.count_nonzero(counts == i) for i in (1, 2, 3, 4))
+    if not (n1 and n2 and n3 and n4):
+        return np.array([0, 0.5, 1, 1.5])  # Too few n-grams to estimate them.
     y = n1 / (n1 + 2 * n2)
     return np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
 
 
-def perplexity(p: np.ndarray, count: float | None = None) -> float:
-    """Returns the perplexity of some tokens, per token or per one of `count` other units."""
-    return float(np.exp(-np.log(p).sum() / (count or len(p))))
+def measure(train: Any, test: Any, vocab_size: int) -> dict[str, float]:
+    """Returns the perplexities and the bits per byte of a text.
+
+    Args:
+        train: the text whose n-grams are counted, `data.tokens.TokenizedText` or another one.
+        test: the text that is measured.
+        vocab_size: number of tokens.
+    """
+    p = probabilities(train.tokens, test.tokens, train.end, vocab_size)
+    bits = float(-np.log2(p).sum())
+    return {
+        'perplexity': 2 ** (bits / len(p)),
+        'word_perplexity': 2 ** (bits / int(test.num_words.sum())),
+        'bits_per_byte': bits / int(test.num_bytes.sum()),
+    }
+
+
+def main(name: str) -> None:
+    """Prints the measurements of the splits that are not trained on."""
+    if name == 'ptb':
+        train: Any = PennTreebank('train')
+        tests: dict[str, Any] = {split: PennTreebank(split) for split in ('dev', 'test')}
+        size = len(train.words)
+    else:
+        texts = {split: read_texts(split=split) for split in ('train', 'test')}
+        tokenizer = BPE(train_bpe(texts['train'], 8192, str(ROOT / 'runs')))
+        train, test = (TokenizedText(texts[split], tokenizer) for split in ('train', 'test'))
+        tests, size = {'test': test}, tokenizer.size
+    for split, text in tests.items():
+        found = measure(train, text, size)
+        print(split, *(f'{metric} {value:.5g}' for metric, value in found.items()), sep='  ')
+
+
+if __name__ == '__main__':
+    main(*(sys.argv[1:] or ['python']))
