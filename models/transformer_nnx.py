@@ -39,14 +39,19 @@ def rotate(x_BLNK: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BLNK.dtype)
 
 
+def _with_axes(init: Any, *axes: str) -> Any:
+    # Not eager: NNX would look for mesh axes of these names.
+    return nnx.with_partitioning(init, axes, eager_sharding=False)
+
+
 def _linear(sizes: tuple[int, int], axes: tuple[str, str], **options: Any) -> nnx.Linear:
-    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), axes)
+    init = _with_axes(nnx.initializers.lecun_normal(), *axes)
     return nnx.Linear(*sizes, kernel_init=init, **options)
 
 
 def _layer_norm(width: int, **options: Any) -> nnx.LayerNorm:
-    scale = nnx.with_partitioning(nnx.initializers.ones, ('embed',))
-    bias = nnx.with_partitioning(nnx.initializers.zeros, ('embed',))
+    scale = _with_axes(nnx.initializers.ones, 'embed')
+    bias = _with_axes(nnx.initializers.zeros, 'embed')
     return nnx.LayerNorm(width, scale_init=scale, bias_init=bias, **options)
 
 
@@ -184,13 +189,14 @@ class Transformer(nnx.Module):
         self.max_length = max_length
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         normal = nnx.initializers.normal(0.02)
-        names = nnx.with_partitioning(normal, ('vocab', 'embed'))
-        self.tokens = nnx.Embed(vocab_size, width, embedding_init=names, **options)
-        self.positions: nnx.Param[jax.Array] | None = None
-        if positions == 'learned':
-            table = nnx.with_partitioning(normal, ('length', 'embed'))
-            key, shape = rngs.params(), (max_length, width)
-            self.positions = nnx.Param(table(key, shape, param_dtype))
+        embedding = _with_axes(normal, 'vocab', 'embed')
+        self.tokens = nnx.Embed(vocab_size, width, embedding_init=embedding, **options)
+        table = _with_axes(normal, 'length', 'embed')
+        self.positions = (
+            nnx.Param(table(rngs.params(), (max_length, width), param_dtype))
+            if positions == 'learned'
+            else None
+        )
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         sizes = (width, heads, mlp_width or 4 * width, dropout_rate)
         rotary = positions == 'rotary'
