@@ -114,7 +114,7 @@ def check_stacking(text: str) -> None:
         'model': {**TINY_LM['model'], 'scan_layers': True},
         'init_from.path': 'old.msgpack',
     }
-    new = Trainer(build_fragment('lm.py', text, options)).init_state().params
+    new = Trainer(build_fragment('lm.py:bytes', text, options)).init_state().params
     layers = [jax.tree.leaves(params[f'block_{i}']) for i in range(2)]
     for found, *old in zip(jax.tree.leaves(new['blocks']), *layers, strict=True):
         np.testing.assert_array_equal(found, np.stack(old))
@@ -128,7 +128,7 @@ SMALL_LM = {
 def check_samples(text: str) -> None:
     """The texts are written, and continue what the page says."""
     workdir = tempfile.mkdtemp(dir='.')
-    trainer, result = fit(build_fragment('lm.py', text, SMALL_LM), workdir)
+    trainer, result = fit(build_fragment('lm.py:bytes', text, SMALL_LM), workdir)
     (found,) = trainer.predict('samples', result.state)
     assert len(found['generated']) in (4, 8) and found['generated'].shape[1] == 64
     [path] = pathlib.Path(workdir).rglob('samples.txt')
@@ -137,7 +137,7 @@ def check_samples(text: str) -> None:
 
 def check_search(text: str) -> None:
     limits = {'evals.lines.data.source.limit': 3, 'evals.lines.task.count': 8}
-    trainer, result = fit(build_fragment('lm.py', text, {**SMALL_LM, **limits}))
+    trainer, result = fit(build_fragment('lm.py:bytes', text, {**SMALL_LM, **limits}))
     (found,) = trainer.predict('lines', result.state)
     source = text_data.python_source(128, split='test', limit=3)
     prompt = jnp.asarray(source.gather(np.arange(3))['inputs'][:, :32])
