@@ -49,7 +49,9 @@ class Attention(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array | None = None
+    ) -> jax.Array:
         """Returns (batch, length, width) for inputs of the same shape; for the rest see `Block`."""
         batch, length, width = x.shape
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -64,10 +66,9 @@ class Attention(nn.Module):
 
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
         if self.cache_length:
-            key, value = (
-                self._update_cache('keys', key, start),
-                self._update_cache('values', value, start),
-            )
+            assert positions is not None
+            key = self._update_cache('keys', key, positions)
+            value = self._update_cache('values', value, positions)
         # bfloat16 probabilities would not sum to 1, so the softmax is in float32. Its result is
         # cast back: otherwise it would promote the next product and everything after it.
         weights = nn.dot_product_attention_weights(
@@ -78,15 +79,22 @@ class Attention(nn.Module):
             width, kernel_init=_with_axes(init, 'heads', 'embed'), name='out', **dtypes
         )(y)
 
-    def _update_cache(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:
-        """Writes `new` into the cache at `start`; returns all of it (batch, cache_length, ...)."""
+    def _update_cache(self, name: str, new: jax.Array, positions: jax.Array) -> jax.Array:
+        """Writes `new` into the cache at `positions`; returns all of it (batch, cache_length, ...).
+
+        Args:
+            name: name of the cache.
+            new: (batch, length, heads, head_dim).
+            positions: int (batch, length); those outside of the cache are not written.
+        """
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
         cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
         # The call that creates the cache must leave it empty.
         if not self.is_initializing():
+            rows = jnp.arange(new.shape[0])[:, None]
             # A cache that was created before the parameters were cast has another dtype.
             update = new.astype(cache.value.dtype)
-            cache.value = jax.lax.dynamic_update_slice(cache.value, update, (0, start, 0, 0))
+            cache.value = cache.value.at[rows, positions].set(update, mode='drop')
         return cache.value.astype(new.dtype)
 
 
@@ -113,14 +121,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
         """Returns (batch, length, width) for inputs of the same shape, and None for `nn.scan`.
 
         Args:
             x: (batch, length, width).
             mask: bool, broadcast to (batch, heads, length, keys); False where masked.
-            start: index of the first input in the cache, if there is one.
+            positions: int (batch, length), the position of each input in the cache, if there is
+                one.
         """
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.lecun_normal()
@@ -130,7 +139,7 @@ class Block(nn.Module):
         attention = Attention(
             heads=self.heads, cache_length=self.cache_length, name='attention', **dtypes
         )
-        y = attention(y, mask, start)
+        y = attention(y, mask, positions)
         x = nn.with_logical_constraint(x + dropout(y), _ACTIVATIONS)
 
         y = _layer_norm('mlp_norm', **dtypes)(x)
@@ -162,7 +171,8 @@ class Transformer(nn.Module):
             saving them; or the name of a policy in `jax.checkpoint_policies`, such as
             'dots_saveable', for what to save.
         decode: whether to cache keys and values in the collection 'cache', so that each call
-            continues the tokens of the previous one. For `trainer.models.generation`.
+            continues the tokens of the previous one. Its `index`, int (batch,), counts the tokens
+            of each example so far. For `trainer.models.generation`.
         dtype: dtype of the computation, such as bfloat16; None follows the parameters.
         param_dtype: dtype of the parameters.
     """
@@ -221,14 +231,9 @@ class Transformer(nn.Module):
             (self.max_length, self.width),
             self.param_dtype,
         )
-        start: jax.Array | int = 0
+        cached: jax.Array | None = None
         if self.decode:
-            index = self.variable('cache', 'index', jnp.zeros, (), jnp.int32)
-            start = index.value
-            # The call that creates the cache must not advance it.
-            if not self.is_initializing():
-                index.value = start + length
-            positions = start + jnp.arange(length)
+            cached = positions = self._advance(tokens)
         table = table.astype(x.dtype)
         x = x + (table[:length] if positions is None else table[positions])
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
@@ -237,20 +242,30 @@ class Transformer(nn.Module):
         mask = nn.make_causal_mask(tokens, dtype=bool)
         if self.decode:
             # Keys are those of the whole cache. Its unused part is after all queries.
-            keys = jnp.arange(self.max_length)
-            mask = (keys <= start + jnp.arange(length)[:, None])[None, None]
+            assert cached is not None
+            mask = (jnp.arange(self.max_length) <= cached[..., None])[:, None]
         elif segments is not None:
             same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
             mask = nn.combine_masks(mask, same, dtype=bool)
-        x = self._blocks(x, mask, start, train)
+        x = self._blocks(x, mask, cached, train)
 
         x = _layer_norm('norm', **dtypes)(x)
         init = _with_axes(nn.initializers.lecun_normal(), 'embed', 'vocab')
         logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
         return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
 
+    def _advance(self, tokens: jax.Array) -> jax.Array:
+        """Returns the positions of tokens after those of the cache, int (batch, length)."""
+        batch, length = tokens.shape
+        index = self.variable('cache', 'index', jnp.zeros, (batch,), jnp.int32)
+        positions = index.value[:, None] + jnp.arange(length)
+        # The call that creates the cache must not advance it.
+        if not self.is_initializing():
+            index.value = index.value + length
+        return positions
+
     def _blocks(
-        self, x: jax.Array, mask: jax.Array, start: jax.Array | int, train: bool
+        self, x: jax.Array, mask: jax.Array, cached: jax.Array | None, train: bool
     ) -> jax.Array:
         block: Any = Block
         if self.remat != 'none':
@@ -277,9 +292,9 @@ class Transformer(nn.Module):
                 unroll=self.unroll,
                 metadata_params={nn.PARTITION_NAME: 'layers'},
             )
-            return stack(name='blocks', **options)(x, mask, start)[0]
+            return stack(name='blocks', **options)(x, mask, cached)[0]
         for layer in range(self.layers):
-            x, _ = block(name=f'block_{layer}', **options)(x, mask, start)
+            x, _ = block(name=f'block_{layer}', **options)(x, mask, cached)
         return x
 
 

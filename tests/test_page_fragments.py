@@ -26,7 +26,7 @@ from tests.parallel import group
 from trainer.config import loading, overrides, schema
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build
-from trainer.models.generation import generate
+from trainer.models.generation import generate, with_cache
 from trainer.models.transformer import Transformer
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
@@ -126,7 +126,8 @@ def check_generation(text: str) -> None:
     source = text_data.python_source(128, split='test', limit=3)
     prompt = jnp.asarray(source.gather(np.arange(3))['inputs'][:, :32])
     model, variables = trainer.model(result.state).unbind()
-    expected = generate(model, variables['params'], prompt, 64)
+    decoder = with_cache(model.clone(decode=True), variables, 3, 96)
+    expected, _ = generate(*decoder, prompt, count=64)
     np.testing.assert_array_equal(found['continued'], expected)
     assert 'eval/samples/loss' not in result.metrics
 

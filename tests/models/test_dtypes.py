@@ -23,7 +23,7 @@ from trainer.models.bilstm import BiLSTM
 from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
 from trainer.models.efficientnet import EfficientNet
-from trainer.models.generation import generate
+from trainer.models.generation import generate, with_cache
 from trainer.models.graphs import mean_nodes, sum_edges, sum_nodes
 from trainer.models.mixer import Mixer
 from trainer.models.mixer_nnx import Mixer as NNXMixer
@@ -181,7 +181,7 @@ def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
         assert all(jax.tree.leaves(kept))
     if not (own or scan_layers):
         prompt = jnp.asarray(tokens()[:, :3])
-        found = generate(model, params, prompt, 3)
+        found, _ = generate(*with_cache(decoder, {'params': params}, 2, 6), prompt, count=3)
         row = jnp.concatenate([prompt, found], axis=1)
         logits = jax.jit(model.apply)({'params': params}, row)
         assert np.array_equal(found, logits[:, 2:-1].argmax(-1))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beam search: with one beam it is greedy decoding, with enough it finds the best of all."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer.models.beam_search import beam_search
+from trainer.models.generation import generate, with_cache, without_cache
+from trainer.models.transformer import Transformer
+
+VOCABULARY, COUNT, STOP = 3, 3, 2
+PROMPT = np.array([[0, 1, 1], [1, 0, 0]], np.int32)
+
+
+def transformer(**options: Any) -> Transformer:
+    small = dict(vocab_size=VOCABULARY, layers=1, width=8, heads=2, max_length=8)
+    return Transformer(**{**small, **options})
+
+
+@functools.cache
+def variables(**options: Any) -> Any:
+    """Returns variables that are far from uniform predictions."""
+    model = transformer(**options)
+    made = nn.meta.unbox(jax.jit(model.init)(jax.random.key(2), PROMPT))
+    return jax.tree.map(lambda x: 2 * x, made)
+
+
+def cached_decoder(batch: int = 2, **options: Any) -> Any:
+    return with_cache(transformer(**options, decode=True), variables(**options), batch, 8)
+
+
+def predict(tokens: Any) -> np.ndarray:
+    """Returns log probabilities of the next token after each."""
+    logits = transformer().apply(variables(), jnp.asarray(tokens))
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
+def search_everything(prompt: np.ndarray, penalty: float) -> list[tuple[float, tuple[int, ...]]]:
+    """Returns the scores of all sequences that end with the stop token, the best first.
+
+    Those without a stop token follow.
+    """
+    groups: list[list[tuple[float, tuple[int, ...]]]] = [[], []]
+    for length in range(1, COUNT + 1):
+        for tokens in itertools.product(range(VOCABULARY), repeat=length):
+            if STOP in tokens[:-1] or (tokens[-1] != STOP and length < COUNT):
+                continue
+            row = np.concatenate([prompt, tokens])
+            log_probs = predict(row[None, :-1])[0, len(prompt) - 1 :]
+            total = log_probs[np.arange(length), tokens].sum()
+            score = total / ((5 + length) / 6) ** penalty
+            groups[tokens[-1] != STOP].append((float(score), tokens))
+    return [item for group in groups for item in sorted(group, reverse=True)]
+
+
+@pytest.mark.parametrize('penalty', [0.0, 0.6, 3.0])
+def test_enough_beams_find_the_best_of_all_sequences(penalty: float) -> None:
+    """In each example of a batch, with their scores, however long they are."""
+    options: dict[str, Any] = dict(count=COUNT, stop=STOP, length_penalty=penalty, pad=-1)
+    found = beam_search(*cached_decoder(), PROMPT, beams=27, **options)
+    for row, prompt in enumerate(PROMPT):
+        expected = search_everything(prompt, penalty)
+        assert found.lengths[row].tolist() == [len(x) for _, x in expected] + [0] * 12
+        scores = [score for score, _ in expected]
+        np.testing.assert_allclose(found.scores[row, :15], scores, rtol=1e-4)
+        assert (found.scores[row, 15:] == -np.inf).all()
+        tokens = [[*x, *[-1] * (COUNT - len(x))] for _, x in expected]
+        np.testing.assert_array_equal(found.tokens[row], tokens + [[-1] * COUNT] * 12)
+
+
+def reference(prompt: np.ndarray, count: int, beams: int, penalty: float) -> list[Any]:
+    """Searches with a few beams, one sequence after the other, in Python."""
+    running: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    ended: list[tuple[float, tuple[int, ...]]] = []
+    for length in range(1, count + 1):
+        longer = []
+        for total, tokens in running:
+            scores = predict(np.concatenate([prompt, tokens]).astype(int)[None])[0, -1]
+            longer += [(total + float(s), (*tokens, token)) for token, s in enumerate(scores)]
+        longer.sort(reverse=True)
+        best = [item for item in longer[:beams] if item[1][-1] == STOP]
+        ended += [(total / ((5 + length) / 6) ** penalty, tokens) for total, tokens in best]
+        ended = sorted(ended, reverse=True)[:beams]
+        running = [item for item in longer if item[1][-1] != STOP][:beams]
+        if len(ended) == beams:
+            return ended
+    rest = [(total / ((5 + count) / 6) ** penalty, tokens) for total, tokens in running]
+    return (ended + rest)[:beams]
+
+
+@pytest.mark.parametrize('beams', [2, 3])
+@pytest.mark.parametrize('scan_layers', [False, True])
+def test_a_few_beams(beams: int, scan_layers: bool) -> None:
+    """As in plain Python, also if the cache has the batch in its second dimension."""
+    decoder = cached_decoder()
+    if scan_layers:
+        stacked = jax.tree.map(lambda x: x[None], variables()['params']['block_0'])
+        params = {**variables()['params'], 'blocks': stacked}
+        del params['block_0']
+        model = transformer(scan_layers=True, decode=True)
+        decoder = with_cache(model, {'params': params}, 2, 8)
+    found = beam_search(*decoder, PROMPT, count=5, stop=STOP, beams=beams)
+    for row, prompt in enumerate(PROMPT):
+        expected = reference(prompt, 5, beams, 0.6)
+        np.testing.assert_allclose(found.scores[row], [s for s, _ in expected], rtol=1e-4)
+        for tokens, length, (_, other) in zip(
+            np.asarray(found.tokens[row]), found.lengths[row].tolist(), expected, strict=True
+        ):
+            assert tuple(tokens[:length].tolist()) == other
+
+
+@pytest.mark.parametrize('penalty', [0.0, 1.0])
+@pytest.mark.parametrize('stop', [(), STOP, (0, 1)])
+def test_one_beam_equals_greedy_decoding(penalty: float, stop: Any) -> None:
+    lengths = np.array([3, 2])
+    options: dict[str, Any] = dict(count=5, lengths=lengths, stop=stop, pad=9)
+    found = beam_search(*cached_decoder(), PROMPT, beams=1, length_penalty=penalty, **options)
+    greedy = generate(*cached_decoder(), PROMPT, **options)
+    np.testing.assert_array_equal(found.tokens[:, 0], greedy.tokens)
+    np.testing.assert_array_equal(found.lengths[:, 0], greedy.lengths)
+
+
+def test_beams_with_and_without_a_cache() -> None:
+    """The same, for prompts of different lengths."""
+    options: dict[str, Any] = dict(count=5, stop=STOP, beams=3, lengths=np.array([3, 2]))
+    found = beam_search(*cached_decoder(), PROMPT, **options)
+    apply = functools.partial(transformer().apply, variables())
+    slow = beam_search(*without_cache(apply, 2, 8), PROMPT, **options)
+    np.testing.assert_array_equal(found.tokens, slow.tokens)
+    np.testing.assert_array_equal(found.lengths, slow.lengths)
+    np.testing.assert_allclose(found.scores, slow.scores, rtol=1e-4)

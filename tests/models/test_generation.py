@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation: the same tokens by any way to compute them, and what is drawn."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from trainer.models import generation
+from trainer.models.generation import (
+    feed_singly,
+    generate,
+    keep_probable,
+    with_cache,
+    without_cache,
+)
+from trainer.models.transformer import Transformer
+
+VOCABULARY, LENGTH = 11, 12
+PROMPT = np.random.default_rng(0).integers(0, VOCABULARY, (3, 4), np.int32)
+LENGTHS = np.array([2, 4, 3], np.int32)
+KEY = jax.random.key(0)
+
+
+def transformer(**options: Any) -> Transformer:
+    small = dict(vocab_size=VOCABULARY, layers=2, width=8, heads=2, max_length=LENGTH)
+    return Transformer(**{**small, **options})
+
+
+@functools.cache
+def variables(**options: Any) -> Any:
+    """Returns variables that are far from uniform predictions."""
+    model = transformer(**options)
+    made = nn.meta.unbox(jax.jit(model.init)(jax.random.key(1), PROMPT))
+    return jax.tree.map(lambda x: 3 * x, made)
+
+
+def cached_decoder(batch: int = 3, length: int = LENGTH, **options: Any) -> Any:
+    return with_cache(transformer(**options, decode=True), variables(**options), batch, length)
+
+
+def full_passes(batch: int = 3, **options: Any) -> Any:
+    predict = functools.partial(transformer(**options).apply, variables(**options))
+    return without_cache(predict, batch, LENGTH)
+
+
+def constant_decoder(logits: Any) -> Any:
+    """Returns `extend` of a model that always returns the same logits (V,), and its cache."""
+
+    def extend(tokens: jax.Array, cache: Any) -> Any:
+        return jnp.broadcast_to(jnp.asarray(logits), (*tokens.shape, len(logits))), cache
+
+    return extend, ()
+
+
+@pytest.mark.parametrize('scan_layers', [pytest.param(False, marks=pytest.mark.slow), True])
+def test_tokens_with_and_without_a_cache(scan_layers: bool) -> None:
+    """Greedy or drawn, for prompts of different lengths, they are those of one prompt at a time."""
+    for key in (None, KEY):
+        options: dict[str, Any] = dict(count=8, key=key, top_k=5)
+        found = generate(
+            *cached_decoder(scan_layers=scan_layers), PROMPT, lengths=LENGTHS, **options
+        )
+        slow = generate(*full_passes(scan_layers=scan_layers), PROMPT, lengths=LENGTHS, **options)
+        np.testing.assert_array_equal(found.tokens, slow.tokens)
+        assert found.lengths.tolist() == [8, 8, 8]
+        for row, length in enumerate(LENGTHS):
+            if key is not None:
+                options['key'] = jax.random.fold_in(key, row)[None]
+            one = full_passes(1, scan_layers=scan_layers)
+            alone = generate(*one, PROMPT[row : row + 1, :length], **options)
+            np.testing.assert_array_equal(alone.tokens[0], found.tokens[row])
+
+
+def test_greedy_tokens_are_the_most_probable() -> None:
+    tokens, _ = generate(*cached_decoder(), PROMPT, count=8)
+    logits = transformer().apply(variables(), np.concatenate([PROMPT, tokens], axis=1))
+    np.testing.assert_array_equal(tokens, logits[:, 3:-1].argmax(-1))
+
+
+def test_stop_tokens_end_an_example() -> None:
+    """Tokens before the first stop token are the same, later ones are padding."""
+    free = np.asarray(generate(*cached_decoder(), PROMPT, count=8).tokens)
+    stop = (int(free[0, 1]), int(free[1, 3]))
+    tokens, lengths = generate(*cached_decoder(), PROMPT, count=8, stop=stop, pad=-1)
+    for row, found, length in zip(free, np.asarray(tokens), lengths, strict=True):
+        ends = np.flatnonzero(np.isin(row, stop))
+        assert length == (ends[0] + 1 if len(ends) else 8)
+        assert (found[:length] == row[:length]).all() and (found[length:] == -1).all()
+    assert lengths[0] <= 2
+
+
+def test_the_loop_ends_with_the_last_example() -> None:
+    """The model is not called again when all examples have stopped."""
+    calls: list[int] = []
+
+    def extend(tokens: jax.Array, cache: jax.Array) -> Any:
+        jax.debug.callback(lambda _: calls.append(1), cache)
+        return jax.nn.one_hot(jnp.full(tokens.shape, cache), 5), cache + 1
+
+    tokens, lengths = generate(extend, jnp.int32(0), PROMPT, count=1000, stop=3)
+    jax.effects_barrier()
+    assert (tokens[0, :5].tolist(), lengths.tolist()) == ([0, 1, 2, 3, 0], [4, 4, 4])
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize('is_closure', [False, True])
+def test_callback_gets_tokens_in_their_order(is_closure: bool) -> None:
+    """Those that `generate` returns, one after the other, and which of them count."""
+    decoder = full_passes() if is_closure else cached_decoder()
+    stop = int(generate(*decoder, PROMPT, count=3).tokens[0, 2])
+    options: dict[str, Any] = dict(count=8, key=KEY, stop=(stop,), lengths=LENGTHS)
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    found = generate(*decoder, PROMPT, callback=lambda *given: seen.append(given), **options)
+    tokens, lengths = generate(*decoder, PROMPT, **options)
+    np.testing.assert_array_equal(found.tokens, tokens)
+    np.testing.assert_array_equal(found.lengths, lengths)
+    assert len(seen) == max(lengths.tolist())
+    np.testing.assert_array_equal(np.stack([x for x, _ in seen], 1), tokens[:, : len(seen)])
+    counted = np.stack([is_running for _, is_running in seen], 1)
+    np.testing.assert_array_equal(counted, np.arange(len(seen)) < lengths[:, None])
+
+
+def test_a_callback_within_jit_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r'callback: tokens have no values within jax\.jit'):
+        jax.jit(lambda x: generate(*cached_decoder(), x, count=2, callback=print))(PROMPT)
+
+
+def reference_of_kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Returns which tokens are kept, in numpy, one after the other."""
+    order = np.argsort(-logits, kind='stable')
+    order = order[: top_k or None]
+    probabilities = np.exp(logits[order] - logits.max())
+    probabilities /= probabilities.sum()
+    count = 1
+    while count < len(order) and probabilities[:count].sum() < top_p:
+        count += 1
+    kept = np.zeros(len(logits), bool)
+    kept[order[:count]] = True
+    return kept
+
+
+@pytest.mark.parametrize(
+    ('top_k', 'top_p'), [(0, 1.0), (1, 1.0), (3, 1.0), (50, 1.0), (0, 0.5), (0, 1e-6), (4, 0.8)]
+)
+def test_kept_tokens_are_those_of_numpy(top_k: int, top_p: float) -> None:
+    logits = np.random.default_rng(1).normal(size=(6, VOCABULARY)).astype(np.float32) * 2
+    found = keep_probable(jnp.asarray(logits), top_k, top_p)
+    expected = np.stack([reference_of_kept(row, top_k, top_p) for row in logits])
+    np.testing.assert_array_equal(np.isfinite(found), expected)
+    np.testing.assert_array_equal(np.asarray(found)[expected], logits[expected])
+
+
+def test_kept_tokens_include_equal_ones() -> None:
+    found = keep_probable(jnp.array([1.0, 2.0, 1.0, 0.0]), top_k=2)
+    np.testing.assert_array_equal(np.isfinite(found), [True, True, True, False])
+
+
+@pytest.mark.parametrize(('temperature', 'top_k', 'top_p'), [(0.7, 0, 1.0), (1.5, 3, 0.9)])
+def test_distribution_of_drawn_tokens(temperature: float, top_k: int, top_p: float) -> None:
+    """Frequencies of 20,000 tokens are the probabilities, within 5 standard deviations."""
+    logits = np.array([0.5, 2.0, -1.0, 1.0], np.float32)
+    prompt = np.zeros((2000, 1), np.int32)
+    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens, _ = generate(*constant_decoder(logits), prompt, count=10, key=KEY, **options)
+    scaled = logits / temperature
+    kept = reference_of_kept(scaled, top_k, top_p)
+    expected = np.where(kept, np.exp(scaled), 0)
+    expected /= expected.sum()
+    frequencies = np.bincount(np.asarray(tokens).ravel(), minlength=4) / 20_000
+    assert (np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / 20_000)).all()
+    assert (frequencies[~kept] == 0).all()
+
+
+def test_drawn_tokens_depend_on_the_key() -> None:
+    drawn = [
+        generate(*cached_decoder(), PROMPT, count=8, key=key).tokens
+        for key in jax.random.split(KEY)
+    ]
+    assert not np.array_equal(*drawn)
+    cold = generate(*cached_decoder(), PROMPT, count=8, key=KEY, temperature=1e-6).tokens
+    np.testing.assert_array_equal(cold, generate(*cached_decoder(), PROMPT, count=8).tokens)
+    old = generate(*cached_decoder(), PROMPT, count=8, key=jax.random.PRNGKey(0)).tokens
+    np.testing.assert_array_equal(old, generate(*cached_decoder(), PROMPT, count=8, key=KEY).tokens)
+
+
+def test_equal_models_share_a_program() -> None:
+    """It is compiled once, for any parameters and temperatures."""
+    generation._generate_compiled.clear_cache()  # Or JAX may drop an old program meanwhile.
+    for temperature in (0.5, 1.5):
+        generate(*cached_decoder(), PROMPT, count=2, key=KEY, temperature=temperature)
+    assert generation._generate_compiled._cache_size() == 1
+
+
+def test_several_devices() -> None:
+    """A batch that is sharded over 8 devices has the same tokens, drawn with a cache."""
+    prompt = np.random.default_rng(2).integers(0, VOCABULARY, (8, 4), np.int32)
+    options: dict[str, Any] = dict(count=8, key=KEY, lengths=1 + np.arange(8) % 4, stop=3)
+    extend, cache = cached_decoder(8)
+    expected = generate(extend, cache, prompt, **options)
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P('data'))
+    found = generate(
+        extend, jax.device_put(cache, sharding), jax.device_put(prompt, sharding), **options
+    )
+    assert len(found.tokens.sharding.device_set) == 8
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+
+
+class Elsewhere(nn.Module):
+    """A model with the cache of Flax's own attention: one token in a call, one index for all."""
+
+    decode: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = nn.Embed(VOCABULARY, 8)(tokens)
+        mask = None if self.decode else nn.make_causal_mask(tokens)
+        attention = nn.MultiHeadDotProductAttention(num_heads=2, decode=self.decode)
+        return nn.Dense(VOCABULARY)(x + attention(x, mask=mask))
+
+
+def test_a_model_of_flax_s_attention() -> None:
+    """Prompts of equal length; for others the error says what the cache lacks."""
+    model = Elsewhere()
+    variables = jax.tree.map(lambda x: 3 * x, model.init(KEY, PROMPT))
+    extend, cache = with_cache(Elsewhere(decode=True), variables, 3, LENGTH)
+    found = generate(feed_singly(extend), cache, PROMPT, count=8)
+    slow = without_cache(functools.partial(model.apply, variables), 3, LENGTH)
+    np.testing.assert_array_equal(found.tokens, generate(*slow, PROMPT, count=8).tokens)
+    with pytest.raises(ValueError, match=r'lengths: .* need a cache with an entry `index`'):
+        generate(feed_singly(extend), cache, PROMPT, count=8, lengths=LENGTHS)
+
+
+class Recurrent(nnx.Module):
+    """A recurrent model of NNX, whose carry is its cache."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(VOCABULARY, 8, rngs=rngs)
+        self.cell = nnx.GRUCell(8, 8, rngs=rngs)
+        self.logits = nnx.Linear(8, VOCABULARY, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, carry: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = []
+        for position in range(tokens.shape[1]):
+            carry, y = self.cell(carry, self.embed(tokens[:, position]))
+            found.append(self.logits(y))
+        return jnp.stack(found, 1), carry
+
+
+def test_a_model_of_nnx_with_a_carry() -> None:
+    """Its own function of tokens and carry is `extend`."""
+    model = Recurrent(nnx.Rngs(0))
+    zeros = jnp.zeros((3, 8))
+    tokens, _ = generate(model, zeros, PROMPT, count=8)
+    logits, _ = model(jnp.concatenate([PROMPT, tokens], axis=1), zeros)
+    np.testing.assert_array_equal(tokens, logits[:, 3:-1].argmax(-1))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({'count': 0}, r'expected at least one token in the prompt and to generate, got 4 and count=0'),
+    ({'prompt': PROMPT[:, :0]}, r'expected at least one token in the prompt'),
+    ({'prompt': PROMPT[0]}, r'prompt: expected shape \(batch, length\), got \(4,\)'),
+    ({'count': 9}, r'13 tokens with the prompt, but with_cache was called for length=12'),
+    ({'lengths': [1, 2]}, r'lengths: expected shape \(3,\), got \(2,\)'),
+    ({'lengths': [0, 2, 4]}, r'lengths: expected numbers from 1 to 4, got \[0, 2, 4\]'),
+    ({'lengths': [1, 2, 5]}, r'lengths: expected numbers from 1 to 4, got \[1, 2, 5\]'),
+    ({'temperature': 0}, r'temperature: expected a number > 0, got 0; for the most probable'),
+    ({'temperature': jnp.zeros(())}, r'temperature: expected a number > 0'),
+    ({'temperature': float('nan')}, r'temperature: expected a number > 0'),
+    ({'top_k': -1}, r'top_k: expected 0 for all tokens, or a number > 0, got -1'),
+    ({'top_p': 0.0}, r'top_p: expected a probability > 0, at most 1, got 0\.0'),
+    ({'top_p': 90}, r'top_p: expected a probability > 0, at most 1, got 90'),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), REFUSED)
+def test_arguments_out_of_range_are_errors(options: dict[str, Any], message: str) -> None:
+    arguments = {'prompt': PROMPT, 'count': 2, 'key': KEY, **options}
+    with pytest.raises(ValueError, match=message):
+        generate(*cached_decoder(), **arguments)
+
+
+def test_models_that_do_not_fit_are_errors() -> None:
+    with pytest.raises(ValueError, match=r'13 tokens, but max_length is 12'):
+        cached_decoder(length=13)
+    with pytest.raises(ValueError, match=r'Transformer creates no .* model\.clone\(decode=True\)'):
+        with_cache(transformer(), variables(), 3, LENGTH)
