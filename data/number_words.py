@@ -29,11 +29,11 @@ GERMAN_TENS = (
     'zwanzig', 'dreißig', 'vierzig', 'fünfzig', 'sechzig', 'siebzig', 'achtzig', 'neunzig',
 )  # fmt: skip
 
-_NUMBERS = 1_000_000
+_NUMBERS = 100_000
 
 
 class NumberWords(TextPairs):
-    """Numbers below a million in English words, and in German ones as their translation.
+    """Numbers below 100,000 in English words, and in German ones as their translation.
 
     Each number is in one split, by chance: one of ten in 'test', all others in 'train'.
     """
@@ -43,7 +43,7 @@ class NumberWords(TextPairs):
 
         Args:
             split: 'train' or 'test'.
-            count: how many numbers, at most 900,000 for training and 100,000 for the test.
+            count: how many numbers, at most 90,000 for training and 10,000 for the test.
 
         Raises:
             ValueError: if the split is unknown, or the count is out of range.
@@ -79,13 +79,13 @@ def to_german(number: int) -> str:
         return GERMAN[number]
     if number < 100:
         tens, ones = divmod(number, 10)
-        return (f'{_within(ones)}und' if ones else '') + GERMAN_TENS[tens - 2]
+        return (f'{_inflect(ones)}und' if ones else '') + GERMAN_TENS[tens - 2]
     unit, name = (1000, 'tausend') if number >= 1000 else (100, 'hundert')
     many, rest = divmod(number, unit)
-    return f'{_within(many)}{name}' + (to_german(rest) if rest else '')
+    return f'{_inflect(many)}{name}' + (to_german(rest) if rest else '')
 
 
-def _within(number: int) -> str:
+def _inflect(number: int) -> str:
     """Returns the word before another one: 'ein' for 'eins', 'einhundertein' for 101."""
     word = to_german(number)
     return word.removesuffix('s') if number % 100 == 1 else word

@@ -51,16 +51,18 @@ class TextPairs:
 class PairFile(TextPairs):
     """Pairs of texts from a file in UTF-8: a source, a tab, and its translation in each line."""
 
-    def __init__(self, path: str, *, limit: int | None = None):
+    def __init__(self, path: str, *, split: str = 'train', limit: int | None = None):
         """Reads the file.
 
         Args:
-            path: the file.
+            path: the file; '{split}' in it stands for the split.
+            split: such as 'train', 'dev' or 'test'.
             limit: use only this many lines from the start.
 
         Raises:
             ValueError: if there is no such file, no line in it, or a line is broken.
         """
+        path = path.replace('{split}', split)
         name = os.path.expanduser(path)
         if not os.path.isfile(name):
             raise ValueError(

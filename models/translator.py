@@ -90,6 +90,8 @@ class Attention(nn.Module):
         width = x.shape[-1]
         query = _split_heads(_dense(width, ('embed', 'heads'), 'query', dtypes)(x), self.heads)
         key, value = source or KeysValues(self.heads, name='inputs', **dtypes)(x)
+        # The caller of `encode` may have cast its result.
+        key, value = key.astype(query.dtype), value.astype(query.dtype)
         if self.decode and source is None:
             key = self._update_cache('keys', key, positions)
             value = self._update_cache('values', value, positions)
