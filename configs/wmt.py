@@ -134,7 +134,7 @@ def _set_data(
     lengths: tuple[int, ...],
     batch_size: int,
 ) -> None:
-    """Sets the splits, in batches of a few lengths, and what is measured on them.
+    """Sets the splits, in batches of a few lengths.
 
     Args:
         config: the config.
@@ -163,30 +163,33 @@ def _set_data(
     train = source('train', lengths, group=4 * batch_size)
     train['items']['max_tokens'] = lengths[-1]
     config.data = dict(source=train, batch_size=batch_size)
-    task = dict(
-        config.task,
-        search=dict(ref='trainer.models.beam_search:beam_search'),
-        beams=4,
-        length_penalty=0.6,
-        extra_metrics=dict(perplexity=dict(target='trainer.metrics:Perplexity')),
-    )
-    score = dict(
-        target='trainer.scores:Translation',
-        vocabulary=vocabulary,
-        metrics=('bleu', 'chrf'),
-        fields=('source_text', 'target_text'),
-    )
     # Two lengths: a search takes longer to compile than a step. All pairs count: longer ones are
     # truncated, but not the text that their translation is compared with.
     few = tuple(sorted({lengths[len(lengths) // 2], lengths[-1]}))
     config.evals = {
-        split: dict(
-            every='never',  # Once, at the end.
-            data=dict(source=source(split, few, truncate=True), batch_size=64),
-            model=dict(decode=True),
-            task=task,
-            score=score,
-        )
+        split: _evaluate(config.task, vocabulary, source(split, few, truncate=True))
         for split in splits
         if split != 'train'
     }
+
+
+def _evaluate(task: ml_collections.ConfigDict, vocabulary: dict, source: dict) -> dict:
+    """Returns an evaluation with the search for translations, once, at the end."""
+    return dict(
+        every='never',
+        data=dict(source=source, batch_size=64),
+        model=dict(decode=True),
+        task=dict(
+            task,
+            search=dict(ref='trainer.models.beam_search:beam_search'),
+            beams=4,
+            length_penalty=0.6,
+            extra_metrics=dict(perplexity=dict(target='trainer.metrics:Perplexity')),
+        ),
+        score=dict(
+            target='trainer.scores:Translation',
+            vocabulary=vocabulary,
+            metrics=('bleu', 'chrf'),
+            fields=('source_text', 'target_text'),
+        ),
+    )
