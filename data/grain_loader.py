@@ -118,6 +118,11 @@ class GrainLoader:
         return self._loader.marks
 
     @property
+    def vocabulary(self) -> str | None:
+        """See `trainer.input.loader.HasVocabulary`."""
+        return self._loader.vocabulary
+
+    @property
     def first(self) -> Tree:
         """The first example of the source, as in epoch 0, each field as (1, ...)."""
         return self._loader.first

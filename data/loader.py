@@ -133,6 +133,11 @@ class TrainLoader:
         return _spec(self.block(start, 1, rows=slice(0, 1)), self.batch_size)
 
     @property
+    def vocabulary(self) -> str | None:
+        """See `trainer.input.loader.HasVocabulary`."""
+        return getattr(self._source, 'vocabulary', None)
+
+    @property
     def first(self) -> Tree:
         """The first example of the source, as in epoch 0, each field as (1, ...).
 

@@ -28,6 +28,7 @@ class PaddedSequences:
 
     Attributes:
         num_shapes: how many shapes batches may have.
+        vocabulary: that of the items: see `data.tokens.TokenizedText`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class PaddedSequences:
         if unknown := sorted(named.keys() - set(fields)):
             raise ValueError(f'fill: {unknown[0]!r} is not among the fields {", ".join(fields)}')
         self.num_shapes = len(lengths)
+        self.vocabulary: str | None = getattr(items, 'vocabulary', None)
         self._items = items
         self._fields = tuple(fields)
         self._lengths = lengths

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text sources for language models: byte tokens in sequences, and documents."""
+"""Text for language models: byte tokens in sequences, documents, and texts to be tokenized."""
 
 from __future__ import annotations
 
@@ -156,6 +156,56 @@ def python_source(
         ValueError: as `Bytes`.
     """
     return Bytes(_python_files(), seq_len, split=split, holdout=holdout, limit=limit)
+
+
+def read_texts(
+    path: str | Sequence[str] | None = None, *, split: str = 'train', holdout: float = 0.05
+) -> list[str]:
+    """Returns the texts of files, for `data.tokens.TokenizedText` and `data.bpe.train`.
+
+    The end of all texts together is the test split; a text on the border is split between two
+    lines.
+
+    Args:
+        path: a file, a pattern such as 'books/**/*.txt', or several of these, in UTF-8; None for
+            the source code of Python's standard library.
+        split: 'train' or 'test'.
+        holdout: fraction of the text in the test split.
+
+    Raises:
+        ValueError: if there is no such file, one is not UTF-8, the split has no text, or an
+            argument is out of range.
+    """
+    _check_split(split, holdout)
+    patterns = _python_files() if path is None else _as_list(path)
+    contents = []
+    for file in (file for pattern in patterns for file in _list_files(pattern)):
+        contents.append(np.fromfile(file, np.uint8).tobytes())
+        try:
+            contents[-1].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{file} is not UTF-8: {error}') from error
+    total = sum(map(len, contents))
+    left = total - round(holdout * total)
+    parts: dict[str, list[bytes]] = {'train': [], 'test': []}
+    for content in contents:
+        border = _find_border(content, left)
+        parts['train'].append(content[:border])
+        parts['test'].append(content[border:])
+        left -= len(content)
+    texts = [content.decode() for content in parts[split] if content]
+    if not texts:
+        raise ValueError(
+            f'split {split!r} has none of {total:,} bytes: use more text, or another holdout'
+        )
+    return texts
+
+
+def _find_border(content: bytes, left: int) -> int:
+    """Returns how many bytes belong to training if `left` should: a whole number of lines."""
+    if 0 < left < len(content):
+        return content.find(b'\n', left - 1) + 1 or len(content)
+    return max(0, min(left, len(content)))
 
 
 def _python_files() -> list[str]:

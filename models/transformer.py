@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,27 @@ def _layer_norm(name: str, **dtypes: Any) -> nn.LayerNorm:
     return nn.LayerNorm(scale_init=scale, bias_init=bias, name=name, **dtypes)
 
 
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotates queries or keys by angles proportional to their positions (Su et al., 2021).
+
+    The product of a query and a key then depends on the distance between their positions only.
+
+    Args:
+        x: (batch, length, heads, head_dim) with an even head_dim.
+        positions: int (batch, length) or (1, length).
+
+    Returns:
+        An array of the shape and dtype of x.
+    """
+    half = x.shape[-1] // 2
+    frequencies = 10_000.0 ** -(jnp.arange(half) / half)
+    angles = (positions[..., None] * frequencies)[:, :, None]
+    # In float32: half precision cannot tell large positions apart.
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention whose heads can be sharded over devices.
 
@@ -38,12 +59,14 @@ class Attention(nn.Module):
 
     Attributes:
         heads: number of attention heads; must divide the width.
+        rotary: whether queries and keys are rotated by their positions: see `rotate`.
         cache_length: length of the cache of keys and values for decoding; 0 for no cache.
         dtype: dtype of the computation; None follows inputs and parameters.
         param_dtype: dtype of the parameters.
     """
 
     heads: int
+    rotary: bool = False
     cache_length: int = 0
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -65,6 +88,9 @@ class Attention(nn.Module):
             return nn.with_logical_constraint(y, ('batch', 'length', 'heads', 'head_dim'))
 
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
+        if self.rotary:
+            assert positions is not None
+            query, key = rotate(query, positions), rotate(key, positions)
         if self.cache_length:
             assert positions is not None
             key = self._update_cache('keys', key, positions)
@@ -106,6 +132,7 @@ class Block(nn.Module):
         mlp_width: hidden units of the MLP.
         dropout_rate: probability of dropping an element of each branch's output in training.
         train: whether dropout is active.
+        rotary: see `Attention`.
         cache_length: see `Attention`.
         dtype: dtype of the computation; None follows inputs and parameters.
         param_dtype: dtype of the parameters.
@@ -115,6 +142,7 @@ class Block(nn.Module):
     mlp_width: int
     dropout_rate: float = 0.0
     train: bool = False
+    rotary: bool = False
     cache_length: int = 0
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -128,8 +156,8 @@ class Block(nn.Module):
         Args:
             x: (batch, length, width).
             mask: bool, broadcast to (batch, heads, length, keys); False where masked.
-            positions: int (batch, length), the position of each input in the cache, if there is
-                one.
+            positions: int (batch, length), the position of each input in its sequence, and so in
+                the cache; only needed for a cache and for rotary positions.
         """
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.lecun_normal()
@@ -137,7 +165,11 @@ class Block(nn.Module):
 
         y = _layer_norm('attention_norm', **dtypes)(x)
         attention = Attention(
-            heads=self.heads, cache_length=self.cache_length, name='attention', **dtypes
+            heads=self.heads,
+            rotary=self.rotary,
+            cache_length=self.cache_length,
+            name='attention',
+            **dtypes,
         )
         y = attention(y, mask, positions)
         x = nn.with_logical_constraint(x + dropout(y), _ACTIVATIONS)
@@ -162,7 +194,11 @@ class Transformer(nn.Module):
         width: width of the residual stream.
         heads: number of attention heads; must divide the width.
         mlp_width: hidden units of each MLP; by default 4 x width.
-        max_length: maximum length of a sequence: number of position embeddings.
+        max_length: maximum length of a sequence.
+        positions: 'learned' for a table of position embeddings, or 'rotary' for queries and keys
+            that are rotated: see `rotate`.
+        tied: whether the logits are products with the embeddings of the tokens, instead of a layer
+            of their own.
         dropout_rate: dropout of the embeddings and of each branch in training.
         scan_layers: whether to compile one block and scan over the layers, whose parameters are
             stacked in a leading dimension 'layers'. Compiles faster; may run slower.
@@ -183,6 +219,8 @@ class Transformer(nn.Module):
     heads: int = 4
     mlp_width: int | None = None
     max_length: int = 1024
+    positions: Literal['learned', 'rotary'] = 'learned'
+    tied: bool = False
     dropout_rate: float = 0.0
     scan_layers: bool = False
     unroll: int = 1
@@ -195,6 +233,13 @@ class Transformer(nn.Module):
         """Raises ValueError for invalid options, before anything is traced."""
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f'heads={self.heads} does not divide width={self.width}')
+        if self.positions not in ('learned', 'rotary'):
+            raise ValueError(f'positions: {self.positions!r} is none of learned, rotary')
+        if self.positions == 'rotary' and self.width // self.heads % 2:
+            raise ValueError(
+                f'width={self.width}, heads={self.heads}: rotary positions need an even number of '
+                'features per head'
+            )
         _policy(self.remat)
         super().__post_init__()
 
@@ -222,37 +267,45 @@ class Transformer(nn.Module):
             raise ValueError(f'{length} tokens, but max_length is {self.max_length}')
         embedding = _with_axes(nn.initializers.normal(0.02), 'vocab', 'embed')
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = nn.Embed(
+        embed = nn.Embed(
             self.vocab_size, self.width, embedding_init=embedding, name='tokens', **dtypes
-        )(tokens)
-        table = self.param(
-            'positions',
-            _with_axes(nn.initializers.normal(0.02), 'length', 'embed'),
-            (self.max_length, self.width),
-            self.param_dtype,
         )
-        cached: jax.Array | None = None
+        x = embed(tokens)
         if self.decode:
-            cached = positions = self._advance(tokens)
-        table = table.astype(x.dtype)
-        x = x + (table[:length] if positions is None else table[positions])
+            positions = self._advance(tokens)
+        if self.positions == 'learned':
+            x = x + self._position_embeddings(length, positions).astype(x.dtype)
+        if positions is None:
+            positions = jnp.arange(length)[None]
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = nn.with_logical_constraint(x, _ACTIVATIONS)
 
         mask = nn.make_causal_mask(tokens, dtype=bool)
         if self.decode:
             # Keys are those of the whole cache. Its unused part is after all queries.
-            assert cached is not None
-            mask = (jnp.arange(self.max_length) <= cached[..., None])[:, None]
+            mask = (jnp.arange(self.max_length) <= positions[..., None])[:, None]
         elif segments is not None:
             same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
             mask = nn.combine_masks(mask, same, dtype=bool)
-        x = self._blocks(x, mask, cached, train)
+        x = self._blocks(x, mask, positions, train)
 
         x = _layer_norm('norm', **dtypes)(x)
-        init = _with_axes(nn.initializers.lecun_normal(), 'embed', 'vocab')
-        logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
+        if self.tied:
+            logits = embed.attend(x)
+        else:
+            init = _with_axes(nn.initializers.lecun_normal(), 'embed', 'vocab')
+            logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
         return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
+
+    def _position_embeddings(self, length: int, positions: jax.Array | None) -> jax.Array:
+        """Returns those of the positions, by default of the first `length`."""
+        table = self.param(
+            'positions',
+            _with_axes(nn.initializers.normal(0.02), 'length', 'embed'),
+            (self.max_length, self.width),
+            self.param_dtype,
+        )
+        return table[:length] if positions is None else table[positions]
 
     def _advance(self, tokens: jax.Array) -> jax.Array:
         """Returns the positions of tokens after those of the cache, int (batch, length)."""
@@ -265,7 +318,7 @@ class Transformer(nn.Module):
         return positions
 
     def _blocks(
-        self, x: jax.Array, mask: jax.Array, cached: jax.Array | None, train: bool
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array, train: bool
     ) -> jax.Array:
         block: Any = Block
         if self.remat != 'none':
@@ -277,6 +330,7 @@ class Transformer(nn.Module):
             mlp_width=self.mlp_width or 4 * self.width,
             dropout_rate=self.dropout_rate,
             train=train,
+            rotary=self.positions == 'rotary',
             cache_length=self.max_length if self.decode else 0,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -292,9 +346,9 @@ class Transformer(nn.Module):
                 unroll=self.unroll,
                 metadata_params={nn.PARTITION_NAME: 'layers'},
             )
-            return stack(name='blocks', **options)(x, mask, cached)[0]
+            return stack(name='blocks', **options)(x, mask, positions)[0]
         for layer in range(self.layers):
-            x, _ = block(name=f'block_{layer}', **options)(x, mask, cached)
+            x, _ = block(name=f'block_{layer}', **options)(x, mask, positions)
         return x
 
 

@@ -7,7 +7,7 @@ The pages are README.md, launch/README.md and docs/**/*.md. On each of them
   share; with lines `c.x = ...` or `config.x = ...` it is a fragment of a config; everything else
   is run as it is, all such blocks of a page in one namespace.
   A fragment belongs in `configs/mnist_mlp.py`, or in the config that a comment right above
-  it names: `<!-- configs/lm.py -->`.
+  it names: `<!-- configs/lm.py:bytes -->`.
 - ```` ```py ```` is code of other libraries; only its syntax is checked.
 - ```` ```bash ```` holds commands, one a line, run in the directory of that project.
 - ```` ```text ```` is output, or a command with placeholders that a test of its own fills in.
@@ -80,7 +80,7 @@ def read(path: pathlib.Path) -> Page:
         elif fence is not None and line.strip() == fence[1]:
             shown = textwrap.dedent('\n'.join(inside)) + '\n'
             above = next((line for line in reversed(sentences) if line.strip()), '')
-            config = re.fullmatch(r'\s*<!-- configs/(\w+\.py) -->\s*', above)
+            config = re.fullmatch(r'\s*<!-- configs/(\w+\.py(?::\w+)?) -->\s*', above)
             more = (config[1],) if config else ()
             blocks.append(Block(name, start, fence[2], shown, *more))
             fence = None
@@ -274,7 +274,7 @@ def run(line: str, cwd: pathlib.Path, *more: str, python: str = sys.executable) 
     assert is_of_trainer(line), f'{line}: not a command of the trainer'
     args = [re.sub(r'^--step=\d+$', f'--step={STEPS}', word) for word in _words(line)]
     count = re.search(r'--xla_force_host_platform_device_count=(\d+)', line)
-    config = re.search(r'--config=(?:configs/)?(\w+)(?:\.py)?(?= |$)', line)
+    config = re.search(r'--config=(?:configs/)?(\w+)(?:\.py)?(?::[\w,]+)?(?= |$)', line)
     name = config[1] if config else ''
     if 'helpconfig' not in line and '=mine/' not in line:
         args.append(f'--config.train_for={STEPS}steps')

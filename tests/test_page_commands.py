@@ -47,7 +47,7 @@ SAYS = (
     ('count=8 ', r'^devices +8 x cpu .*mesh '),
     ('"data": 2, "fsdp": 2, "model": 2', r'mesh data 2 x fsdp 2 x model 2$'),
     ('mine/config.py', r'confusion/counts int32\[10, 10\] in .*/metrics/eval_table_100\.npz$'),
-    ('lm.py --config.model.scan_layers', r'^blocks/'),
+    ('lm.py:bytes --config.model.scan_layers', r'^blocks/'),
     ('mnist_ensemble', r'^eval test at step 3: .*members'),
     ('mine/config.py', r'^eval sure at step 100: .*examples 77$'),
     ('mine/config.py', r'^hook: step 50 wrong [\d.]+$'),

@@ -112,7 +112,7 @@ def check_stacking(text: str) -> None:
         'model': {**TINY_LM['model'], 'scan_layers': True},
         'init_from.path': 'old.msgpack',
     }
-    new = Trainer(build_fragment('lm.py', text, options)).init_state().params
+    new = Trainer(build_fragment('lm.py:bytes', text, options)).init_state().params
     layers = [jax.tree.leaves(params[f'block_{i}']) for i in range(2)]
     for found, *old in zip(jax.tree.leaves(new['blocks']), *layers, strict=True):
         np.testing.assert_array_equal(found, np.stack(old))
@@ -121,7 +121,7 @@ def check_stacking(text: str) -> None:
 def check_generation(text: str) -> None:
     small = {'model': TINY_LM['model'], 'evals.samples.data.source.limit': 3}
     never = {'evals.test.every': 'never', 'evals.test.final': False}
-    trainer, result = fit(build_fragment('lm.py', text, {**small, **never}))
+    trainer, result = fit(build_fragment('lm.py:bytes', text, {**small, **never}))
     (found,) = trainer.predict('samples', result.state)
     source = text_data.python_source(128, split='test', limit=3)
     prompt = jnp.asarray(source.gather(np.arange(3))['inputs'][:, :32])

@@ -9,16 +9,16 @@ from trainer.tasks.class_metrics import (
     F1,
     CalibrationError,
     ConfusionMatrix,
-    Perplexity,
     Precision,
     Recall,
 )
 from trainer.tasks.host_metrics import AUC, AveragePrecision, Pearson, Spearman
+from trainer.tasks.loss_metrics import BitsPerUnit, Perplexity
 from trainer.tasks.metrics import Count, Last, WeightedMean, broadcast_weights, mean_collection
 from trainer.tasks.scores import auc, average_precision, pearson, spearman
 
 __all__ = [
-    'AUC', 'F1', 'AveragePrecision', 'CalibrationError', 'ConfusionMatrix', 'Count', 'Last',
-    'Pearson', 'Perplexity', 'Precision', 'Recall', 'Spearman', 'WeightedMean', 'auc',
+    'AUC', 'F1', 'AveragePrecision', 'BitsPerUnit', 'CalibrationError', 'ConfusionMatrix', 'Count',
+    'Last', 'Pearson', 'Perplexity', 'Precision', 'Recall', 'Spearman', 'WeightedMean', 'auc',
     'average_precision', 'broadcast_weights', 'mean_collection', 'pearson', 'spearman',
 ]  # fmt: skip

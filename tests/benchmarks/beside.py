@@ -31,7 +31,7 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIGS = {'mlp': 'mnist_mlp.py', 'cnn': 'mnist.py', 'lm': 'lm.py'}
+CONFIGS = {'mlp': 'mnist_mlp.py', 'cnn': 'mnist.py', 'lm': 'lm.py:bytes'}
 STEPS = struct.Struct('q')
 INSTRUCTION = re.compile(r' +(?:ROOT )?%\S+ = (\S+) ([\w\-]+)\((.*?)\)')
 KERNELS = ('fusion', 'copy', 'dot', 'custom-call', 'reduce', 'convolution')

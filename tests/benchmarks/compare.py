@@ -31,7 +31,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 STEPS = {'mlp': 2000, 'cnn': 400, 'lm': 150}
-CONFIGS = {'mlp': 'configs/mnist_mlp.py', 'cnn': 'configs/mnist.py', 'lm': 'configs/lm.py'}
+CONFIGS = {'mlp': 'configs/mnist_mlp.py', 'cnn': 'configs/mnist.py', 'lm': 'configs/lm.py:bytes'}
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ class CNN(nn.Module):
 
 
 def transformer() -> nn.Module:
-    """Returns the transformer of `configs/lm.py`: the loops are compared, and not two models."""
+    """Returns the model of `configs/lm.py:bytes`: the loops are compared, and not two models."""
     sys.path.insert(0, str(_ROOT))
     from trainer.models.transformer import Transformer
 

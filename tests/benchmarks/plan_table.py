@@ -54,7 +54,7 @@ def plan(devices: int, mesh: dict[str, int]) -> str:
     """Returns what `--mode=plan` prints."""
     sizes = ', '.join(f'"{name}": {size}' for name, size in mesh.items())
     arguments = [
-        '--config=configs/lm.py',
+        '--config=configs/lm.py:bytes',
         '--mode=plan',
         f'--devices={devices}',
         f'--config.model={MODEL}',

@@ -137,7 +137,7 @@ class Uncast(Attention):
 @pytest.mark.slow
 def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('trainer.models.transformer.Attention', Uncast)
-    made = load_and_build(str(ROOT / 'configs' / 'lm.py'), precision=HALF)
+    made = load_and_build(str(ROOT / 'configs' / 'lm.py:bytes'), precision=HALF)
     programs = Trainer(made).set_up().programs
     text = products.describe(programs, made.model, programs.jaxpr(made.model))
     [shown] = [text for text in TEXTS if text.startswith('config.precision.compute')]
@@ -275,7 +275,7 @@ def test_a_run_warns_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize('half', slow_except(['bfloat16'], ['bfloat16', 'float16']))
-@pytest.mark.parametrize('name', slow_except(['mnist_nnx', 'lm'], SHORT))
+@pytest.mark.parametrize('name', slow_except(['mnist_nnx'], SHORT))
 def test_configs(name: str, half: str) -> None:
     """Every product of the shipped models is in half precision."""
     path = str(ROOT / 'configs' / f'{name}.py')
@@ -286,12 +286,12 @@ def test_configs(name: str, half: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('half', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('name', ['lm', 'lm_packed', 'addition'])
+@pytest.mark.parametrize('name', ['lm.py:bytes', 'lm_packed.py', 'addition.py'])
 def test_the_command_does_not_warn(name: str, half: str, tmp_path: pathlib.Path) -> None:
-    scans = [] if name == 'addition' else ['--config.model.scan_layers=True']
+    scans = [] if name == 'addition.py' else ['--config.model.scan_layers=True']
     small = ['--config.train_for=3 steps', '--config.evals={}', '--config.data.batch_size=2']
     finished = command.run(
-        f'--config=configs/{name}.py', f'--config.precision.compute={half}', *scans, *small,
+        f'--config=configs/{name}', f'--config.precision.compute={half}', *scans, *small,
         f'--workdir={tmp_path}',
     )  # fmt: skip
     assert finished.code == 0, finished.err

@@ -34,6 +34,7 @@ from trainer.models.recurrent import Seq2Seq
 from trainer.models.resnet import ResNet
 from trainer.models.tagger import Tagger
 from trainer.models.transformer import Transformer
+from trainer.models.transformer_nnx import Transformer as NNXTransformer
 from trainer.models.translator import Translator
 from trainer.models.vae import VAE
 from trainer.models.vae_nnx import VAE as NNXVAE
@@ -148,6 +149,21 @@ def test_transformer(form: str, way: str) -> None:
     for options in FORMS[form]:
         model = transformer(dropout_rate=0.1, **options, **own)
         assert dtypes(model, precision, tokens(), **PACKED) == {half}, options
+
+
+@pytest.mark.parametrize('way', slow_except(['cast-bfloat16'], WAYS))
+def test_rotary_positions_and_tied_embeddings(way: str) -> None:
+    """In Linen and in NNX."""
+    precision, own, half = WAYS[way]
+    options: dict[str, Any] = dict(positions='rotary', tied=True, dropout_rate=0.1, **own)
+    small: dict[str, Any] = dict(vocab_size=11, layers=1, width=8, heads=2, max_length=8)
+    models = (
+        transformer(**options),
+        lambda rngs: NNXTransformer(**small, **options, rngs=rngs),
+        lambda rngs: NNXTransformer(**small, **own, rngs=rngs),
+    )
+    for model in models:
+        assert dtypes(model, precision, tokens(), **PACKED) == {half}
 
 
 @pytest.mark.slow

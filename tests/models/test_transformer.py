@@ -112,6 +112,8 @@ def test_options_reduce_program_size_and_memory() -> None:
 
 
 REFUSED = [
+    ({'positions': 'sincos'}, r"positions: 'sincos' is none of learned, rotary"),
+    ({'positions': 'rotary', 'heads': 16}, r'rotary positions need an even number of features'),
     ({'remat': 'everything'}, r"remat='everything' is none of 'none', 'full' and .*dots_saveable"),
     ({'remat': 'save_only_these_names'}, r"remat='save_only_these_names' is none of"),
     ({'heads': 3}, r'heads=3 does not divide width=16'),
@@ -128,15 +130,17 @@ def test_invalid_options_are_errors(options: dict[str, Any], message: str) -> No
     with pytest.raises(
         UserError, match=rf'^config\.model: trainer\.models\.transformer:\w+ .*{message}'
     ):
-        load_and_build(str(ROOT / 'configs' / 'lm.py'), model__width=16, **given)
+        load_and_build(str(ROOT / 'configs' / 'lm.py:bytes'), model__width=16, **given)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scan_layers', [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize('dtype', [None, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
-def test_cached_decoding_equals_a_full_pass(scan_layers: bool, dtype: Any) -> None:
+@pytest.mark.parametrize('positions', ['learned', 'rotary'])
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('dtype', [None, jnp.bfloat16])
+def test_cached_decoding_equals_a_full_pass(scan_layers: bool, dtype: Any, positions: Any) -> None:
     """Token by token, after a prompt of five tokens, the logits equal those of one pass."""
-    model = Transformer(**SMALL, scan_layers=scan_layers, dtype=dtype)
+    options: dict[str, Any] = dict(positions=positions, tied=positions == 'rotary')
+    model = Transformer(**SMALL, scan_layers=scan_layers, dtype=dtype, **options)
     params = variables(model)['params']
     whole = model.apply({'params': params}, TOKENS)
     decoder = model.clone(decode=True)
@@ -185,7 +189,7 @@ def test_half_precision_softmax_is_computed_in_float32() -> None:
 def test_a_trained_model_generates_text() -> None:
     """A short run on the standard library's source generates text of its alphabet."""
     config = load_and_build(
-        str(ROOT / 'configs' / 'lm.py'), train_for='60 steps', evals={},
+        str(ROOT / 'configs' / 'lm.py:bytes'), train_for='60 steps', evals={},
         model__layers=1, model__width=64, model__remat='dots_saveable', model__scan_layers=True,
     )  # fmt: skip
     trainer = Trainer(config)

@@ -157,7 +157,7 @@ def test_every_device_kind_has_plausible_numbers() -> None:
 
 @pytest.mark.slow
 def test_from_the_command_line() -> None:
-    args = ('--config=configs/lm.py', '--mode=plan', '--config.model.layers=1')
+    args = ('--config=configs/lm.py:bytes', '--mode=plan', '--config.model.layers=1')
     mesh = '--config.mesh={"data": 4, "fsdp": 4}'
     finished = command.run(*args, mesh, '--devices=16', '--config.data.batch_size=16')
     assert finished.code == 0, finished.err

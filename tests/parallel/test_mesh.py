@@ -77,7 +77,9 @@ def experiment(kind: str, **options: Any) -> Experiment:
     if kind == 'lm':
         small = {'model__layers': 2, 'model__width': 64, 'model__max_length': 32}
         small |= {'data__source__seq_len': 32, 'data__source__limit': 512}
-        return load_and_build(str(ROOT / 'configs' / 'lm.py'), **{**common, **small, **options})
+        return load_and_build(
+            str(ROOT / 'configs' / 'lm.py:bytes'), **{**common, **small, **options}
+        )
     small = {'data__source__limit': 960}
     if kind == 'cnn':
         small |= {'model__features': (8, 16), 'model__hidden': 64}

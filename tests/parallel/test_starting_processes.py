@@ -66,7 +66,7 @@ def test_another_file_of_data_is_named(name: str, expected: str, tmp_path: pathl
         return node + ', "seq_len": 16, "holdout": 0.5}'
 
     config = (
-        f'--config={command.ROOT}/configs/lm.py', '--config.model.layers=1',
+        f'--config={command.ROOT}/configs/lm.py:bytes', '--config.model.layers=1',
         '--config.model.width=16', f'--config.data.source={source("train.txt", "train")}',
         f'--config.evals.test.data.source={source("test.txt", "test")}',
     )  # fmt: skip

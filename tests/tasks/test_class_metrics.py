@@ -113,6 +113,27 @@ def test_perplexity_is_exp_of_the_mean_of_all_batches() -> None:
     assert np.isnan(metric.empty().compute())
 
 
+def test_losses_per_word_and_per_byte() -> None:
+    """Padding counts in neither sum, nor does an example of weight 0."""
+    loss = jnp.array([[1.0, 2.0], [3.0, 4.0], [jnp.nan, jnp.nan]])
+    weights = jnp.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    whole = {'loss': loss, 'weights': weights, 'words': jnp.array([3, 1, 100])}
+    parts = [{name: x[rows] for name, x in whole.items()} for rows in (slice(0, 2), slice(2, 3))]
+    for metric, expected in (
+        (metrics.Perplexity(count='words'), np.exp(7 / 4)),
+        (metrics.BitsPerUnit(count='words'), 7 / 4 / np.log(2)),
+    ):
+        assert compute(metric, **whole) == pytest.approx(expected)
+        first, second = (metric.from_model_output(**part) for part in parts)
+        assert first.merge(second).compute() == pytest.approx(expected)
+        assert np.isnan(metric.empty().compute()) and np.isnan(second.compute())
+        # A number for each loss: those of weight 0 do not count.
+        each = {**whole, 'words': jnp.array([[2, 1], [50, 1], [50, 50]])}
+        assert compute(metric, **each) == pytest.approx(expected)
+    with pytest.raises(UserError, match=r'BitsPerUnit reads .*letters.*NextToken returns those'):
+        compute(metrics.BitsPerUnit(count='letters'), **whole)
+
+
 def test_counts_are_exact_beyond_what_a_float32_holds() -> None:
     metric = metrics.ConfusionMatrix(scores='guess')
     one = {'guess': jnp.ones(1, bool), 'labels': jnp.ones(1, bool)}

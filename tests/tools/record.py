@@ -54,7 +54,7 @@ class Run:
     """A run to record.
 
     Attributes:
-        config: its file in `configs/`.
+        config: its name in `configs/`.
         overrides: 'key=value' of the config.
         devices: virtual CPU devices of each process.
         processes: how many.
@@ -80,7 +80,7 @@ RUNS = {
     'addition': Run(
         'addition', ('model.hidden=16', 'evals.held_out.every=10steps', 'data.batch_size=32')
     ),
-    'lm': Run('lm', (*TEXT, 'evals.test.data.source.limit=64')),
+    'lm': Run('lm:bytes', (*TEXT, 'evals.test.data.source.limit=64')),
     'lm_packed': Run('lm_packed', TEXT),
     'mnist': cnn(),
     'mnist_ensemble': Run('mnist_ensemble', MNIST),
@@ -124,7 +124,7 @@ def record(tree: pathlib.Path, run: Run) -> dict[str, Any]:
         workdir = pathlib.Path(folder) / 'run'
         (pathlib.Path(folder) / 'recorded_step.py').write_text(STEP)
         flags = [f'--config.{text}' for text in (*EVENTS, *run.overrides)]
-        command = [sys.executable, '-m', 'trainer.main', f'--config=configs/{run.config}.py']
+        command = [sys.executable, '-m', 'trainer.main', f'--config={run.config}']
         command += [*flags, f'--workdir={workdir}']
         env = {
             **os.environ,

@@ -48,7 +48,7 @@ def lm(workdir: pathlib.Path, **overrides: Any) -> Trainer:
     source = {'target': 'trainer.data.text:Bytes', 'path': str(text), 'seq_len': 12}
     small = dict(model__layers=2, model__width=16, model__heads=2, train_for='3 steps')
     experiment = load_and_build(
-        str(ROOT / 'configs' / 'lm.py'), **small, data__source=source, evals={}, **overrides
+        str(ROOT / 'configs' / 'lm.py:bytes'), **small, data__source=source, evals={}, **overrides
     )
     return Trainer(experiment, workdir)
 

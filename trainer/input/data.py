@@ -68,6 +68,11 @@ class Data(Protocol):
         """Number of examples; None if unknown."""
         ...
 
+    @property
+    def vocabulary(self) -> str | None:
+        """A checksum of the vocabulary of its tokens; None without one."""
+        ...
+
     def first_example(self) -> Mapping[str, np.ndarray]:
         """Returns the first example, each field (1, ...)."""
         ...
@@ -93,6 +98,11 @@ class _Common:
     def examples(self) -> int | None:
         """Number of examples; None if unknown."""
         return self.loader.examples
+
+    @property
+    def vocabulary(self) -> str | None:
+        """See `trainer.input.loader.HasVocabulary`; None if the loader has none."""
+        return getattr(self.loader, 'vocabulary', None)
 
     @property
     def spec(self) -> Mapping[str, ArraySpec]:

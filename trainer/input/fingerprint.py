@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of data: the number of examples and a checksum of the first one."""
+"""Fingerprints of data: the number of examples, and checksums of the first one and of tokens."""
 
 from __future__ import annotations
 
@@ -9,20 +9,44 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config.errors import UserError
 from trainer.input.data import Data
 
 
 def fingerprint(data: Data) -> dict[str, Any]:
     """Returns the number of examples, and dtype, shape and checksum of each field of the first one.
 
-    Processes compare it to detect that they read different data; checkpoints save it as JSON.
+    If the loader has a vocabulary, its checksum, too. Processes compare it to detect that they read
+    different data; checkpoints save it as JSON.
     """
     first = {
         # Without the batch dimension, which differs between `first` and a batch.
         name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(_content(x)):08x}'
         for name, x in data.first_example().items()
     }
-    return {'examples': data.examples, 'first example': first}
+    vocabulary = {} if data.vocabulary is None else {'vocabulary': data.vocabulary}
+    return {'examples': data.examples, 'first example': first, **vocabulary}
+
+
+def check_vocabulary(data: Data, before: Mapping[str, Any] | None, where: str) -> None:
+    """Checks that tokens are those of a saved fingerprint.
+
+    Args:
+        data: the data of today.
+        before: the fingerprint, or None for one without a first example.
+        where: what has the fingerprint, for the message.
+
+    Raises:
+        UserError: if the vocabulary is another one.
+    """
+    old, new = (before or {}).get('vocabulary'), data.vocabulary
+    if old is None or new is None or old == new:
+        return
+    raise UserError(
+        f'{where} is of a model of other tokens: the checksum of their vocabulary was {old}, that '
+        f'of the data is {new}. Use the vocabulary of that run again (one that is made from texts '
+        'needs the same texts), or train another model, in a --workdir of its own'
+    )
 
 
 def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -255,6 +255,19 @@ class HasFirst(Protocol):
         ...
 
 
+class HasVocabulary(Protocol):
+    """A loader of tokens with their vocabulary, so that no run resumes with another one."""
+
+    @property
+    def vocabulary(self) -> str | None:
+        """A checksum of the vocabulary, which differs if a token means something else.
+
+        Those of `trainer.data` return the attribute `vocabulary` of the source, None if it has
+        none.
+        """
+        ...
+
+
 class Closable(Protocol):
     """A loader with threads, processes or files that must be closed."""
 

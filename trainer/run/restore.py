@@ -15,6 +15,7 @@ from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
 from trainer.experiment import Experiment
+from trainer.input.fingerprint import check_vocabulary
 from trainer.parallel.host import fetch
 from trainer.run.workdir import Workdir
 from trainer.step import health
@@ -95,7 +96,11 @@ def restore(
 
     Raises:
         CheckpointError: if its arrays differ from those that were saved.
+        UserError: if the tokens of the data have another vocabulary than the run had.
     """
+    # Before the arrays, which can take minutes to read.
+    saved_data = checkpoints.meta(step).get('data')
+    check_vocabulary(experiment.data, saved_data, f'the checkpoint of step {step:,}')
     state = checkpoints.restore(step, programs.abstract, free='metrics')
     saved: Any = jax.tree.structure(state.metrics)
     if saved != jax.tree.structure(programs.abstract.metrics):

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, get_args
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.tasks.decisions import Decisions, decide, read_scored
-from trainer.tasks.metrics import WeightedMean, broadcast_weights
+from trainer.tasks.metrics import broadcast_weights
 from trainer.tasks.scores import check_average
 from trainer.tasks.sums import Sums, configure
 
@@ -139,16 +138,6 @@ def CalibrationError(
     return configure(
         _CalibrationError, 'CalibrationError', bins=bins, from_logits=from_logits, **names
     )
-
-
-def Perplexity(*, loss: str = 'loss', weights: str = 'weights') -> type[WeightedMean]:
-    """Returns the class of a metric: exp of the weighted mean of losses in nats.
-
-    Args:
-        loss: the task's output of losses, (batch, ...).
-        weights: the task's output of weights, (batch,) or (batch, ...).
-    """
-    return configure(_Perplexity, 'Perplexity', _values=loss, _weights=weights)
 
 
 def _configure_counts(
@@ -315,14 +304,6 @@ class _CalibrationError(Sums):
         if not sums.ndim or not sums[:, 0].sum():
             return float('nan')
         return float(np.abs(sums[:, 1] - sums[:, 2]).sum() / sums[:, 0].sum())
-
-
-@flax.struct.dataclass
-class _Perplexity(WeightedMean):
-    def compute(self) -> Any:
-        """Returns exp of the mean, a float; inf if it exceeds float64."""
-        with np.errstate(all='ignore'):
-            return float(np.exp(np.float64(self.total) / np.float64(self.weight)))
 
 
 def _compare(numbers: jax.Array, classes: int) -> jax.Array:

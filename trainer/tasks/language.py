@@ -19,6 +19,7 @@ from trainer.tasks.extra_metrics import add_to_means
 from trainer.tasks.task import Batch, TaskOutput
 
 _MEANS = ('loss', 'accuracy')
+_OUTPUTS = {'loss', 'weights', 'mask', 'accuracy', 'logits', 'labels'}
 _ANSWER_MEANS = ('loss', 'exact_match')
 
 
@@ -27,28 +28,44 @@ class NextToken:
     """Cross-entropy of each token given those before it, for examples of one or more sequences.
 
     The model is called as `model(tokens)`, for packed sequences as `model(tokens, segments=...,
-    positions=...)`, and returns logits (batch, length, vocabulary). The last token of a sequence
-    has no target and weight 0, and so has padding after the last sequence.
+    positions=...)`, and returns logits (batch, length, vocabulary). Without `targets`, the last
+    token of a sequence has no target and weight 0, and so has padding after the last sequence.
 
     Attributes:
         tokens: batch key of the tokens, int (batch, length).
+        targets: batch key of the token after each one, int (batch, length); None for those of
+            `tokens`.
         segments: batch key of the number of each token's sequence, int (batch, length), 0 for
             padding; None if each example is one sequence.
         positions: batch key of each token's position in its sequence, int (batch, length), or None.
         weight: batch key of weights, (batch,) or (batch, length), or None.
+        fields: batch keys of numbers that metrics read, (batch,) or (batch, length), such as how
+            many words an example has.
         extra_metrics: metrics by name, such as `trainer.metrics:Perplexity`. They may read the
-            outputs `logits` and `labels`.
+            outputs `logits` and `labels`, and `fields`.
     """
 
     tokens: str = 'tokens'
+    targets: str | None = None
     segments: str | None = None
     positions: str | None = None
     weight: str | None = None
+    fields: tuple[str, ...] = ()
     extra_metrics: Mapping[str, type[clu.metrics.Metric]] = dataclasses.field(
         default_factory=dict, hash=False
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.fields, str) or set(self.fields) & _OUTPUTS:
+            raise ValueError(
+                'fields: expected a tuple of batch keys, none of which is the name of an output '
+                f'({", ".join(sorted(_OUTPUTS))}), got {self.fields!r}'
+            )
+        if self.targets is not None and self.segments is not None:
+            raise ValueError(
+                'targets: not available with segments: whether the next token belongs to the same '
+                'sequence is read from the segments'
+            )
         add_to_means(_MEANS, self.extra_metrics)
 
     @property
@@ -60,25 +77,28 @@ class NextToken:
         """Returns losses and hits (batch, length)."""
         tokens = batch[self.tokens]
         logits = self._logits(model, batch).astype(jnp.float32)
-        targets = _shift_left(tokens)
+        targets = _shift_left(tokens) if self.targets is None else batch[self.targets]
         counts = jnp.ones_like(tokens, jnp.float32)
         if self.segments is not None:
             segments = batch[self.segments]
             # The token after the last one of a packed sequence belongs to another sequence.
             counts = ((segments == _shift_left(segments)) & (segments > 0)).astype(jnp.float32)
-        # `_shift_left` is cyclic: the last target would be the first token.
-        counts = counts.at[:, -1].set(0.0)
+        if self.targets is None:
+            # `_shift_left` is cyclic: the last target would be the first token.
+            counts = counts.at[:, -1].set(0.0)
         if self.weight is not None:
             weight = batch[self.weight]
             counts = counts * weight.reshape(*weight.shape, *[1] * (counts.ndim - weight.ndim))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         hits = {'accuracy': logits.argmax(-1) == targets}
+        hits.update({name: batch[name] for name in self.fields})
         if self.extra_metrics:
             hits.update(logits=logits, labels=targets)
         # Tokens of weight 0, such as padding of -1, are not checked: 0 is always in range.
         counted = jnp.where(counts != 0, targets, 0)
         vocabulary = logits.shape[-1]
-        checks = {self.tokens: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
+        checked = self.targets or self.tokens
+        checks = {checked: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
         return TaskOutput(loss=loss, weights=counts, metrics=hits, checks=checks)
 
     def combine(self, logits: jax.Array) -> jax.Array:
