@@ -95,7 +95,9 @@ class BPE:
         tokens = np.asarray(tokens)
         ends = np.flatnonzero(tokens == self.end)
         tokens = tokens[: ends[0]] if len(ends) else tokens
-        return b''.join(self.contents[token] for token in tokens).decode(errors='replace')
+        # A model may have more outputs than there are tokens.
+        known = tokens[tokens < self.size]
+        return b''.join(self.contents[token] for token in known).decode(errors='replace')
 
 
 class GPT2(BPE):

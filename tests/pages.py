@@ -223,7 +223,7 @@ class Project:
 def _prepares(text: str) -> list[str]:
     """Returns the scripts that write the datasets or the texts that a command reads."""
     written = [f"data_dir='{name}'" for name in re.findall(r'\.data_dir=(\w+)', text)]
-    written += [f"'{name}'" for name in re.findall(r"=['\"]?([\w{}-]+\.(?:txt|conllu))", text)]
+    written += [f"'{name}'" for name in re.findall(r"=['\"]?([\w{}-]+\.(?:txt|conllu|tsv))", text)]
     return [name for name in FILES if any(each in FILES[name] for each in written)]
 
 
@@ -280,6 +280,10 @@ def run(line: str, cwd: pathlib.Path, *more: str, python: str = sys.executable) 
         args.append(f'--config.train_for={STEPS}steps')
     if name.startswith('lm') and 'mode=' not in line:
         args += ['--config.evals={}', '--config.model.layers=2']
+    elif name == 'wmt' and 'mode=' not in line:
+        args += [f'--config.model.{key}={x}' for key, x in (('layers', 1), ('width', 16))]
+        if ':numbers' not in line:
+            args += ['--config.data.batch_size=8', '--config.precision=None']
     elif name == 'mnist_resnet':
         args.append('--config.evals={}')
     elif name.startswith('mnist') and 'evals={}' not in line:

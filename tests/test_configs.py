@@ -62,6 +62,7 @@ ELSEWHERE = {
     'lm': 'examples/test_lm.py',
     'tfds_mnist': 'examples/test_tfds_mnist.py',
     'vit': 'examples/test_vit.py',
+    'wmt': 'examples/test_wmt.py',
 }
 
 
@@ -101,10 +102,10 @@ def test_the_results_are_those_of_the_docstring(
         return
     # A config with variants has a sentence for each.
     expected = text.split(f'`{words}`: ' if words else 'Expected after ')[1]
-    figure = re.match(r'[\d.]+( %| nats| bits| per word)', result)
+    figure = re.match(r'[\d.]+( %| nats| bits| per word| BLEU)', result)
     # A docstring may round: 'about 88 %' for 88.2 %.
     assert figure is not None
-    assert figure[0] in expected or f'about {round(float(figure[0][:-2]))} %' in expected
+    assert figure[0] in expected or f'about {round(float(figure[0].split()[0]))} %' in expected
     assert time.removesuffix(', busy') in expected
     assert (', busy' in time) == ('busy CPU cores' in expected)
     assert re.fullmatch(r'20\d\d-\d\d-\d\d', day)

@@ -4,5 +4,6 @@
 from trainer.evaluate.binary_report import BinaryReport
 from trainer.evaluate.linear_probe import LinearProbe
 from trainer.evaluate.tagged_text import TaggedText
+from trainer.evaluate.translation import Translation, score_texts
 
-__all__ = ['BinaryReport', 'LinearProbe', 'TaggedText']
+__all__ = ['BinaryReport', 'LinearProbe', 'TaggedText', 'Translation', 'score_texts']

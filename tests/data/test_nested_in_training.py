@@ -182,6 +182,7 @@ def test_a_tree_is_like_a_flat_dict_with_any_option(option: str) -> None:
         assert_same(fit(form, **OPTIONS[option]), expected)
 
 
+@pytest.mark.slow
 def test_streams_have_trees(tmp_path: pathlib.Path) -> None:
     def read(form: str) -> Result:
         loader = dict(target='trainer.data.streaming:StreamLoader')
@@ -254,6 +255,7 @@ def test_a_score_gets_fields_by_path_and_parts_of_the_tree() -> None:
         Trainer(build(config)).set_up()
 
 
+@pytest.mark.slow
 def test_a_step_of_ones_own_sees_the_tree() -> None:
     options = {'step': dict(ref=f'{MINE}:step')}
     expected = fit('flat', **options)

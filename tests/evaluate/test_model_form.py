@@ -141,6 +141,7 @@ def test_mistakes_name_their_place(changes: dict[str, Any], message: str) -> Non
         trainer(config('Net', **changes))
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_evaluated_in_another_form(tmp_path: pathlib.Path) -> None:
     made = config('Net', settings={'scale': 3.0})
     made.ensemble = dict(size=2)

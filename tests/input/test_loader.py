@@ -59,6 +59,7 @@ def example_trainer(workdir: pathlib.Path) -> Trainer:
     return Trainer(made, str(workdir))
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_resumes_exactly(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def test_preempted_tpu_is_recreated(cloud: Cloud) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_broken_connection_is_restored(cloud: Cloud) -> None:
     done = cloud.train()
     assert done.returncode == 0
@@ -132,12 +133,14 @@ def test_broken_connection_is_restored(cloud: Cloud) -> None:
         assert cloud.verbs() == ['ssh', 'ssh', 'ssh']
 
 
+@pytest.mark.slow
 def test_queued_request_is_awaited(cloud: Cloud) -> None:
     done = cloud.train('--queued')
     assert done.returncode == 0, done.stderr
     assert cloud.calls()[1][2:4] == ['queued-resources', 'create']
 
 
+@pytest.mark.slow
 def test_failed_stage_is_reported_and_ends_the_command(cloud: Cloud) -> None:
     cloud.will_fail('scp', '3')
     done = cloud.train()

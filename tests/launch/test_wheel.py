@@ -82,6 +82,7 @@ def test_contents_of_the_wheel(wheel: pathlib.Path) -> None:
         'data/elpv_test.txt',
         'data/sentiment/splits.tsv',
         'data/treebank/web.conllu.gz',
+        'data/verses/en_es.tsv.gz',
         'configs/mnist.py',
         'configs/__init__.py',
     ):

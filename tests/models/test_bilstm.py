@@ -6,6 +6,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from trainer.models.bilstm import BiLSTM
 
@@ -14,6 +15,7 @@ TOKENS = np.array([[3, 4, 5, 6, 7], [8, 9, 0, 0, 0], [0, 0, 0, 0, 0]], 'i4')
 VARIABLES = MODEL.init(jax.random.key(0), TOKENS)
 
 
+@pytest.mark.slow
 def test_padding_is_not_read() -> None:
     """A text alone, and one with more padding, have the same logits; an empty one has the bias."""
     params = {**VARIABLES['params']}

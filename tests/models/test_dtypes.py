@@ -35,6 +35,7 @@ from trainer.models.resnet import ResNet
 from trainer.models.tagger import Tagger
 from trainer.models.transformer import Transformer
 from trainer.models.transformer_nnx import Transformer as NNXTransformer
+from trainer.models.translator import Translator
 from trainer.models.vae import VAE
 from trainer.models.vae_nnx import VAE as NNXVAE
 from trainer.models.vit import ViT
@@ -108,6 +109,10 @@ def dtypes(
 
 def transformer(**options: Any) -> Transformer:
     return Transformer(vocab_size=11, layers=2, width=8, heads=2, max_length=8, **options)
+
+
+def translator(**options: Any) -> Translator:
+    return Translator(vocab_size=11, layers=1, width=8, heads=2, **options)
 
 
 def encoder(**options: Any) -> Encoder:
@@ -201,6 +206,41 @@ def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
         row = jnp.concatenate([prompt, found], axis=1)
         logits = jax.jit(model.apply)({'params': params}, row)
         assert np.array_equal(found, logits[:, 2:-1].argmax(-1))
+
+
+@pytest.mark.parametrize('way', SOME)
+def test_translator(way: str) -> None:
+    """In training, and with an encoded source that was cast to the dtype of outputs."""
+    precision, own, half = WAYS[way]
+    model = translator(dropout_rate=0.1, **own)
+    assert dtypes(model, precision, tokens(), tokens()) == {half}
+
+    def decode(bound: Any, sources: Any, inputs: Any) -> Any:
+        return bound.extend(inputs, bound.encode(sources))
+
+    found = dtypes(model, precision, tokens(), tokens(), mode='eval', call=decode)
+    assert found == {half}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('own', [False, True])
+def test_the_cache_of_a_translator(own: bool) -> None:
+    """It has the dtype of the computation; one of float32 works as well, and stays as it is."""
+    decoder = translator(decode=True, dtype=jnp.bfloat16 if own else None)
+    variables = nn.meta.unbox(decoder.init(jax.random.key(0), tokens(), tokens()))
+    cast = 'float32' if own else 'bfloat16'
+    params = jax.tree.map(lambda x: x.astype(cast), variables['params'])
+
+    def step(cache: dict[str, Any]) -> Any:
+        return decoder.apply({'params': params, **cache}, *2 * [tokens()[:, :1]], mutable=['cache'])
+
+    made = jax.eval_shape(lambda: step({})[1])
+    assert {x.dtype for x in jax.tree.leaves(made) if x.ndim > 1} == {jnp.dtype('bfloat16')}
+    for cache in (made, {'cache': variables['cache']}):
+        jaxpr, (_, after) = jax.make_jaxpr(step, return_shape=True)(cache)
+        assert set(flops.count_by_key(jaxpr, product_dtypes, '')) == {'bfloat16'}
+        kept = jax.tree.map(lambda new, old: new.dtype == old.dtype, after, dict(cache))
+        assert all(jax.tree.leaves(kept))
 
 
 @pytest.mark.slow
@@ -449,6 +489,7 @@ def test_a_step_of_a_transformer(row: list[int]) -> None:
 OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'bert': (TextClassifier(encoder(dropout_rate=0.1)), (tokens(),)),
     'bilstm': (bilstm(dropout_rate=0.1, word_dropout_rate=0.1), (tokens(),)),
+    'translator': (translator(dropout_rate=0.1), (tokens(), tokens())),
     'recurrent': (seq2seq(), (tokens(), np.array([3, 1], np.int32), tokens())),
     'resnet': (ResNet(stages=(1, 1), features=4, num_classes=4, stem='small', norm_groups=2),
                (images(8, 3),)),

@@ -181,6 +181,7 @@ def test_it_learns_to_add(tmp_path: pathlib.Path) -> None:
     assert all(1 <= len(text) <= 3 and text.isdecimal() for texts in predicted for text in texts)
 
 
+@pytest.mark.slow
 def test_dropout() -> None:
     """Dropout is active in training only."""
     model = MODEL.clone(dropout_rate=0.5)

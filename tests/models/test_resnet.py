@@ -96,6 +96,7 @@ def test_unknown_options_are_errors() -> None:
         shapes(SMALL.clone(stem='tiny'))
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     """Bfloat16 computation, float32 parameters and statistics."""
     model = SMALL.clone(dtype=jnp.bfloat16)

@@ -51,6 +51,7 @@ def test_both_inputs_and_both_neighbors_matter() -> None:
         assert (np.abs(logits(changed)[0] - whole).max(-1) > 1e-7).all(), name
 
 
+@pytest.mark.slow
 def test_dropped_words_are_unknown() -> None:
     """If all are dropped in training, only the characters are read."""
     model = MODEL.clone(word_dropout_rate=1.0)

@@ -117,6 +117,7 @@ def test_sincos_positions_fit_images_of_any_size() -> None:
     assert jax.eval_shape(model.apply, variables, larger).shape == (1, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', slow_except(['vit'], PAIRS))
 def test_dropout_is_active_in_training_only(name: str) -> None:
     linen_class, _, options = PAIRS[name]

@@ -61,6 +61,7 @@ def test_the_same_experiment_continues_as_without_interruption() -> None:
         _ = before.state
 
 
+@pytest.mark.slow
 def test_another_learning_rate_continues_with_the_moments(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -52,6 +52,7 @@ def numbers(result: Result) -> dict[str, float]:
     return {name: x for name, x in result.metrics.items() if not name.endswith(timed)}
 
 
+@pytest.mark.slow
 def test_each_shape_is_compiled_once_and_announced(caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(train_for='40 steps', data=data(batch_size=2))
     with caplog.at_level(logging.WARNING, 'trainer'):

@@ -126,6 +126,7 @@ def test_metrics_of_answers_leave_out_what_follows_their_end(training: bool) -> 
     np.testing.assert_array_equal(values['table'], np.diag([2, 1, 1, 1]))
 
 
+@pytest.mark.slow
 def test_metrics_of_a_whole_split_by_config() -> None:
     """On 8 devices, with padding in the last batch; the other metrics are as without them."""
     extra = {

@@ -249,6 +249,7 @@ def test_a_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
         trainer(tmp_path, init_from={'path': path}).init_state()
 
 
+@pytest.mark.slow
 def test_frozen_backbone_and_new_head(tmp_path: pathlib.Path) -> None:
     """After 50 steps the backbone is the loaded one, bit for bit; the head learns."""
     path, old = pretrain(tmp_path)

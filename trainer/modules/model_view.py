@@ -77,6 +77,8 @@ class BoundModel(abc.ABC):
     # step's call chain.
     own_collections = property(operator.attrgetter('_calls.collections'))
     own_keys = property(operator.attrgetter('_keys'))
+    # Whether calls change collections in evaluation, too.
+    changes_collections = property(operator.attrgetter('_calls.changing'))
 
     @property
     def collections(self) -> dict[str, Any]:

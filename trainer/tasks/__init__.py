@@ -10,6 +10,7 @@ from trainer.tasks.elbo import ELBO
 from trainer.tasks.features import Features
 from trainer.tasks.language import Answer, NextToken
 from trainer.tasks.regression import Regression
+from trainer.tasks.sequence_to_sequence import SequenceToSequence
 from trainer.tasks.task import TaskOutput
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     'Features',
     'NextToken',
     'Regression',
+    'SequenceToSequence',
     'TaskOutput',
 ]

@@ -262,7 +262,7 @@ class TaskRunner:
         sent = device_fields(batch)
         weighing = None
         if self.is_weighted:
-            weighing = compute_only_needed(lambda x: self._run(model, x)[1], sent)
+            weighing = compute_only_needed(lambda x: self._run(_callable_here(model), x)[1], sent)
             undo()
         if weighing is None:
             # The first trace, or a task whose weights do not decide which examples count.
@@ -420,6 +420,12 @@ class TaskRunner:
         if isinstance(output.loss, Mapping):
             return mean_collection(tuple(sorted(output.metrics)), tuple(sorted(output.loss)))
         return mean_collection(('loss', *sorted(output.metrics)))
+
+
+def _callable_here(model: Any) -> Any:
+    """Returns the model for a transformation of JAX, whose changes of collections are lost."""
+    changes = isinstance(model, BoundModel) and model.changes_collections
+    return model.with_collections() if changes else model
 
 
 def safe_inverse(weight: jax.Array) -> jax.Array:
