@@ -128,6 +128,7 @@ def _train_on_imagenet(config: ml_collections.ConfigDict) -> None:
             task=dict(config.task, top_k=(5,)),
             data=dict(
                 source=dict(source, split='validation'),
+                loader=dict(target='trainer.data.loader:EvalLoader', threads=16),
                 transforms=(dict(decode, crop='center'),),
                 device_transforms=(to_float,),
                 batch_size=1024,

@@ -80,6 +80,10 @@ class Tokenized:
     """Labeled texts with their tokens: items for `data.sequences.PaddedSequences`.
 
     An item has the fields of the texts, and `tokens`, int32 (n,) with n > 0.
+
+    Attributes:
+        vocabulary: a checksum of the words that tokens mean, by which the trainer refuses a model
+            of other tokens; None if the tokenizer has none.
     """
 
     def __init__(self, texts: Any, tokenizer: Callable[[Sequence[str]], list[np.ndarray]]):
@@ -88,8 +92,9 @@ class Tokenized:
         Args:
             texts: `LabeledTexts`, or another object with a list `texts`, and items that are dicts.
             tokenizer: `data.words.Words`, `data.words.WordPieces`, or another function from texts
-                to the tokens of each.
+                to the tokens of each. Its attribute `checksum`, if any, is that of its vocabulary.
         """
+        self.vocabulary: str | None = getattr(tokenizer, 'checksum', None)
         self._items = texts
         self._tokens = tokenizer(texts.texts)
 

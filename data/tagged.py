@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import glob
+import hashlib
 import os
 import re
 import unicodedata
@@ -45,6 +46,10 @@ class TaggedSentences:
     An example of n words has the fields `inputs/words` int32 (n,), `inputs/characters` int32
     (n, word_length), `tag` int32 (n,), -1 for a word without a tag, and `text`, the words with a
     tab between them. Padding of words and characters is 0.
+
+    Attributes:
+        vocabulary: a checksum of what the numbers mean, by which the trainer refuses a model of
+            other numbers.
     """
 
     def __init__(
@@ -91,6 +96,8 @@ class TaggedSentences:
             raise ValueError(f'there are no sentences in {text or f"the split {split!r}"}')
         self._text = ['\t'.join(sentence.words) for sentence in sentences]
         tag_ids = {'': UNTAGGED, **{tag: i for i, tag in enumerate(list_tags(path))}}
+        numbers = [list(ids) for ids in (word_ids, character_ids, tag_ids)]
+        self.vocabulary = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
         self._tag = [np.array([tag_ids[tag] for tag in s.tags], np.int32) for s in sentences]
         # Each word is encoded once.
         words = list(dict.fromkeys(w for sentence in sentences for w in sentence.words))

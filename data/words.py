@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,11 @@ def split(text: str) -> list[str]:
 
 
 class Words:
-    """The most frequent words of some texts, as tokens from 2; all others are the token 1."""
+    """The most frequent words of some texts, as tokens from 2; all others are the token 1.
+
+    Attributes:
+        checksum: of the words and their tokens.
+    """
 
     def __init__(self, texts: Any, *, size: int, min_count: int = 2):
         """Counts the words.
@@ -48,6 +53,7 @@ class Words:
             )
         frequent = _rank(tuple(texts.texts), min_count)
         self._tokens = {word: token for token, word in enumerate(frequent[: size - 2], 2)}
+        self.checksum = _checksum(self._tokens)
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the tokens of each text, int32 (n,); a text without words is an unknown word."""
@@ -66,7 +72,11 @@ def _rank(texts: tuple[str, ...], min_count: int) -> list[str]:
 
 
 class WordPieces:
-    """Word pieces by the library `tokenizers`, with the special tokens of the model around them."""
+    """Word pieces by the library `tokenizers`, with the special tokens of the model around them.
+
+    Attributes:
+        checksum: of the word pieces and their tokens.
+    """
 
     def __init__(self, path: str, *, length: int):
         """Loads the tokenizer.
@@ -80,6 +90,7 @@ class WordPieces:
         """
         self._length = length
         self._tokenizer = load_tokenizer(path)
+        self.checksum = _checksum(self._tokenizer.get_vocab())
         self._tokenizer.enable_truncation(length)
         self._tokenizer.no_padding()
 
@@ -91,6 +102,10 @@ class WordPieces:
                 '%d of %d texts are truncated to %d tokens', truncated, len(encoded), self._length
             )
         return [np.array(each.ids, np.int32) for each in encoded]
+
+
+def _checksum(tokens: Mapping[str, int]) -> str:
+    return hashlib.sha256(repr(sorted(tokens.items())).encode()).hexdigest()[:12]
 
 
 def load_tokenizer(path: str) -> Any:

@@ -20,7 +20,9 @@ NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.ste
 MNIST = {'data__source__limit': 64, 'evals__test__data__source__limit': 20}
 # What makes two steps of each one short: a new config belongs here, too.
 SHORT: dict[str, dict[str, Any]] = {
-    'addition': {'evals__held_out__data__source__count': 20},
+    'addition': {
+        f'evals__{name}__data__source__count': 20 for name in ('held_out', 'teacher_forced')
+    },
     'lm_packed': {'model__layers': 1, 'evals': {}},
     'mnist': MNIST,
     'mnist_ensemble': MNIST,

@@ -142,6 +142,7 @@ SCRIPTS = {
     'notebook.py': r"\{'test': \{.*'accuracy': .*\}\}",
     'full_evaluation.py': r'980 \[  980 10000\]',
     'generate.py': r'b[\'"].* b[\'"].*',
+    'stream.py': r'(\d+ ){10}',
     'weights.py': r'\(64, 20\) \(64, 20\)',
     'features.py': r'0\.\d+',
     'call_exported.py': r'\(3,\)',

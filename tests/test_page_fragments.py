@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import shlex
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ from tests.parallel import group
 from trainer.config import loading, overrides, schema
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build
-from trainer.models.generation import generate, with_cache
+from trainer.models.beam_search import beam_search
+from trainer.models.generation import with_cache
 from trainer.models.transformer import Transformer
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
@@ -118,18 +120,32 @@ def check_stacking(text: str) -> None:
         np.testing.assert_array_equal(found, np.stack(old))
 
 
-def check_generation(text: str) -> None:
-    small = {'model': TINY_LM['model'], 'evals.samples.data.source.limit': 3}
-    never = {'evals.test.every': 'never', 'evals.test.final': False}
-    trainer, result = fit(build_fragment('lm.py:bytes', text, {**small, **never}))
+SMALL_LM = {
+    'model': TINY_LM['model'], 'evals.test.every': 'never', 'evals.test.final': False,
+}  # fmt: skip
+
+
+def check_samples(text: str) -> None:
+    """The texts are written, and continue what the page says."""
+    workdir = tempfile.mkdtemp(dir='.')
+    trainer, result = fit(build_fragment('lm.py:bytes', text, SMALL_LM), workdir)
     (found,) = trainer.predict('samples', result.state)
+    assert len(found['generated']) in (4, 8) and found['generated'].shape[1] == 64
+    [path] = pathlib.Path(workdir).rglob('samples.txt')
+    assert path.read_text().count('▶') == len(found['generated'])
+
+
+def check_search(text: str) -> None:
+    limits = {'evals.lines.data.source.limit': 3, 'evals.lines.task.count': 8}
+    trainer, result = fit(build_fragment('lm.py:bytes', text, {**SMALL_LM, **limits}))
+    (found,) = trainer.predict('lines', result.state)
     source = text_data.python_source(128, split='test', limit=3)
     prompt = jnp.asarray(source.gather(np.arange(3))['inputs'][:, :32])
     model, variables = trainer.model(result.state).unbind()
-    decoder = with_cache(model.clone(decode=True), variables, 3, 96)
-    expected, _ = generate(*decoder, prompt, count=64)
-    np.testing.assert_array_equal(found['continued'], expected)
-    assert 'eval/samples/loss' not in result.metrics
+    decoder = with_cache(model.clone(decode=True), variables, 3, 40)
+    expected = beam_search(*decoder, prompt, count=8, beams=4, stop=10)
+    np.testing.assert_array_equal(found['line'], expected.tokens[:, 0])
+    assert 'eval/lines/loss' not in result.metrics
 
 
 class Edited(nn.Module):
@@ -337,7 +353,8 @@ CASES: dict[str, Callable[..., None]] = {
     "compute='float16'": check_loss_scale,
     'trainer.metrics:F1': check_metrics,
     'mine.even:Even': check_metrics,
-    'mine.continued': check_generation,
+    'mine.searched': check_search,
+    'tasks:Continuation': check_samples,
     'early_stopping': check_early_stopping,
     'config.profile': check_profile,
     'eval_params': check_eval_params,

@@ -91,6 +91,14 @@ def test_words_of_a_vocabulary() -> None:
     assert item['text'] == "a b DON'T a"
 
 
+def test_another_vocabulary_has_another_checksum() -> None:
+    """With it, the trainer refuses a model of other tokens."""
+    texts = LabeledTexts(['a b', 'a b b', 'c c'])
+    found = [Tokenized(texts, Words(texts, size=size)).vocabulary for size in (4, 5, 9)]
+    assert found[0] != found[1] == found[2]
+    assert Tokenized(texts, lambda x: len(x) * [np.ones(1, np.int32)]).vocabulary is None
+
+
 def test_word_pieces_warn_of_truncated_texts(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,6 +110,7 @@ def test_word_pieces_warn_of_truncated_texts(
     whole.save(str(tmp_path / 'tokenizer.json'))
     logging.getLogger('trainer').propagate = True
     pieces = WordPieces(str(tmp_path), length=3)
+    assert pieces.checksum == WordPieces(str(tmp_path), length=4).checksum
     assert [x.tolist() for x in pieces(['a b b', 'b'])] == [[1, 2, 2], [2]]
     assert not caplog.messages
     assert [x.tolist() for x in pieces(['a b c a', 'b', 'b b b b'])] == [[1, 2, 0], [2], [2, 2, 2]]

@@ -52,6 +52,16 @@ def test_the_number_of_ids_is_limited(path: str) -> None:
     assert max(source[i]['inputs']['characters'].max() for i in range(2)) == 3
 
 
+def test_other_numbers_have_another_checksum(path: str) -> None:
+    """Those of words, characters and tags, which a trained model cannot do without."""
+    before = TaggedSentences('dev', path=path).vocabulary
+    assert before == TaggedSentences('train', path=path, limit=1).vocabulary
+    train = pathlib.Path(path.replace('{split}', 'train'))
+    for changed in ('der/DET der/DET Hut/NOUN Hut/NOUN', 'der/DET Hut/NOUN der/DET rote/X'):
+        train.write_text(conllu(changed))
+        assert TaggedSentences('dev', path=path).vocabulary != before
+
+
 def test_a_limit_does_not_change_the_numbers(path: str) -> None:
     whole, limited = (TaggedSentences('train', path=path, limit=n) for n in (None, 1))
     assert (len(whole), len(limited)) == (2, 1)

@@ -159,10 +159,26 @@ def test_sharding_rules_cannot_use_the_ensemble_axis() -> None:
         Trainer(made).init_state()
 
 
+class Decoding:
+    """Measures generated tokens."""
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        return model.greedy(batch['inputs'], batch['lengths'], 4).sum(-1).astype('f4')
+
+
 @pytest.mark.slow
-def test_outputs_of_methods_are_not_combined() -> None:
-    """The advice fits: `combine` is for the model's own call only."""
+@pytest.mark.parametrize(
+    ('task', 'message'),
+    [
+        # Each member would continue its own tokens.
+        ('trainer.tasks:Answer', r'config\.ensemble: the members .* different answers'),
+        # The advice fits: `combine` is for the model's own call only.
+        (f'{__name__}:Decoding', r'a method or a part .* int32, .* that only calls the'),
+    ],
+)
+def test_generated_tokens_are_not_combined(task: str, message: str) -> None:
     config = str(command.ROOT / 'configs' / 'addition.py')
-    trainer = Trainer(load_and_build(config, ensemble={'size': 2}))
-    with pytest.raises(UserError, match=r'a method or a part .* int32, .* that only calls the'):
+    evaluated = {'evals__held_out__task': {'target': task}}
+    trainer = Trainer(load_and_build(config, ensemble={'size': 2}, **evaluated))
+    with pytest.raises(UserError, match=message):
         trainer.set_up().evaluators['held_out'].prepare(trainer.set_up().programs.abstract)

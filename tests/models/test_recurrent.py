@@ -16,6 +16,8 @@ from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.data.addition import decode
 from trainer.experiment import load_and_build
+from trainer.models.beam_search import beam_search
+from trainer.models.generation import generate
 from trainer.models.recurrent import Seq2Seq
 from trainer.modules.functional import as_functional
 from trainer.modules.precision import Precision
@@ -99,9 +101,9 @@ def test_greedy_decoding_equals_teacher_forcing() -> None:
     assert np.array_equal(logits[:, :3].argmax(-1), written[:, :3])
 
 
-def measure(mode: Any, targets: np.ndarray, **options: Any) -> TaskOutput:
+def measure(mode: Any, targets: np.ndarray, module: Seq2Seq = MODEL, **options: Any) -> TaskOutput:
     task, batch = Answer(**options), {**BATCH, 'targets': targets}
-    model = as_functional(MODEL, Precision()).bind(initial_variables(), Keys(seed=0, mode=mode))
+    model = as_functional(module, Precision()).bind(initial_variables(), Keys(seed=0, mode=mode))
     return task(model, {name: jnp.asarray(x) for name, x in batch.items()})
 
 
@@ -138,32 +140,60 @@ def test_tokens_after_the_end_are_ignored() -> None:
 class Parrot:
     """A model whose logits say token 2, but which decodes 3."""
 
-    def __init__(self, training: bool):
-        self.training = training
+    training = False
 
     def __call__(self, inputs: jax.Array, lengths: jax.Array, targets: jax.Array) -> jax.Array:
         return jax.nn.one_hot(jnp.full_like(targets, 2), 12)
 
     def greedy(self, inputs: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
-        assert not self.training
         return jnp.full((len(inputs), count), 3)
 
 
-def test_evaluations_use_greedy_decoding() -> None:
-    batch = {**BATCH, 'targets': np.full((6, 4), 3, 'i4')}
-    for training in (True, False):
-        hits = Answer()(Parrot(training), batch).metrics['exact_match']
-        assert hits.tolist() == [not training] * 6
+def test_metrics_are_of_the_logits_and_predictions_are_decoded() -> None:
+    batch = {**BATCH, 'targets': np.full((6, 4), 2, 'i4')}
+    assert Answer()(Parrot(), batch).metrics['exact_match'].all()
+    assert Answer().predict(Parrot(), batch)['answer'].tolist() == [[3] * 4] * 6
 
 
 @pytest.mark.slow
-def test_teacher_forced_and_free_answers_agree() -> None:
-    """An answer that is correct with teacher forcing is correct without it."""
+def test_without_teacher_forcing_the_decoder_reads_its_own_tokens() -> None:
+    """The logits are those of a pass that is given these tokens, whatever the targets are."""
     written = greedy(initial_variables())
-    for targets in (written, (written + np.eye(6, 4, dtype='i4')) % 12):
-        forced, free = (measure(mode, targets).metrics for mode in ('train', 'eval'))
-        assert np.array_equal(forced['exact_match'], free['exact_match'])
-        assert bool(free['exact_match'].all()) == (targets is written)
+    free = MODEL.clone(teacher_force=False)
+    found = jax.jit(free.apply)(initial_variables(), INPUTS, LENGTHS, TARGETS)
+    expected = jax.jit(MODEL.apply)(initial_variables(), INPUTS, LENGTHS, written)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    new = jax.eval_shape(free.init, jax.random.key(1), INPUTS, LENGTHS, TARGETS)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, initial_variables())
+
+
+@pytest.mark.slow
+def test_answers_with_and_without_teacher_forcing() -> None:
+    """As many are right as a whole; the tokens after a wrong one may differ."""
+    written = greedy(initial_variables())
+    targets = written.copy()
+    targets[:3, 0] = (targets[:3, 0] + 1) % 12
+    forced, free = (
+        measure('eval', targets, MODEL.clone(teacher_force=value)).metrics
+        for value in (True, False)
+    )
+    for metrics in (forced, free):
+        assert metrics['exact_match'].tolist() == [False] * 3 + [True] * 3
+    np.testing.assert_allclose(free['accuracy'], [0.75] * 3 + [1.0] * 3)
+    assert not np.array_equal(forced['accuracy'], free['accuracy'])
+
+
+@pytest.mark.slow
+def test_generation_continues_the_carry() -> None:
+    """`decode` is what `generate` takes; with a beam search, too."""
+    variables = initial_variables()
+    decode = functools.partial(MODEL.apply, variables, method='decode')
+    carry = MODEL.apply(variables, INPUTS, LENGTHS, method='encode')
+    start = jnp.zeros((6, 1), jnp.int32)
+    tokens, _ = generate(decode, carry, start, count=4)
+    np.testing.assert_array_equal(tokens, greedy(variables))
+    beams = beam_search(decode, carry, start, count=4, beams=1)
+    np.testing.assert_array_equal(beams.tokens[:, 0], tokens)
 
 
 @pytest.mark.slow
@@ -172,11 +202,17 @@ def test_it_learns_to_add(tmp_path: pathlib.Path) -> None:
     experiment = load_and_build(
         str(ROOT / 'configs' / 'addition.py'), vars__digits=2, train_for='800 steps',
         data__batch_size=64, evals__held_out__data__source__count=200, checkpoint__every='never',
+        evals__teacher_forced__data__source__count=200,
     )  # fmt: skip
     trainer = Trainer(experiment, tmp_path)
     result = trainer.fit()
     assert result.metrics['eval/held_out/exact_match'] > 0.5, result.metrics
     assert result.metrics['train/exact_match'] > 0.9
+    forced, free = (
+        {name: result.metrics[f'eval/{split}/{name}'] for name in ('exact_match', 'accuracy')}
+        for split in ('teacher_forced', 'held_out')
+    )
+    assert forced['exact_match'] == free['exact_match'] and forced['accuracy'] > free['accuracy']
     predicted = [decode(batch['answer']) for batch in trainer.predict('held_out', result.state)]
     assert all(1 <= len(text) <= 3 and text.isdecimal() for texts in predicted for text in texts)
 

@@ -78,7 +78,11 @@ def cnn(*overrides: str, **options: int) -> Run:
 
 RUNS = {
     'addition': Run(
-        'addition', ('model.hidden=16', 'evals.held_out.every=10steps', 'data.batch_size=32')
+        'addition',
+        (
+            'model.hidden=16', 'evals.held_out.every=10steps', 'data.batch_size=32',
+            'evals.teacher_forced.every=never', 'evals.teacher_forced.final=False',
+        ),
     ),
     'lm': Run('lm:bytes', (*TEXT, 'evals.test.data.source.limit=64')),
     'lm_packed': Run('lm_packed', TEXT),

@@ -6,6 +6,7 @@ Tasks of your own return a `TaskOutput`.
 
 from trainer.tasks.checks import Check
 from trainer.tasks.classification import Classification
+from trainer.tasks.continuation import Continuation
 from trainer.tasks.elbo import ELBO
 from trainer.tasks.features import Features
 from trainer.tasks.language import Answer, NextToken
@@ -18,6 +19,7 @@ __all__ = [
     'Answer',
     'Check',
     'Classification',
+    'Continuation',
     'Features',
     'NextToken',
     'Regression',

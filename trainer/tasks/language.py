@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.config.errors import UserError
 from trainer.modules.ensemble_outputs import mean_softmax
 from trainer.tasks import returned
 from trainer.tasks.checks import Check
@@ -20,7 +21,7 @@ from trainer.tasks.task import Batch, TaskOutput
 
 _MEANS = ('loss', 'accuracy')
 _OUTPUTS = {'loss', 'weights', 'mask', 'accuracy', 'logits', 'labels'}
-_ANSWER_MEANS = ('loss', 'exact_match')
+_ANSWER_MEANS = ('loss', 'accuracy', 'exact_match')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,11 +124,12 @@ class NextToken:
 class Answer:
     """Cross-entropy of an answer given a text, summed over the tokens of each answer.
 
-    The model is called as `model(inputs, lengths, targets)`, which returns logits (batch, length,
-    vocabulary) that may depend on the targets before them. In evaluation it is also called as
-    `model.greedy(inputs, lengths, count)`, which generates tokens, int (batch, count). An answer
-    ends with its first token `end`, inclusive; later tokens are ignored. Not supported for
-    ensembles, because generated texts have no mean.
+    The model is called as `model(inputs, lengths, targets)` and returns logits (batch, length,
+    vocabulary). A model that reads the targets before each (teacher forcing) is given the right
+    ones, so it can only find out in another form, `config.evals.NAME.model`, what it makes of its
+    own. Predictions are those of `model.greedy(inputs, lengths, count)`, which generates tokens,
+    int (batch, count). An answer ends with its first token `end`, inclusive; later tokens are
+    ignored. Not supported for ensembles, because generated texts have no mean.
 
     Attributes:
         inputs: batch key of the input tokens, int (batch, length).
@@ -135,8 +137,8 @@ class Answer:
         targets: batch key of the answer, int (batch, length).
         end: the token that ends an answer.
         extra_metrics: metrics by name, such as `trainer.metrics:F1`. They may read the outputs
-            `logits`, given the correct tokens before each; `answer`, the generated tokens in
-            evaluation; and `labels`, -1 after the end of an answer.
+            `logits`; `answer`, the most probable token of each; and `labels`, -1 after the end of
+            an answer.
     """
 
     inputs: str = 'inputs'
@@ -152,34 +154,44 @@ class Answer:
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
-        """loss in nats per answer, the share of answers that match exactly, and extra metrics.
+        """loss in nats per answer, and extra metrics.
 
-        In evaluation these are generated answers; in training each token is predicted from the
-        correct ones before it.
+        accuracy is the share of its tokens that are right, averaged over the answers; exact_match
+        is the share of answers of which all are. With and without teacher forcing, exact_match is
+        the same: the tokens before the first wrong one are right.
         """
         return add_to_means(_ANSWER_MEANS, self.extra_metrics)
 
     def __call__(self, model: Any, batch: Batch) -> TaskOutput:
         """Returns losses and hits (batch,)."""
         targets = batch[self.targets]
-        prompt = (batch[self.inputs], batch[self.lengths])
-        output = model(*prompt, targets)
+        output = model(batch[self.inputs], batch[self.lengths], targets)
         logits = returned.require_array(output, self, 'logits').astype(jnp.float32)
         # Tokens with no `end` before them: the first `end` itself counts, later tokens do not.
         counts = jnp.cumsum(targets == self.end, axis=1) - (targets == self.end) == 0
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        # Generating token by token is expensive, so training uses the predictions it has anyway.
-        answer = logits.argmax(-1) if model.training else model.greedy(*prompt, targets.shape[1])
-        exact = ((answer == targets) | ~counts).all(-1)
+        answer = logits.argmax(-1)
+        is_right = (answer == targets) & counts
         vocabulary = logits.shape[-1]
         counted = jnp.where(counts, targets, 0)
         checks = {self.targets: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
         # Ignored tokens can be any number, so their loss can be NaN: select, do not multiply by 0.
         loss = jnp.where(counts, loss, 0.0).sum(-1)
-        metrics = {'exact_match': exact}
+        metrics = {
+            # An answer has at least one token, its end.
+            'accuracy': is_right.sum(-1) / counts.sum(-1),
+            'exact_match': (is_right == counts).all(-1),
+        }
         if self.extra_metrics:
             metrics.update(logits=logits, answer=answer, labels=jnp.where(counts, targets, -1))
         return TaskOutput(loss=loss, metrics=metrics, checks=checks)
+
+    def combine(self, logits: Any) -> Any:
+        """Raises a UserError, because an ensemble has no common answer."""
+        raise UserError(
+            'config.ensemble: the members of an ensemble write different answers, which have no '
+            'mean. Train one model, or set config.evals = {}'
+        )
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns the generated answer, int (batch, length)."""
