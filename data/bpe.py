@@ -126,7 +126,10 @@ class GPT2(BPE):
             )
         self._set(directory, _load_gpt2(tokens, merges))
         if self._tokenizer.id_to_token(self.end) != '<|endoftext|>' or self.size != self.end + 1:
-            raise ValueError(f'{tokens}: {self.size:,} tokens; expected the 50,257 of GPT-2')
+            raise ValueError(
+                f'{tokens}: {self.size:,} tokens, the last of which is not <|endoftext|>; expected '
+                'the 50,257 of GPT-2'
+            )
 
 
 def _load_gpt2(tokens: str, merges: str) -> Any:

@@ -40,6 +40,11 @@ class _Loader:
         self._position = 0
 
     @property
+    def vocabulary(self) -> str | None:
+        """See `trainer.input.loader.HasVocabulary`."""
+        return getattr(self._pipeline.source, 'vocabulary', None)
+
+    @property
     def first(self) -> Tree:
         """The first example of the whole stream, each field as (1, ...)."""
         if self._first is None:

@@ -7,6 +7,7 @@ import glob
 import os
 import sysconfig
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -90,16 +91,29 @@ class Documents:
     The last files, in the order of their names, are the test split. The stages of a stream pack or
     split documents into sequences: see `trainer.data.stages`.
 
-    Field: `tokens` int32 (bytes,), 0..255.
+    Field: `tokens` int32 (n,): bytes, 0..255, or the tokens of the tokenizer, with the one that
+    ends a text.
+
+    Attributes:
+        vocabulary: a checksum of the vocabulary; None for bytes.
     """
 
-    def __init__(self, path: str | Sequence[str], *, split: str = 'train', holdout: float = 0.05):
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        *,
+        split: str = 'train',
+        holdout: float = 0.05,
+        tokenizer: Any = None,
+    ):
         """Lists the files.
 
         Args:
             path: a file, a pattern such as 'books/**/*.txt', or several of these.
             split: 'train' or 'test'.
             holdout: fraction of the files in the test split.
+            tokenizer: as for `data.tokens.TokenizedText`; the files are then read as UTF-8. None
+                for bytes.
 
         Raises:
             ValueError: if there is no such file, the split has no files, or an argument is out of
@@ -109,6 +123,8 @@ class Documents:
         files = [file for pattern in _as_list(path) for file in _list_files(pattern)]
         boundary = len(files) - round(holdout * len(files))
         self._files = files[:boundary] if split == 'train' else files[boundary:]
+        self._tokenizer = tokenizer
+        self.vocabulary: str | None = None if tokenizer is None else tokenizer.checksum
         if not self._files:
             raise ValueError(
                 f'split {split!r} gets none of {len(files)} files: use more files, or another '
@@ -119,24 +135,31 @@ class Documents:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Arrays:
-        return {'tokens': np.fromfile(self._files[index], np.uint8).astype(np.int32)}
+        content = np.fromfile(self._files[index], np.uint8)
+        if self._tokenizer is None:
+            return {'tokens': content.astype(np.int32)}
+        [tokens] = self._tokenizer.encode([_decode(content.tobytes(), self._files[index])])
+        return {'tokens': np.append(tokens, np.int32(self._tokenizer.end))}
 
     def describe(self, index: int) -> str:
         """Returns the name of a document for messages: its file."""
         return self._files[index]
 
 
-def python_documents(*, split: str = 'train', holdout: float = 0.05) -> Documents:
+def python_documents(
+    *, split: str = 'train', holdout: float = 0.05, tokenizer: Any = None
+) -> Documents:
     """Returns the files of Python's standard library as documents.
 
     Args:
         split: 'train' or 'test'.
         holdout: fraction of the files in the test split.
+        tokenizer: as for `Documents`.
 
     Raises:
         ValueError: as `Documents`.
     """
-    return Documents(_python_files(), split=split, holdout=holdout)
+    return Documents(_python_files(), split=split, holdout=holdout, tokenizer=tokenizer)
 
 
 def python_source(
@@ -181,10 +204,7 @@ def read_texts(
     contents = []
     for file in (file for pattern in patterns for file in _list_files(pattern)):
         contents.append(np.fromfile(file, np.uint8).tobytes())
-        try:
-            contents[-1].decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f'{file} is not UTF-8: {error}') from error
+        _decode(contents[-1], file)
     total = sum(map(len, contents))
     left = total - round(holdout * total)
     parts: dict[str, list[bytes]] = {'train': [], 'test': []}
@@ -199,6 +219,13 @@ def read_texts(
             f'split {split!r} has none of {total:,} bytes: use more text, or another holdout'
         )
     return texts
+
+
+def _decode(content: bytes, file: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{file} is not UTF-8: {error}') from error
 
 
 def _find_border(content: bytes, left: int) -> int:

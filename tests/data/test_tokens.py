@@ -12,7 +12,9 @@ import pytest
 
 from trainer.data.loader import EvalLoader, TrainLoader
 from trainer.data.sources import check_source
-from trainer.data.text import read_texts
+from trainer.data.stages import Pack
+from trainer.data.streaming import StreamLoader
+from trainer.data.text import Documents, read_texts
 from trainer.data.tokens import TokenizedText, TokenSequences
 
 
@@ -122,10 +124,30 @@ def test_the_splits_of_texts_do_not_overlap(tmp_path: pathlib.Path, holdout: flo
         assert before.endswith('\n') or before in (''.join(texts[:i]) for i in range(5))
 
 
+def test_documents_of_tokens(tmp_path: pathlib.Path) -> None:
+    """Each ends with the token for it, and rows that are packed keep them apart."""
+    for i, content in enumerate(TEXTS):
+        (tmp_path / f'{i}.txt').write_text(content)
+    documents = Documents(str(tmp_path / '*.txt'), holdout=0, tokenizer=Pieces())
+    found = [documents[i]['tokens'] for i in range(len(TEXTS))]
+    np.testing.assert_array_equal(np.concatenate(found), text().tokens)
+    loader = StreamLoader(
+        source=documents, batch_size=2, seed=0, shuffle=False, stages=(Pack(length=10),)
+    )
+    assert loader.vocabulary == documents.vocabulary == 'pieces'
+    row = {name: x[0, 0] for name, x in loader.block(0, 1).arrays.items()}
+    loader.close()
+    for number in range(1, row['tokens_segment_ids'].max() + 1):
+        packed = row['tokens'][row['tokens_segment_ids'] == number]
+        assert any(packed.tolist() == x.tolist()[: len(packed)] for x in found)
+
+
 def test_mistakes_in_texts(tmp_path: pathlib.Path) -> None:
     (tmp_path / 'a.txt').write_bytes(b'caf\xe9\n')
     with pytest.raises(ValueError, match=r'a\.txt is not UTF-8'):
         read_texts(str(tmp_path / '*.txt'))
+    with pytest.raises(ValueError, match=r'a\.txt is not UTF-8'):
+        Documents(str(tmp_path / '*.txt'), holdout=0, tokenizer=Pieces())[0]
     (tmp_path / 'a.txt').write_text('one line')
     with pytest.raises(ValueError, match="split 'test' has none of 8 bytes"):
         read_texts(str(tmp_path / '*.txt'), split='test')

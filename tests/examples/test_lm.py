@@ -14,7 +14,6 @@ import pytest
 
 from tests import command
 from tests.pages import PAGES
-from tests.small import one_device
 from tests.tools import lm_floor
 from trainer.config.errors import UserError
 from trainer.data import bpe
@@ -52,15 +51,18 @@ def text(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> Any:
+    names, auto = ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3
+    devices = jax.devices()[: data * fsdp * model]
+    return jax.make_mesh((data, fsdp, model), names, auto, devices=devices)
+
+
 def trainer(
     text: pathlib.Path, workdir: str = '', words: str = ':tiny', devices: int = 1, **changes: Any
 ) -> Trainer:
     options = {**FEW, 'vars__path': str(text), 'vars__vocabulary': str(text.parent), **changes}
-    types = (jax.sharding.AxisType.Auto,) * 3
-    axes = ('data', 'fsdp', 'model')
-    mesh = jax.make_mesh((devices, 1, 1), axes, types, devices=jax.devices()[:devices])
     directory = str(text.parent / workdir) if workdir else None
-    return Trainer(load_and_build(CONFIG + words, **options), directory, mesh=mesh)
+    return Trainer(load_and_build(CONFIG + words, **options), directory, mesh=mesh(devices))
 
 
 def fit_twice(text: pathlib.Path, words: str, **changes: Any) -> dict[str, float]:
@@ -133,12 +135,10 @@ def test_training_is_the_same_on_sharded_devices(text: pathlib.Path, words: str)
     still = {'model__dropout_rate': 0.0, 'vars__vocab_size': 272, 'evals': {}}
     one = trainer(text, '', words, **still).fit().history['train/loss'].values
     options = {**FEW, 'vars__path': str(text), 'vars__vocabulary': str(text.parent), **still}
-    types = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((2, 2, 2), ('data', 'fsdp', 'model'), types)
     experiment = load_and_build(
         CONFIG + words, **{k: x for k, x in options.items() if not k.startswith('evals__')}
     )
-    run = Trainer(experiment, mesh=mesh)
+    run = Trainer(experiment, mesh=mesh(2, 2, 2))
     state = run.init_state()
     embedding = state.params['tokens']['embedding']
     assert embedding.sharding.shard_shape(embedding.shape) != embedding.shape
@@ -219,10 +219,13 @@ def test_the_floor_of_the_treebank_is_the_documented_one() -> None:
 
 @pytest.mark.slow
 def test_the_small_variant_learns(tmp_path: pathlib.Path) -> None:
-    """2.35 bits per byte when it was measured, after 400 steps; 8 would be chance."""
+    """In half of its steps: 2.6 bits per byte when it was measured; 8 would be chance."""
     pytest.importorskip('tokenizers')
     experiment = load_and_build(
-        f'{CONFIG}:tiny', vars__vocabulary=str(tmp_path), checkpoint__every='never'
+        f'{CONFIG}:tiny',
+        vars__vocabulary=str(tmp_path),
+        checkpoint__every='never',
+        train_for='200 steps',
     )
-    result = Trainer(experiment, mesh=one_device()).fit()
-    assert result.metrics['eval/test/bits_per_byte'] < 2.6
+    result = Trainer(experiment, mesh=mesh()).fit()
+    assert result.metrics['eval/test/bits_per_byte'] < 2.8

@@ -99,7 +99,8 @@ def reference(prompt: np.ndarray, count: int, beams: int, penalty: float) -> lis
         ended += [(total / ((5 + length) / 6) ** penalty, tokens) for total, tokens in best]
         ended = sorted(ended, reverse=True)[:beams]
         running = [item for item in longer if item[1][-1] != STOP][:beams]
-        if len(ended) == beams:
+        best = max(total for total, _ in running) / ((5 + count) / 6) ** penalty
+        if len(ended) == beams and best <= ended[0][0]:
             return ended
     rest = [(total / ((5 + count) / 6) ** penalty, tokens) for total, tokens in running]
     return (ended + rest)[:beams]
@@ -125,6 +126,24 @@ def test_a_few_beams(beams: int, scan_layers: bool) -> None:
             np.asarray(found.tokens[row]), found.lengths[row].tolist(), expected, strict=True
         ):
             assert tuple(tokens[:length].tolist()) == other
+
+
+@pytest.mark.parametrize('beams', slow_after(1, [2, 1, 4]))
+def test_short_sequences_do_not_end_the_search(beams: int) -> None:
+    """A probable one is found, although more than K improbable ones end before it."""
+    # After the token 1, another 1 with 0.9 and any of 2 to 4 with 0.03; after these, the end.
+    probable = np.log([1e-4, 0.9, 0.03, 0.03, 0.03, 1e-4])
+    ending = np.log([1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1.0])
+
+    def extend(tokens: jax.Array, cache: Any) -> Any:
+        count = cache['count'] + 1
+        is_last = (tokens != 1) | (count[:, None] == 6)
+        return jnp.where(is_last[..., None], ending, probable), {'count': count}
+
+    cache = {'count': jnp.zeros(2, jnp.int32)}
+    prompt = jnp.ones((2, 1), jnp.int32)
+    found = beam_search(extend, cache, prompt, count=8, stop=5, beams=beams, batch_dims=0)
+    np.testing.assert_array_equal(found.tokens[:, 0], 2 * [[1, 1, 1, 1, 1, 5, 0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -168,15 +187,15 @@ def constant_decoder(log_probs: Any) -> Any:
 def test_the_length_penalty_favors_longer_sequences() -> None:
     """By hand: sequences of 0s and then the stop token 1, of probability 1/2 each token."""
     decoder = constant_decoder(np.log([0.5, 0.5]))
-    for penalty, lengths in ((0.0, [1, 2, 3]), (8.0, [3, 2, 1])):
-        options: dict[str, Any] = dict(count=8, beams=3, stop=1, length_penalty=penalty)
+    for penalty, lengths in ((0.0, [1, 2, 3]), (8.0, [4, 3, 2])):
+        options: dict[str, Any] = dict(count=4, beams=3, stop=1, length_penalty=penalty)
         found = beam_search(*decoder, PROMPT[:1], **options)
         assert found.lengths[0].tolist() == lengths
         expected = [n * np.log(0.5) / ((5 + n) / 6) ** penalty for n in lengths]
         np.testing.assert_allclose(found.scores[0], expected, rtol=1e-5)
 
 
-def test_the_search_ends_when_all_beams_have_ended() -> None:
+def test_the_search_ends_when_no_better_sequence_is_possible() -> None:
     """The model is called once for the prompt, and once for each token that is needed."""
     calls: list[int] = []
     extend, cache = constant_decoder(np.log([0.5, 0.5]))
@@ -185,7 +204,7 @@ def test_the_search_ends_when_all_beams_have_ended() -> None:
         jax.debug.callback(lambda _: calls.append(1), cache)
         return extend(tokens, cache)
 
-    beam_search(counted, cache, PROMPT, count=1000, beams=3, stop=1)
+    beam_search(counted, cache, PROMPT, count=1000, beams=3, stop=1, length_penalty=0.0)
     jax.effects_barrier()
     assert len(calls) == 3
 
