@@ -55,11 +55,6 @@ class _Search(NamedTuple):
     parents: jax.Array
     ended: Beams
 
-    @property
-    def is_done(self) -> jax.Array:
-        """Whether all beams of an example have ended, or none is left to run, bool (B,)."""
-        return (self.ended.scores > -jnp.inf).all(1) | (self.log_probs == -jnp.inf).all(1)
-
 
 def beam_search(
     extend: Extend,
@@ -78,8 +73,9 @@ def beam_search(
 
     In each step, the K most probable of all sequences with one more token are kept. Those among
     them that end with a stop token are finished. The search for an example ends when K sequences
-    have finished, or after N tokens; those that are still running then come after all others. With
-    one beam, the tokens are those of greedy decoding.
+    have finished and no other can get a better score than the best of them, or after N tokens;
+    those that are still running then come after all others. With one beam, it ends with the first
+    stop token: the tokens are those of greedy decoding.
 
     The score of a sequence is its log probability, divided by ((5 + tokens) / 6) to the power of
     `length_penalty` (Wu et al., 2016, https://arxiv.org/abs/1609.08144, equation 14).
@@ -134,7 +130,7 @@ def _search(
 
     def is_unfinished(carry: Any) -> jax.Array:
         step, search, _ = carry
-        return (step < count) & ~search.is_done.all()
+        return (step < count) & ~_is_done(search, options).all()
 
     def add(carry: Any) -> Any:
         step, search, cache = carry
@@ -166,7 +162,7 @@ def _extend_search(
     tokens = _take(search.tokens, parents).at[:, :, step].set(token)
     is_stop = is_any_of(token, options.stop)
 
-    is_ending = is_stop & (jnp.arange(size) < beams) & ~search.is_done[:, None]
+    is_ending = is_stop & (jnp.arange(size) < beams) & ~_is_done(search, options)[:, None]
     scores = jnp.where(is_ending, log_probs / _penalty(step + 1, options), -jnp.inf)
     new = Beams(tokens, jnp.full(scores.shape, step + 1, jnp.int32), scores)
     ended = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), search.ended, new)
@@ -177,6 +173,18 @@ def _extend_search(
     log_probs, kept = jax.lax.top_k(running, beams)
     tokens, parents = _take(tokens, kept), _take(parents, kept)
     return _Search(tokens, log_probs, parents, ended)
+
+
+def _is_done(search: _Search, options: _Options) -> jax.Array:
+    """Whether nothing would change in the search for an example, bool (B,)."""
+    ended, best = search.ended.scores, search.log_probs.max(1)
+    is_full = (ended > -jnp.inf).all(1)
+    if options.beams > 1:
+        # Unlikely sequences are often short: if K of them were enough, a much better one that ends
+        # later would be lost. Log probabilities only decrease, so this is the best possible score.
+        bound = best / jnp.maximum(_penalty(1, options), _penalty(options.count, options))
+        is_full &= bound <= ended.max(1)
+    return is_full | (best == -jnp.inf)
 
 
 def _rank(search: _Search, options: _Options) -> Beams:

@@ -280,10 +280,9 @@ def run(line: str, cwd: pathlib.Path, *more: str, python: str = sys.executable) 
         args.append(f'--config.train_for={STEPS}steps')
     if name.startswith('lm') and 'mode=' not in line:
         args += ['--config.evals={}', '--config.model.layers=2']
-    elif name == 'wmt' and 'mode=' not in line:
-        args += [f'--config.model.{key}={x}' for key, x in (('layers', 1), ('width', 16))]
-        if ':numbers' not in line:
-            args += ['--config.data.batch_size=8', '--config.precision=None']
+    elif name == 'wmt' and ':numbers' not in line:
+        args += ['--config.model.layers=1', '--config.model.width=16', '--config.precision=None']
+        args.append('--config.data.batch_size=8')
     elif name == 'mnist_resnet':
         args.append('--config.evals={}')
     elif name.startswith('mnist') and 'evals={}' not in line:

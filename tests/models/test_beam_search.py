@@ -91,7 +91,8 @@ def reference(prompt: np.ndarray, count: int, beams: int, penalty: float) -> lis
         ended += [(total / ((5 + length) / 6) ** penalty, tokens) for total, tokens in best]
         ended = sorted(ended, reverse=True)[:beams]
         running = [item for item in longer if item[1][-1] != STOP][:beams]
-        if len(ended) == beams:
+        best = max(total for total, _ in running) / ((5 + count) / 6) ** penalty
+        if len(ended) == beams and best <= ended[0][0]:
             return ended
     rest = [(total / ((5 + count) / 6) ** penalty, tokens) for total, tokens in running]
     return (ended + rest)[:beams]
@@ -116,6 +117,24 @@ def test_a_few_beams(beams: int, scan_layers: bool) -> None:
             np.asarray(found.tokens[row]), found.lengths[row].tolist(), expected, strict=True
         ):
             assert tuple(tokens[:length].tolist()) == other
+
+
+@pytest.mark.parametrize('beams', [1, 2, 4])
+def test_short_sequences_do_not_end_the_search(beams: int) -> None:
+    """A probable one is found, although more than K improbable ones end before it."""
+    # After the token 1, another 1 with 0.9 and any of 2 to 4 with 0.03; after these, the end.
+    probable = np.log([1e-4, 0.9, 0.03, 0.03, 0.03, 1e-4])
+    ending = np.log([1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1.0])
+
+    def extend(tokens: jax.Array, cache: Any) -> Any:
+        count = cache['count'] + 1
+        is_last = (tokens != 1) | (count[:, None] == 6)
+        return jnp.where(is_last[..., None], ending, probable), {'count': count}
+
+    cache = {'count': jnp.zeros(2, jnp.int32)}
+    prompt = jnp.ones((2, 1), jnp.int32)
+    found = beam_search(extend, cache, prompt, count=8, stop=5, beams=beams, batch_dims=0)
+    np.testing.assert_array_equal(found.tokens[:, 0], 2 * [[1, 1, 1, 1, 1, 5, 0, 0]])
 
 
 @pytest.mark.parametrize('penalty', [0.0, 1.0])
