@@ -61,7 +61,7 @@ SAYS = (
     ('mine/colorings.py', r'^eval test at step 500: .* right 0\.9[89]\d*  examples 500$'),
     ('gan/', r'^  train/gen_loss '),
     ('sam.step', r'^  train/first_norm '),
-    ('init_from.path', r'^starting from scratch, with weights from .*runs/(pretrained|digits)'),
+    ('init_from.path', r'^starting from scratch, with weights from .*runs/(pretrained|digits|lm)'),
     ('transfer/digits', r'^starting from scratch, with weights from .*runs/pretrained'),
 )
 
@@ -151,6 +151,7 @@ SCRIPTS = {
     'judge.py': r'[01]\.\d\d I laughed .*',
     'tag_text.py': r'(\S+/[A-Z]+ ?){4}',
     'write_conllu.py': '3 files',
+    'write_text.py': '10000 lines',
     'prepare_digits.py': r"\{'train': 1000, 'test': 1000\}",
 }
 
