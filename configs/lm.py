@@ -189,6 +189,7 @@ def _enlarge_to_gpt2(config: ml_collections.ConfigDict) -> None:
         remat='full',
     )
     config.precision = dict(compute='bfloat16', output='float32')
+    config.accumulate = 8  # The logits of all sequences at once would not fit on eight devices.
     config.optimizer.learning_rate.peak_value = 6e-4
     config.optimizer.b2 = 0.95
 

@@ -10,7 +10,9 @@ your own, such as those of WMT: `train.tsv`, `dev.tsv` and `test.tsv` with a sen
 translation in each line. `:verses` is a smaller one for 30,000 verses of the Bible in English and
 Spanish, which come with the project, and `:numbers` translates English number words into German.
 
-BLEU, in all but `:numbers`, needs two more packages: pip install tokenizers sacrebleu
+Tokens need the package tokenizers, and BLEU, in all but `:numbers`, sacrebleu:
+
+    pip install tokenizers sacrebleu
 
 docs/examples/wmt.md is the page about this config.
 

@@ -217,14 +217,16 @@ def read_prompt(
 
     # Later tokens overwrite the padding; until then they do not attend to it.
     def without_padding(path: Any, x: jax.Array) -> jax.Array:
-        return x - padding.astype(x.dtype) if _is_index(path) else x
+        return x - padding.astype(x.dtype) if _is_index(path, x, len(prompt)) else x
 
     cache = jax.tree_util.tree_map_with_path(without_padding, cache)
     return logits[jnp.arange(len(prompt)), lengths - 1], cache
 
 
-def _is_index(path: Any) -> bool:
-    return jax.tree_util.keystr(path[-1:], simple=True) == 'index'
+def _is_index(path: Any, x: jax.Array, batch: int) -> bool:
+    # Layers that are stacked have one each.
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return name == 'index' and x.shape[-1:] == (batch,)
 
 
 def is_any_of(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
@@ -411,7 +413,7 @@ def check_prompt(
     if not isinstance(lengths, jax.core.Tracer) and not ((lengths > 0) & (lengths <= length)).all():
         raise ValueError(f'lengths: expected numbers from 1 to {length}, got {lengths.tolist()}')
     leaves = jax.tree_util.tree_leaves_with_path(cache)
-    if not any(_is_index(path) and x.shape == (batch,) for path, x in leaves):
+    if not any(_is_index(path, x, batch) for path, x in leaves):
         raise ValueError(
             f'lengths: prompts of different lengths need a cache with an entry `index`, int '
             f'{(batch,)}, the number of tokens that it has of each prompt; this one has none. '

@@ -61,7 +61,7 @@ SAYS = (
     ('mine/colorings.py', r'^eval test at step 500: .* right 0\.9[89]\d*  examples 500$'),
     ('gan/', r'^  train/gen_loss '),
     ('sam.step', r'^  train/first_norm '),
-    ('init_from.path', r'^starting from scratch, with weights from .*runs/(pretrained|digits)'),
+    ('init_from.path', r'^starting from scratch, with weights from .*runs/(pretrained|digits|lm)'),
     ('transfer/digits', r'^starting from scratch, with weights from .*runs/pretrained'),
 )
 
@@ -151,8 +151,12 @@ SCRIPTS = {
     'judge.py': r'[01]\.\d\d I laughed .*',
     'tag_text.py': r'(\S+/[A-Z]+ ?){4}',
     'write_conllu.py': '3 files',
+<<<<<<< HEAD
     'write_pairs.py': '16 pairs',
     'translate.py': r'seventy-six thousand one hundred and two -> .*',
+=======
+    'write_text.py': '10000 lines',
+>>>>>>> main
     'prepare_digits.py': r"\{'train': 1000, 'test': 1000\}",
 }
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.marks import slow_after
 from trainer.models import generation
 from trainer.models.generation import (
     feed_singly,
@@ -30,7 +31,7 @@ KEY = jax.random.key(0)
 
 
 def transformer(**options: Any) -> Transformer:
-    small = dict(vocab_size=VOCABULARY, layers=2, width=8, heads=2, max_length=LENGTH)
+    small = dict(vocab_size=VOCABULARY, layers=1, width=8, heads=2, max_length=LENGTH)
     return Transformer(**{**small, **options})
 
 
@@ -60,23 +61,38 @@ def constant_decoder(logits: Any) -> Any:
     return extend, ()
 
 
-@pytest.mark.parametrize('scan_layers', [pytest.param(False, marks=pytest.mark.slow), True])
-def test_tokens_with_and_without_a_cache(scan_layers: bool) -> None:
-    """Greedy or drawn, for prompts of different lengths, they are those of one prompt at a time."""
-    for key in (None, KEY):
-        options: dict[str, Any] = dict(count=8, key=key, top_k=5)
-        found = generate(
-            *cached_decoder(scan_layers=scan_layers), PROMPT, lengths=LENGTHS, **options
-        )
-        slow = generate(*full_passes(scan_layers=scan_layers), PROMPT, lengths=LENGTHS, **options)
-        np.testing.assert_array_equal(found.tokens, slow.tokens)
-        assert found.lengths.tolist() == [8, 8, 8]
-        for row, length in enumerate(LENGTHS):
-            if key is not None:
-                options['key'] = jax.random.fold_in(key, row)[None]
-            one = full_passes(1, scan_layers=scan_layers)
-            alone = generate(*one, PROMPT[row : row + 1, :length], **options)
-            np.testing.assert_array_equal(alone.tokens[0], found.tokens[row])
+@pytest.mark.parametrize(
+    ('scan_layers', 'key'), slow_after(1, [(True, KEY), (True, None), (False, KEY), (False, None)])
+)
+def test_tokens_with_and_without_a_cache(scan_layers: bool, key: Any) -> None:
+    """Greedy or drawn, for prompts of different lengths."""
+    options: dict[str, Any] = dict(count=8, lengths=LENGTHS, key=key, top_k=5)
+    found = generate(*cached_decoder(scan_layers=scan_layers), PROMPT, **options)
+    slow = generate(*full_passes(scan_layers=scan_layers), PROMPT, **options)
+    np.testing.assert_array_equal(found.tokens, slow.tokens)
+    assert found.lengths.tolist() == [8, 8, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', [KEY, None])
+def test_prompts_of_different_lengths_are_continued_as_each_alone(key: Any) -> None:
+    """With the random numbers that an example has in the batch."""
+    found = generate(*cached_decoder(), PROMPT, count=8, lengths=LENGTHS, key=key)
+    for row, length in enumerate(LENGTHS):
+        own = None if key is None else jax.random.fold_in(key, row)[None]
+        prompt = PROMPT[row : row + 1, :length]
+        alone = generate(*cached_decoder(1), prompt, count=8, key=own)
+        np.testing.assert_array_equal(alone.tokens[0], found.tokens[row])
+
+
+@pytest.mark.slow
+def test_a_cache_with_tokens_is_continued() -> None:
+    """A prompt in two parts, of different lengths, is the same as in one."""
+    extend, cache = cached_decoder()
+    whole = generate(extend, cache, PROMPT, count=6, lengths=LENGTHS)
+    _, cache = extend(jnp.asarray(PROMPT[:, :1]), cache)
+    rest = generate(extend, cache, PROMPT[:, 1:], count=6, lengths=LENGTHS - 1)
+    np.testing.assert_array_equal(rest.tokens, whole.tokens)
 
 
 def test_greedy_tokens_are_the_most_probable() -> None:
@@ -111,7 +127,7 @@ def test_the_loop_ends_with_the_last_example() -> None:
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize('is_closure', [False, True])
+@pytest.mark.parametrize('is_closure', slow_after(1, [False, True]))
 def test_callback_gets_tokens_in_their_order(is_closure: bool) -> None:
     """Those that `generate` returns, one after the other, and which of them count."""
     decoder = full_passes() if is_closure else cached_decoder()
@@ -163,7 +179,9 @@ def test_kept_tokens_include_equal_ones() -> None:
     np.testing.assert_array_equal(np.isfinite(found), [True, True, True, False])
 
 
-@pytest.mark.parametrize(('temperature', 'top_k', 'top_p'), [(0.7, 0, 1.0), (1.5, 3, 0.9)])
+@pytest.mark.parametrize(
+    ('temperature', 'top_k', 'top_p'), slow_after(1, [(1.5, 3, 0.9), (0.7, 0, 1.0)])
+)
 def test_distribution_of_drawn_tokens(temperature: float, top_k: int, top_p: float) -> None:
     """Frequencies of 20,000 tokens are the probabilities, within 5 standard deviations."""
     logits = np.array([0.5, 2.0, -1.0, 1.0], np.float32)
@@ -179,6 +197,7 @@ def test_distribution_of_drawn_tokens(temperature: float, top_k: int, top_p: flo
     assert (frequencies[~kept] == 0).all()
 
 
+@pytest.mark.slow
 def test_drawn_tokens_depend_on_the_key() -> None:
     drawn = [
         generate(*cached_decoder(), PROMPT, count=8, key=key).tokens
@@ -191,6 +210,7 @@ def test_drawn_tokens_depend_on_the_key() -> None:
     np.testing.assert_array_equal(old, generate(*cached_decoder(), PROMPT, count=8, key=KEY).tokens)
 
 
+@pytest.mark.slow
 def test_equal_models_share_a_program() -> None:
     """It is compiled once, for any parameters and temperatures."""
     generation._generate_compiled.clear_cache()  # Or JAX may drop an old program meanwhile.
@@ -199,6 +219,7 @@ def test_equal_models_share_a_program() -> None:
     assert generation._generate_compiled._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_several_devices() -> None:
     """A batch that is sharded over 8 devices has the same tokens, drawn with a cache."""
     prompt = np.random.default_rng(2).integers(0, VOCABULARY, (8, 4), np.int32)
@@ -228,6 +249,7 @@ class Elsewhere(nn.Module):
         return nn.Dense(VOCABULARY)(x + attention(x, mask=mask))
 
 
+@pytest.mark.slow
 def test_a_model_of_flax_s_attention() -> None:
     """Prompts of equal length; for others the error says what the cache lacks."""
     model = Elsewhere()
@@ -256,6 +278,7 @@ class Recurrent(nnx.Module):
         return jnp.stack(found, 1), carry
 
 
+@pytest.mark.slow
 def test_a_model_of_nnx_with_a_carry() -> None:
     """Its own function of tokens and carry is `extend`."""
     model = Recurrent(nnx.Rngs(0))

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.data.prompts import Prompts
@@ -35,7 +36,7 @@ class Network(nnx.Module):
 
 
 TRANSFORMER = dict(
-    target='trainer.models.transformer:Transformer', layers=2, width=8, heads=2, max_length=20
+    target='trainer.models.transformer:Transformer', layers=1, width=8, heads=2, max_length=20
 )
 DECODING: dict[str, Any] = {'model': {'decode': True}}
 WITHOUT_CACHE = {'decoder': dict(ref='trainer.models.generation:without_cache')}
@@ -110,12 +111,10 @@ def test_texts_of_an_evaluation(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scan_layers', [False, True])
-def test_drawn_tokens_on_one_and_eight_devices_with_and_without_a_cache(scan_layers: bool) -> None:
-    model = dict(TRANSFORMER, scan_layers=scan_layers)
+def test_drawn_tokens_on_one_and_eight_devices_with_and_without_a_cache() -> None:
     drawn = {'temperature': 0.7, 'top_k': 40, 'top_p': 0.95, 'stop': (0, 1, 2)}
     found = [
-        predict(make_trainer({**drawn, **task}, network=model, devices=devices, **options))
+        predict(make_trainer({**drawn, **task}, devices=devices, **options))
         for devices, task, options in [(1, {}, DECODING), (8, {}, DECODING), (1, WITHOUT_CACHE, {})]
     ]
     for other in found[1:]:
@@ -124,6 +123,7 @@ def test_drawn_tokens_on_one_and_eight_devices_with_and_without_a_cache(scan_lay
     assert len({tuple(row) for row in found[0]['generated']}) == 8
 
 
+@pytest.mark.slow
 def test_a_model_of_nnx_generates_without_a_cache() -> None:
     """This one continues with the most probable token after the last."""
     trainer = make_trainer(
@@ -150,6 +150,7 @@ def test_an_ensemble_generates_without_a_cache() -> None:
     np.testing.assert_array_equal(found['generated'], expected)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_the_beginning_of_an_example() -> None:
     task = {'prompt': 2, 'temperature': 0.0, 'stop': (*range(256),), 'pad': 7}
     found = predict(make_trainer(task, **DECODING))
@@ -166,7 +167,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(('task', 'options', 'message'), REFUSED)
+@pytest.mark.parametrize(('task', 'options', 'message'), slow_after(1, REFUSED))
 def test_what_cannot_generate_is_an_error(
     task: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:

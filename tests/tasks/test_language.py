@@ -66,6 +66,27 @@ def test_weights_per_sequence_or_per_token(shape: tuple[int, ...], model: Any) -
 
 
 @pytest.mark.slow
+def test_targets_of_their_own(model: Any) -> None:
+    """No token is without a target, and metrics get the fields."""
+    whole = jnp.asarray([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+    batch = {'a': whole[:, :-1], 'b': whole[:, 1:], 'words': jnp.array([2, 3])}
+    output = NextToken(tokens='a', targets='b', fields=('words',))(model, batch)
+    expected = NextToken()(model, {'tokens': whole})
+    np.testing.assert_allclose(output.loss, expected.loss[:, :-1], rtol=1e-5)
+    np.testing.assert_array_equal(output.weights, np.ones((2, 4)))
+    np.testing.assert_array_equal(output.metrics['words'], [2, 3])
+    assert list(output.checks) == ['b']
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match='targets: not available with segments'):
+        NextToken(targets='b', segments='c')
+    for fields in ('words', ('words', 'logits')):
+        with pytest.raises(ValueError, match='fields: expected a tuple of batch keys, none of'):
+            NextToken(fields=fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
 def test_predictions(model: Any) -> None:
     tokens = jnp.asarray([[1, 2, 3, 4]])
     predicted = NextToken().predict(model, {'tokens': tokens})
