@@ -200,11 +200,11 @@ def test_the_search_ends_when_no_better_sequence_is_possible() -> None:
     calls: list[int] = []
     extend, cache = constant_decoder(np.log([0.5, 0.5]))
 
-    def counted(tokens: jax.Array, cache: jax.Array) -> Any:
+    def extend_and_count(tokens: jax.Array, cache: jax.Array) -> Any:
         jax.debug.callback(lambda _: calls.append(1), cache)
         return extend(tokens, cache)
 
-    beam_search(counted, cache, PROMPT, count=1000, beams=3, stop=1, length_penalty=0.0)
+    beam_search(extend_and_count, cache, PROMPT, count=1000, beams=3, stop=1, length_penalty=0.0)
     jax.effects_barrier()
     assert len(calls) == 3
 
