@@ -21,7 +21,7 @@ The vocabulary is made at first use, and kept in the directory `vars.vocabulary`
 `config.sharding` fit any mesh, because an axis of size 1 shards nothing.
 
 Expected after 4 epochs: not run yet. `:ptb`: not run yet. `:gpt2`: not run yet. `:tiny`: 2.35 bits
-per byte of the test text, after 400 steps; 31 s of processor time. `:bytes`: 1.23 nats per byte,
+per byte of the test text, after 400 steps; 36 s of processor time. `:bytes`: 1.23 nats per byte,
 after 2,000 steps; 17 seconds on one H200 GPU. On CPUs, 300 of these steps take 4 minutes of
 processor time and reach 2.2 nats. docs/examples/lm.md is the page about this config.
 """
