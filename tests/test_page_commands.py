@@ -151,6 +151,8 @@ SCRIPTS = {
     'judge.py': r'[01]\.\d\d I laughed .*',
     'tag_text.py': r'(\S+/[A-Z]+ ?){4}',
     'write_conllu.py': '3 files',
+    'write_pairs.py': '16 pairs',
+    'translate.py': r'seventy-six thousand one hundred and two -> .*',
     'write_text.py': '10000 lines',
     'prepare_digits.py': r"\{'train': 1000, 'test': 1000\}",
 }

@@ -35,7 +35,7 @@ def test_pairs_of_a_file(tmp_path: pathlib.Path) -> None:
 def test_items_are_tokens_with_an_end(tmp_path: pathlib.Path) -> None:
     vocabulary = make_bpe(PAIRS, size=258, directory=str(tmp_path))
     items = TokenizedPairs(PAIRS, vocabulary)
-    assert len(items) == 2
+    assert len(items) == 2 and items.vocabulary == vocabulary.checksum
     item = items[1]
     assert (item['source_text'], item['target_text']) == ('two cats sat', 'dos')
     assert item['sources'].shape == item['targets'].shape == (13,)

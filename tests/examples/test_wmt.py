@@ -160,6 +160,20 @@ def test_files_of_ones_own(tmp_path: pathlib.Path, vocabularies: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_does_not_resume_with_other_tokens(tmp_path: pathlib.Path, vocabularies: str) -> None:
+    """Those of other texts, in the same file."""
+    options: dict[str, Any] = {'vars__path': write_pairs(tmp_path), 'evals': {}, 'precision': None}
+    options |= {'mesh': {'data': 1}, 'sharding': ()}
+    options |= {'data__source__lengths': (32,), 'log__tensorboard': False}
+    workdir = tmp_path / 'run'
+    trainer('', vocabularies, workdir, **options).fit(max_steps=2)
+    train = tmp_path / 'train.tsv'
+    train.write_text(train.read_text().replace('cat', 'dog'))
+    with pytest.raises(UserError, match='of a model of other tokens'):
+        trainer('', vocabularies, workdir, **options).fit()
+
+
+@pytest.mark.slow
 @needs_sacrebleu
 def test_verses(vocabularies: str) -> None:
     """With BLEU, and longer verses than the longest batch."""
