@@ -147,7 +147,7 @@ def with_cache(
             'decodes, such as model.clone(decode=True), or use without_cache'
         )
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.meta.unbox(state['cache']))
-    return jax.tree_util.Partial(_LinenCall(model, length), variables), cache
+    return jax.tree_util.Partial(_LinenCall(model, batch, length), variables), cache
 
 
 def without_cache(
@@ -198,6 +198,7 @@ class _LinenCall:
     """Calls a Linen module. Equal ones share a compiled program."""
 
     model: nn.Module
+    batch: int
     length: int
 
     def __call__(self, variables: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
@@ -298,7 +299,11 @@ def _split(key: jax.Array, batch: int) -> jax.Array:
     """Returns a key for each example (B,)."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # An array of numbers, as of `jax.random.PRNGKey`.
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if not key.ndim else key
+    if not key.ndim:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f'key: expected one, or one for each of {batch} prompts, got {key.shape}')
+    return key
 
 
 def _choose(
@@ -400,10 +405,10 @@ def check_prompt(
             f'count={count}'
         )
     call = extend.func if isinstance(extend, jax.tree_util.Partial) else None
-    if isinstance(call, _LinenCall) and length + count > call.length:
+    if isinstance(call, _LinenCall) and (batch != call.batch or length + count > call.length):
         raise ValueError(
-            f'{length + count} tokens with the prompt, but with_cache was called for '
-            f'length={call.length}'
+            f'{batch} prompts, {length + count} tokens with what to generate; but with_cache was '
+            f'called for batch={call.batch}, length={call.length}'
         )
     if lengths is None:
         return prompt, None

@@ -292,7 +292,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({'count': 0}, r'expected at least one token in the prompt and to generate, got 4 and count=0'),
     ({'prompt': PROMPT[:, :0]}, r'expected at least one token in the prompt'),
     ({'prompt': PROMPT[0]}, r'prompt: expected shape \(batch, length\), got \(4,\)'),
-    ({'count': 9}, r'13 tokens with the prompt, but with_cache was called for length=12'),
+    ({'count': 9}, r'3 prompts, 13 tokens with .* called for batch=3, length=12'),
+    ({'prompt': PROMPT[:2]}, r'2 prompts, 6 tokens with .* called for batch=3, length=12'),
+    (
+        {'key': jax.random.split(KEY)},
+        r'key: expected one, or one for each of 3 prompts, got \(2,\)',
+    ),
     ({'lengths': [1, 2]}, r'lengths: expected shape \(3,\), got \(2,\)'),
     ({'lengths': [0, 2, 4]}, r'lengths: expected numbers from 1 to 4, got \[0, 2, 4\]'),
     ({'lengths': [1, 2, 5]}, r'lengths: expected numbers from 1 to 4, got \[1, 2, 5\]'),
