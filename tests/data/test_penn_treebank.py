@@ -42,6 +42,7 @@ def test_words_and_ends_of_sentences(package: str) -> None:
     assert train.end == 0
     test = PennTreebank('test', path=package)
     assert test.decode(test.tokens) == 'the dog <unk> the\ncat\n'
+    assert [x.tolist() for x in test.encode(['the cat', 'the bird'])] == [[1, 3], [1, 2]]
     assert test.num_words.tolist() == [1] * len(test.tokens)
     assert test.vocabulary == train.vocabulary
     assert PennTreebank('dev', path=package).num_bytes.tolist() == [4, 4, 6]

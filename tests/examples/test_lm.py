@@ -36,6 +36,8 @@ FEW: dict[str, Any] = {
     'evals__test__data__source__seq_len': 8,
     'evals__test__data__source__stride': 3,
     'evals__test__data__batch_size': 16,
+    'evals__samples__every': 'never',
+    'evals__samples__final': False,
     'checkpoint__every': '4 steps',
     'log__every': '2 steps',
     'log__tensorboard': False,
@@ -83,7 +85,15 @@ def test_a_resumed_run_is_the_same(text: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('words', [':tiny', ':tiny,nnx'])
 def test_a_resumed_run_has_the_same_evaluations(text: pathlib.Path, words: str) -> None:
-    metrics = fit_twice(text, words)
+    """And has written the same texts, which begin with the prompts."""
+    metrics = fit_twice(text, words, evals__samples__every='4 steps', vars__prompts=('the', 'el g'))
+    for step in (4, 8):
+        written = [
+            (text.parent / run / f'summaries/{step}/eval/samples/samples.txt').read_text()
+            for run in ('whole', 'resumed')
+        ]
+        assert written[0] == written[1]
+        assert re.search('the▶.*el g▶', written[0], flags=re.DOTALL)
     found = [metrics[f'eval/test/{x}'] for x in ('word_perplexity', 'perplexity', 'bits_per_byte')]
     assert sorted(found, reverse=True) == found and found[2] > 0
 
