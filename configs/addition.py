@@ -7,8 +7,10 @@ Sums are generated on the fly; an epoch is 100,000 of them. One in ten is held o
 There the network reads the digits that it has written itself; in training, and in the evaluation
 `teacher_forced`, it reads the right ones.
 
-Expected after 4,000 steps: 99.9 % of 5,000 held-out sums of numbers below 1,000; a minute on two
-CPU cores. Writing the last digit first makes the task easy, because each carry is known by then.
+Expected after 4,000 steps: 99.96 % of 5,000 held-out sums of numbers below 1,000; two minutes on
+two busy CPU cores. It is the same with teacher forcing, because the digits before the first wrong
+one are right; only the later ones differ. Writing the last digit first makes the task easy, because
+each carry is known by then.
 """
 
 import ml_collections
