@@ -13,6 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from tests.marks import slow_after
+from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.data.prompts import Prompts
@@ -42,16 +43,13 @@ DECODING: dict[str, Any] = {'model': {'decode': True}}
 WITHOUT_CACHE = {'decoder': dict(ref='trainer.models.generation:without_cache')}
 
 
-def make_trainer(
-    task: dict[str, Any],
-    *,
-    workdir: Any = None,
-    devices: int = 1,
-    network: Any = TRANSFORMER,
-    ensemble: Any = None,
-    **evaluation: Any,
-) -> Trainer:
-    """Returns a run of one step whose evaluation `samples` continues all of `TEXTS`."""
+DRAWING: dict[str, Any] = {'temperature': 0.7, 'top_k': 40, 'top_p': 0.95, 'stop': (0, 1, 2)}
+
+
+def make_config(
+    task: dict[str, Any], *, network: Any = TRANSFORMER, ensemble: Any = None, **evaluation: Any
+) -> ConfigDict:
+    """Returns a config of one step whose evaluation `samples` continues all of `TEXTS`."""
     prompts = dict(target='trainer.data.prompts:Prompts', texts=TEXTS)
     generated = dict(
         target='trainer.tasks:Continuation',
@@ -60,7 +58,13 @@ def make_trainer(
         lengths='length',
         count=6,
     )
-    config = ConfigDict(
+    samples = dict(
+        data=dict(source=prompts, batch_size=8),
+        task={**generated, **task},
+        score=dict(target='trainer.scores:Samples', count=3),
+        **evaluation,
+    )
+    return ConfigDict(
         dict(
             train_for='1 step',
             model=network,
@@ -69,16 +73,16 @@ def make_trainer(
             # An update would depend on the number of devices, which sum gradients in another order.
             optimizer=dict(target='optax:sgd', learning_rate=0.0),
             ensemble=ensemble,
-            evals=dict(
-                samples=dict(
-                    data=dict(source=prompts, batch_size=8),
-                    task={**generated, **task},
-                    score=dict(target='trainer.scores:Samples', count=3),
-                    **evaluation,
-                )
-            ),
+            evals=dict(samples=samples),
         )
     )
+
+
+def make_trainer(
+    task: dict[str, Any], *, workdir: Any = None, devices: int = 1, **options: Any
+) -> Trainer:
+    """Returns a run of `make_config`."""
+    config = make_config(task, **options)
     experiment = build(LoadedConfig(config=config, name='samples', arg='', path=''))
     types = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((devices,), ('data',), types, devices=jax.devices()[:devices])
@@ -112,15 +116,31 @@ def test_texts_of_an_evaluation(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_drawn_tokens_on_one_and_eight_devices_with_and_without_a_cache() -> None:
-    drawn = {'temperature': 0.7, 'top_k': 40, 'top_p': 0.95, 'stop': (0, 1, 2)}
     found = [
-        predict(make_trainer({**drawn, **task}, devices=devices, **options))
+        predict(make_trainer({**DRAWING, **task}, devices=devices, **options))
         for devices, task, options in [(1, {}, DECODING), (8, {}, DECODING), (1, WITHOUT_CACHE, {})]
     ]
     for other in found[1:]:
         for name, value in found[0].items():
             np.testing.assert_array_equal(other[name], value)
     assert len({tuple(row) for row in found[0]['generated']}) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_texts_of_one(tmp_path: pathlib.Path) -> None:
+    """Although the loop ends with the last example of both."""
+    (tmp_path / 'samples.py').write_text(
+        f'from {__name__} import DECODING, DRAWING, make_config\n\n\n'
+        'def get_config():\n    return make_config(DRAWING, **DECODING)\n'
+    )
+    config = (f'--config={tmp_path}/samples.py',)
+    found = []
+    for count in (1, 2):
+        codes, _, errors = group.finish(group.start(count, tmp_path / str(count), config=config))
+        assert codes == [0] * count, errors
+        [path] = (tmp_path / str(count)).rglob('samples.txt')
+        found.append(path.read_text())
+    assert found[0] == found[1] and found[0].count('▶') == 3
 
 
 @pytest.mark.slow
