@@ -182,8 +182,8 @@ def _train_on_few_images(config: ml_collections.ConfigDict) -> None:
 
 
 def _train_on_solar_cells(config: ml_collections.ConfigDict, finetune: bool) -> None:
-    """Cells that are intact or defective: from scratch at 112 pixels, or fine-tuned at 160."""
-    size = 160 if finetune else 112
+    """Cells that are intact or defective: from scratch at 112 pixels, or fine-tuned at 224."""
+    size = 224 if finetune else 112
     config.train_for = '12 epochs' if finetune else '90 epochs'
     # A quarter of the computation of the full width. The statistics of 32 photographs vary, so the
     # running ones average about 100 batches: with 10, the accuracy still changes by a percent in
@@ -204,7 +204,7 @@ def _train_on_solar_cells(config: ml_collections.ConfigDict, finetune: bool) -> 
             exclude='head/.*',  # With as many outputs as ImageNet has classes.
             rename=(dict(ref='trainer.models.efficientnet:PYTORCH'),),
         )
-        config.optimizer = _optimizer(peak=0.02, decay=1e-4)
+        config.optimizer = _optimizer(peak=0.03, decay=1e-4)
         # As the weights expect it.
         pixels.update(mean=127.0, std=128.0)
     cells = 'trainer.data.elpv:ELPV'

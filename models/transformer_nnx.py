@@ -191,6 +191,8 @@ class Transformer(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         embedding = _with_axes(normal, 'vocab', 'embed')
         self.tokens = nnx.Embed(vocab_size, width, embedding_init=embedding, **options)
+        # `nnx.Embed` turns None into the dtype of its parameters now, whatever they are cast to.
+        self.tokens.dtype = dtype
         table = _with_axes(normal, 'length', 'embed')
         self.positions = (
             nnx.Param(table(rngs.params(), (max_length, width), param_dtype))

@@ -415,6 +415,7 @@ def test_models_without_a_dtype_of_their_own(name: str, way: str) -> None:
 
 def test_every_model_file_is_covered() -> None:
     files = {path.stem for path in (ROOT / 'models').glob('*.py')}
+    files.remove('beam_search')  # It computes nothing but sums of logits, in float32.
     text = pathlib.Path(__file__).read_text()
     assert all(f'from trainer.models.{name} import' in text for name in files)
 
