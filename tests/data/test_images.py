@@ -278,6 +278,7 @@ def config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     return made
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same(
     decode: Any, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

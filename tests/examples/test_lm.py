@@ -78,7 +78,11 @@ def fit_twice(text: pathlib.Path, words: str, **changes: Any) -> dict[str, float
 
 def test_a_resumed_run_is_the_same(text: pathlib.Path) -> None:
     """It drops the same units, and counts the same bytes and words."""
-    metrics = fit_twice(text, ':tiny', evals={}, checkpoint__every='never')
+    changes = {'evals': {}, 'checkpoint__keep_last': 2}
+    metrics = trainer(text, 'whole', **changes).fit().metrics
+    resumed = command.copy_until(text.parent / 'whole', 4)
+    trainer(text, resumed.name, **changes).fit()
+    command.assert_same_run(resumed, text.parent / 'whole')
     assert metrics['train/perplexity'] == pytest.approx(np.exp(metrics['train/loss']), rel=1e-4)
 
 
@@ -98,6 +102,7 @@ def test_a_resumed_run_has_the_same_evaluations(text: pathlib.Path, words: str) 
     assert sorted(found, reverse=True) == found and found[2] > 0
 
 
+@pytest.mark.slow
 def test_another_vocabulary_is_an_error(text: pathlib.Path) -> None:
     """A vocabulary of other texts has other tokens; the same one, in another file, has the same."""
     trainer(text, 'run', evals={}).fit(max_steps=4)

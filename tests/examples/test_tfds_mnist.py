@@ -57,6 +57,7 @@ def fit(name: str, workdir: pathlib.Path, *, max_steps: int | None = None, **cha
     return Trainer(experiment, str(workdir), mesh=one_device()).fit(max_steps=max_steps)
 
 
+@pytest.mark.slow
 def test_training_is_equal_to_that_on_arrays(tfds_directory: str, tmp_path: pathlib.Path) -> None:
     """Bit for bit, also after a resume."""
     fit('mnist', tmp_path / 'arrays', **IN_MEMORY)

@@ -85,7 +85,12 @@ def fit_twice(directory: pathlib.Path, vocabularies: str, **changes: Any) -> pat
 
 def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path, vocabularies: str) -> None:
     """It drops the same activations."""
-    fit_twice(tmp_path, vocabularies, evals={}, ema=None, log__tensorboard=False)
+    saves = {'checkpoint__every': '3 steps', 'checkpoint__keep_last': 2}
+    changes = {'evals': {}, 'ema': None, 'log__tensorboard': False, **saves}
+    trainer(':numbers', vocabularies, tmp_path / 'whole', **changes).fit()
+    resumed = command.copy_until(tmp_path / 'whole', 3)
+    trainer(':numbers', vocabularies, resumed, **changes).fit()
+    command.assert_same_run(resumed, tmp_path / 'whole')
 
 
 @pytest.mark.slow

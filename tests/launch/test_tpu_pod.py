@@ -83,6 +83,7 @@ def test_all_workers_run_the_last_commit(cloud: Cloud) -> None:
     assert cloud.run('logs').stdout == cloud.log(0)
 
 
+@pytest.mark.slow
 def test_workers_restart_after_42_up_to_the_maximum(cloud: Cloud) -> None:
     cloud.will_exit(42, 42, 5)
     done = cloud.train('--restarts=2')

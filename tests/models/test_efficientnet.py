@@ -44,7 +44,8 @@ def test_training() -> None:
     assert np.abs(changed['batch_stats']['stem_bn']['mean']).max() > 0
 
 
-@pytest.mark.parametrize('size', [9, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('size', [9, 8])
 def test_depthwise_convolutions_as_sums(size: int) -> None:
     """With the same parameters, the logits are the same; the sides of images are odd or even."""
     x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype('f4')

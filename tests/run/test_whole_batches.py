@@ -76,12 +76,9 @@ def test_more_shapes_than_announced_are_an_error() -> None:
         run.fit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('kind', 'batch_size'),
-    slow_after(
-        1,
-        [('molecules', 6), ('molecules', 7), ('sentences', 8)],
-    ),
+    ('kind', 'batch_size'), [('molecules', 6), ('molecules', 7), ('sentences', 8)]
 )
 def test_the_same_numbers_on_any_number_of_devices(kind: str, batch_size: int) -> None:
     """Also where arrays do not divide evenly, and are replicated."""

@@ -94,6 +94,7 @@ def predict(trainer: Trainer) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_texts_of_an_evaluation(tmp_path: pathlib.Path) -> None:
     """They are what `generate` returns for the trained model, written as text."""
     trainer = make_trainer({'temperature': 0.0}, workdir=tmp_path, **DECODING)
