@@ -73,6 +73,9 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.enable()
         gc.freeze()
+        # Tracing creates many objects, most of which are needed until it ends: by default Python
+        # would look for garbage among them again and again.
+        gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope='module', autouse=True)

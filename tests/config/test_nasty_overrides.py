@@ -73,6 +73,7 @@ def raises_user_error(assignments: list[tuple[str, str]], *, then: Any = None) -
     return False
 
 
+@pytest.mark.slow
 def test_every_path() -> None:
     """Each path with a third of the values, so that each value is tried at 20 paths or more."""
     chosen = random.Random(0)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.data.loader import EvalLoader
+from trainer.data.loader import TrainLoader
 from trainer.data.sources import ArraySource
-from trainer.input.data import EvalData
+from trainer.input.data import TrainData
 from trainer.input.fingerprint import check_vocabulary, data_changes, fingerprint
 
 
@@ -21,9 +21,9 @@ class Texts(ArraySource):
         self.vocabulary = vocabulary
 
 
-def data(vocabulary: str | None, first: int = 1) -> EvalData:
-    loader = EvalLoader(source=Texts(vocabulary, first), batch_size=2)
-    return EvalData.from_loader(loader, 'config.data')
+def data(vocabulary: str | None, first: int = 1) -> TrainData:
+    loader = TrainLoader(source=Texts(vocabulary, first), batch_size=2)
+    return TrainData.from_loader(loader, 'config.data')
 
 
 def test_tokens_of_another_vocabulary_are_refused() -> None:

@@ -64,6 +64,7 @@ def test_dry_run_of_train_prints_all_stages(cloud: Cloud) -> None:
     assert cloud.calls() == []
 
 
+@pytest.mark.slow
 def test_all_workers_run_the_last_commit(cloud: Cloud) -> None:
     (cloud.source / 'trainer' / 'main.py').write_text('not committed')
     done = cloud.train()
