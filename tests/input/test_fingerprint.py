@@ -16,12 +16,12 @@ from trainer.input.fingerprint import check_vocabulary, data_changes, fingerprin
 class Texts(ArraySource):
     """Two texts, in tokens of a vocabulary with this checksum."""
 
-    def __init__(self, vocabulary: str | None, first: int = 1):
+    def __init__(self, vocabulary: object, first: int = 1):
         super().__init__({'tokens': np.array([[first, 2], [3, 4]], np.int32)})
         self.vocabulary = vocabulary
 
 
-def data(vocabulary: str | None, first: int = 1) -> TrainData:
+def data(vocabulary: object, first: int = 1) -> TrainData:
     loader = TrainLoader(source=Texts(vocabulary, first), batch_size=2)
     return TrainData.from_loader(loader, 'config.data')
 
@@ -41,6 +41,11 @@ def test_tokens_of_another_vocabulary_are_refused() -> None:
         ('b2', None),
     ):
         check_vocabulary(data(now), then, 'step 4')
+
+
+def test_a_vocabulary_that_is_no_checksum_is_not_compared() -> None:
+    """Such as the words themselves, in a source of the user."""
+    assert 'vocabulary' not in fingerprint(data({'the': 0}))
 
 
 def test_another_first_example_is_a_change() -> None:

@@ -102,7 +102,9 @@ class _Common:
     @property
     def vocabulary(self) -> str | None:
         """See `trainer.input.loader.HasVocabulary`; None if the loader has none."""
-        return getattr(self.loader, 'vocabulary', None)
+        checksum = getattr(self.loader, 'vocabulary', None)
+        # A source of the user may have an attribute of this name that is something else.
+        return checksum if isinstance(checksum, str) else None
 
     @property
     def spec(self) -> Mapping[str, ArraySpec]:
