@@ -88,13 +88,11 @@ class BPE:
         return [np.array(each.ids, np.int32) for each in encoded]
 
     def decode(self, tokens: Any) -> str:
-        """Returns the text of tokens (n,) up to the first end, without padding.
+        """Returns the text of tokens (n,); ends of texts and padding have none.
 
         An incomplete character, of which some bytes are missing, becomes U+FFFD.
         """
         tokens = np.asarray(tokens)
-        ends = np.flatnonzero(tokens == self.end)
-        tokens = tokens[: ends[0]] if len(ends) else tokens
         # A model may have more outputs than there are tokens.
         known = tokens[tokens < self.size]
         return b''.join(self.contents[token] for token in known).decode(errors='replace')

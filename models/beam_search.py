@@ -102,7 +102,7 @@ def beam_search(
     if beams < 1:
         raise ValueError(f'beams: expected a number > 0, got {beams}')
     prompt, lengths = check_prompt(extend, cache, prompt, lengths, count)
-    options = _Options(count, beams, as_tokens(stop), length_penalty, pad)
+    options = _Options(int(count), int(beams), as_tokens(stop), float(length_penalty), int(pad))
     dims = _find_batch_dims(cache, len(prompt), batch_dims)
     is_argument = isinstance(extend, jax.tree_util.Partial)
     return (_search_compiled if is_argument else _search)(

@@ -108,9 +108,10 @@ def generate(
         ValueError: if an argument is out of range, if prompts of different lengths are given for
             a cache that has no `index`, or a callback within `jax.jit`.
     """
-    options = _Options(count, top_k, top_p, as_tokens(stop), pad)
+    options = _Options(int(count), int(top_k), float(top_p), as_tokens(stop), int(pad))
     prompt, lengths = check_prompt(extend, cache, prompt, lengths, count)
     _check_sampling(temperature, options)
+    temperature = jnp.asarray(temperature, jnp.float32)  # 1 and 1.0 share a program.
     keys = None if key is None else _split(key, len(prompt))
     arguments = (extend, cache, prompt, lengths, keys, temperature)
     if callback is not None:
@@ -138,6 +139,8 @@ def with_cache(
         ValueError: if the model has no cache.
     """
     tokens = jnp.zeros((batch, length), jnp.int32)
+    # After `init` of the form that decodes, they contain a cache, for other prompts.
+    variables = {name: x for name, x in variables.items() if name != 'cache'}
     # Not from `init`, which would create new parameters, perhaps of another dtype.
     call = functools.partial(model.apply, mutable=['cache'])
     _, state = jax.eval_shape(call, variables, tokens)
@@ -164,16 +167,8 @@ def without_cache(
         batch: B, the number of prompts.
         length: the number of tokens in the longest prompt and to generate, together.
     """
-
-    def extend(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        positions = cache['index'][:, None] + jnp.arange(tokens.shape[1])
-        rows = jnp.arange(len(tokens))[:, None]  # Beams are a larger batch.
-        before = cache['tokens'].at[rows, positions].set(tokens, mode='drop')
-        logits = predict(before)[rows, positions]
-        return logits, {'tokens': before, 'index': cache['index'] + tokens.shape[1]}
-
     cache = {'tokens': jnp.zeros((batch, length), jnp.int32), 'index': jnp.zeros(batch, jnp.int32)}
-    return extend, cache
+    return _WholeCall(predict, batch, length), cache
 
 
 def feed_singly(extend: Extend) -> Extend:
@@ -181,16 +176,9 @@ def feed_singly(extend: Extend) -> Extend:
 
     For models that take one token in a call, as `nn.MultiHeadDotProductAttention(decode=True)`.
     """
-
-    def extend_singly(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        def step(cache: Any, token: jax.Array) -> tuple[Any, jax.Array]:
-            logits, cache = extend(token[:, None], cache)
-            return cache, logits[:, 0]
-
-        cache, logits = jax.lax.scan(step, cache, tokens.T)
-        return jnp.moveaxis(logits, 0, 1), cache
-
-    return extend_singly
+    if isinstance(extend, jax.tree_util.Partial):
+        return jax.tree_util.Partial(_SingleCalls(extend.func), *extend.args)
+    return _SingleCalls(extend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,13 +195,50 @@ class _LinenCall:
         return logits, nn.meta.unbox(state['cache'])
 
 
+@dataclasses.dataclass(frozen=True)
+class _WholeCall:
+    """Calls a function with all tokens so far."""
+
+    predict: Callable[[jax.Array], jax.Array]
+    batch: int
+    length: int
+
+    def __call__(self, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        positions = cache['index'][:, None] + jnp.arange(tokens.shape[1])
+        rows = jnp.arange(len(tokens))[:, None]  # Beams are a larger batch.
+        before = cache['tokens'].at[rows, positions].set(tokens, mode='drop')
+        logits = self.predict(before)[rows, positions]
+        return logits, {'tokens': before, 'index': cache['index'] + tokens.shape[1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _SingleCalls:
+    """Calls another function once for each token; the last two arguments are tokens and cache."""
+
+    call: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> tuple[jax.Array, Any]:
+        *given, tokens, cache = args
+
+        def step(cache: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+            logits, cache = self.call(*given, token[:, None], cache)
+            return cache, logits[:, 0]
+
+        cache, logits = jax.lax.scan(step, cache, tokens.T)
+        return jnp.moveaxis(logits, 0, 1), cache
+
+
 def read_prompt(
     extend: Extend, cache: Any, prompt: jax.Array, lengths: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     """Returns the logits (B, V) after each prompt, and the cache."""
-    logits, cache = extend(prompt, cache)
     if lengths is None:
+        logits, cache = extend(prompt, cache)
         return logits[:, -1], cache
+    # Padding may be any number: the embedding of one that is no token can be NaN, and so would be
+    # its product with an attention weight of 0.
+    prompt = jnp.where(jnp.arange(prompt.shape[1]) < lengths[:, None], prompt, 0)
+    logits, cache = extend(prompt, cache)
     padding = prompt.shape[1] - lengths
 
     # Later tokens overwrite the padding; until then they do not attend to it.
@@ -388,28 +413,27 @@ _start_compiled, _advance_compiled = _compile(_start), _compile(_advance)
 
 def as_tokens(stop: int | Sequence[int]) -> tuple[int, ...]:
     """Returns the stop tokens as a tuple."""
-    return (stop,) if isinstance(stop, int) else tuple(stop)
+    return tuple(int(token) for token in np.ravel(stop))
 
 
 def check_prompt(
     extend: Extend, cache: Any, prompt: jax.Array, lengths: jax.Array | None, count: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Checks the prompts; returns them and their lengths as arrays of JAX."""
+    """Checks the prompts; returns them and their lengths as arrays of JAX, int32."""
     prompt = jnp.asarray(prompt)
-    if prompt.ndim != 2:
-        raise ValueError(f'prompt: expected shape (batch, length), got {prompt.shape}')
+    if prompt.ndim != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise ValueError(
+            f'prompt: expected integers of shape (batch, length), got {prompt.dtype} of shape '
+            f'{prompt.shape}'
+        )
+    prompt = prompt.astype(jnp.int32)  # In bytes, for example, generated tokens might not fit.
     batch, length = prompt.shape
     if not (length and count > 0):
         raise ValueError(
             f'expected at least one token in the prompt and to generate, got {length} and '
             f'count={count}'
         )
-    call = extend.func if isinstance(extend, jax.tree_util.Partial) else None
-    if isinstance(call, _LinenCall) and (batch != call.batch or length + count > call.length):
-        raise ValueError(
-            f'{batch} prompts, {length + count} tokens with what to generate; but with_cache was '
-            f'called for batch={call.batch}, length={call.length}'
-        )
+    _check_room(extend, cache, batch, length + count)
     if lengths is None:
         return prompt, None
     lengths = jnp.asarray(lengths)
@@ -427,7 +451,30 @@ def check_prompt(
     return prompt, lengths
 
 
+def _check_room(extend: Extend, cache: Any, batch: int, length: int) -> None:
+    """Checks that the cache is for this batch, and that so many tokens fit into it.
+
+    Tokens beyond the end of a cache would be lost without a word.
+    """
+    call = extend.func if isinstance(extend, jax.tree_util.Partial) else extend
+    call = call.call if isinstance(call, _SingleCalls) else call
+    if not isinstance(call, (_LinenCall, _WholeCall)):
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(cache)
+    counts = [x for path, x in leaves if _is_index(path, x, batch)]
+    # Traced numbers are unknown.
+    known = [int(x.max()) for x in counts if not isinstance(x, jax.core.Tracer)]
+    total = length + max(known, default=0)
+    if batch != call.batch or total > call.length:
+        raise ValueError(
+            f'{batch} prompts, {total} tokens with those in the cache and those to generate; but '
+            f'the cache is for batch={call.batch}, length={call.length}'
+        )
+
+
 def _check_sampling(temperature: float | jax.Array, options: _Options) -> None:
+    if np.ndim(temperature):
+        raise ValueError(f'temperature: expected one number, got shape {np.shape(temperature)}')
     # A traced temperature has no value yet.
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(

@@ -291,9 +291,12 @@ def test_a_model_of_nnx_with_a_carry() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({'count': 0}, r'expected at least one token in the prompt and to generate, got 4 and count=0'),
     ({'prompt': PROMPT[:, :0]}, r'expected at least one token in the prompt'),
-    ({'prompt': PROMPT[0]}, r'prompt: expected shape \(batch, length\), got \(4,\)'),
-    ({'count': 9}, r'3 prompts, 13 tokens with .* called for batch=3, length=12'),
-    ({'prompt': PROMPT[:2]}, r'2 prompts, 6 tokens with .* called for batch=3, length=12'),
+    (
+        {'prompt': PROMPT[0]},
+        r'prompt: expected integers of shape .* got int32 of shape \(4,\)',
+    ),
+    ({'count': 9}, r'3 prompts, 13 tokens with .* the cache is for batch=3, length=12'),
+    ({'prompt': PROMPT[:2]}, r'2 prompts, 6 tokens with .* the cache is for batch=3, length=12'),
     (
         {'key': jax.random.split(KEY)},
         r'key: expected one, or one for each of 3 prompts, got \(2,\)',
@@ -303,6 +306,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({'lengths': [1, 2, 5]}, r'lengths: expected numbers from 1 to 4, got \[1, 2, 5\]'),
     ({'temperature': 0}, r'temperature: expected a number > 0, got 0; for the most probable'),
     ({'temperature': jnp.zeros(())}, r'temperature: expected a number > 0'),
+    ({'prompt': PROMPT.astype('f4')}, r'prompt: expected integers of shape .* got float32'),
+    ({'temperature': np.ones(2)}, r'temperature: expected one number, got shape \(2,\)'),
     ({'temperature': float('nan')}, r'temperature: expected a number > 0'),
     ({'top_k': -1}, r'top_k: expected 0 for all tokens, or a number > 0, got -1'),
     ({'top_p': 0.0}, r'top_p: expected a probability > 0, at most 1, got 0\.0'),
@@ -315,6 +320,47 @@ def test_arguments_out_of_range_are_errors(options: dict[str, Any], message: str
     arguments = {'prompt': PROMPT, 'count': 2, 'key': KEY, **options}
     with pytest.raises(ValueError, match=message):
         generate(*cached_decoder(), **arguments)
+
+
+def test_more_tokens_than_fit_into_a_cache_are_an_error() -> None:
+    """Also without a cache, one token in a call, and in a cache that has some already."""
+    extend, cache = cached_decoder()
+    for way in (full_passes(), (feed_singly(extend), cache)):
+        with pytest.raises(ValueError, match=r'3 prompts, 13 tokens with .* length=12'):
+            generate(*way, PROMPT, count=9)
+    _, used = extend(jnp.asarray(PROMPT), cache)
+    with pytest.raises(ValueError, match=r'3 prompts, 13 tokens with those in the cache'):
+        generate(extend, used, PROMPT, count=5)
+
+
+def test_prompts_are_padded_with_any_number() -> None:
+    """The embedding of one that is no token is NaN."""
+    is_padding = np.arange(4) >= LENGTHS[:, None]
+    options: dict[str, Any] = dict(count=3, lengths=LENGTHS)
+    one, other = (
+        generate(*cached_decoder(), np.where(is_padding, x, PROMPT), **options).tokens
+        for x in (0, 99)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+def test_prompts_of_bytes_and_stop_tokens_of_numpy() -> None:
+    """Generated tokens are int32, because they might not fit into a byte."""
+    logits = np.zeros(400).tolist()
+    logits[300] = 9.0
+    stop: Any = np.int64(300)
+    prompt = np.frombuffer(b'ab', np.uint8)[None]
+    found = generate(*constant_decoder(logits), prompt, count=3, stop=stop)
+    assert found.tokens.tolist() == [[300, 0, 0]] and found.lengths.tolist() == [1]
+
+
+def test_variables_with_a_cache_of_another_batch() -> None:
+    """As `init` of the form that decodes returns them."""
+    extend, cache = cached_decoder()
+    made = {**variables(), 'cache': cached_decoder(batch=1, length=4)[1]}
+    again = with_cache(transformer(decode=True), made, 3, LENGTH)
+    found = generate(*again, PROMPT, count=3).tokens
+    np.testing.assert_array_equal(found, generate(extend, cache, PROMPT, count=3).tokens)
 
 
 def test_models_that_do_not_fit_are_errors() -> None:

@@ -48,6 +48,18 @@ def test_the_loss_is_that_of_the_next_token(mode: str, smoothing: float) -> None
     np.testing.assert_array_equal(output.metrics['accuracy'][TARGETS != 0], hits[TARGETS != 0])
 
 
+def test_targets_are_padded_with_any_number() -> None:
+    """The embedding of one that is no token is NaN."""
+    others = {**BATCH, 'targets': jnp.where(TARGETS == 0, 99, TARGETS)}
+    outputs = [
+        SequenceToSequence(padding=padding)(bind(), batch)
+        for padding, batch in ((0, BATCH), (99, others))
+    ]
+    counted = TARGETS != 0
+    np.testing.assert_array_equal(outputs[0].loss[counted], outputs[1].loss[counted])
+    np.testing.assert_array_equal(outputs[1].weights, counted)
+
+
 def predict(beams: int, **options: Any) -> dict[str, Any]:
     task = SequenceToSequence(search=beam_search, beams=beams, extra_tokens=2, **options)
     return jax.jit(lambda: task.predict(bind(decode=True), BATCH))()

@@ -37,7 +37,7 @@ class SequenceToSequence:
         sources: batch key of the source tokens, int (batch, length).
         targets: batch key of the target tokens, int (batch, length), with the end token.
         padding: the token after the end of a source or target.
-        start: the token before each target; by default that of padding.
+        start: the token before each target.
         end: the token that ends a target.
         label_smoothing: mass moved from the label to all tokens in training, in [0, 1). The loss of
             an evaluation is without, so that it is comparable, and exp of it is the perplexity.
@@ -91,13 +91,13 @@ class SequenceToSequence:
     def __call__(self, model: Any, batch: Batch) -> TaskOutput:
         """Returns losses and hits (batch, length)."""
         targets = batch[self.targets]
+        counts = targets != self.padding
+        # Padding may be any number: it needs neither a logit nor an embedding.
+        labels = jnp.where(counts, targets, 0)
         starts = jnp.full((len(targets), 1), self.start, targets.dtype)
-        inputs = jnp.concatenate([starts, targets[:, :-1]], axis=1)
+        inputs = jnp.concatenate([starts, labels[:, :-1]], axis=1)
         output = model(batch[self.sources], inputs)
         logits = returned.require_array(output, self, 'logits').astype(jnp.float32)
-        counts = targets != self.padding
-        # Padding may be any number; it is not counted, so it needs no logit.
-        labels = jnp.where(counts, targets, 0)
         loss = _cross_entropy(logits, labels, self.label_smoothing if model.training else 0.0)
         metrics = {'accuracy': logits.argmax(-1) == labels}
         if self.extra_metrics:
