@@ -32,8 +32,7 @@ def test_texts_come_back_unchanged(vocabulary: bpe.BPE, text: str) -> None:
     [tokens] = vocabulary.encode([text])
     assert tokens.dtype == np.int32 and (tokens > bpe.END).all()
     assert vocabulary.decode(tokens) == text
-    # What follows the end does not belong to the text.
-    padded = [*tokens, 270, bpe.END, *tokens, bpe.PADDING]  # 270: an output without a token.
+    padded = [bpe.END, *tokens, 270, bpe.END, bpe.PADDING]  # 270: an output without a token.
     assert vocabulary.decode(padded) == text
 
 
