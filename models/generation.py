@@ -81,7 +81,7 @@ def generate(
 
     Without a key, each is the most probable one (greedy decoding). With a key, tokens are drawn,
     and each example has its own random numbers, so that they do not depend on the rest of the batch
-    or on the devices.
+    or on the devices. (Keys of the kind 'rbg' do depend on the size of the batch.)
 
     Can be called within `jax.jit`. Outside of it, the program is compiled once for each model of
     `with_cache`, number of tokens and shape of the prompts; for other functions, in each call.
