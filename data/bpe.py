@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from .words import load_tokenizer
+from .words import checksum, import_tokenizers, load_tokenizer
 
 PADDING, END = 0, 1
 # The first tokens of a vocabulary, in the order of their numbers.
 SPECIAL = ('<padding>', '<end>')
-
-_NOT_INSTALLED = "the package 'tokenizers' is not installed: pip install tokenizers"
 
 
 class BPE:
@@ -63,11 +61,9 @@ class BPE:
     @functools.cached_property
     def contents(self) -> list[bytes]:
         """The bytes of each token, in the order of the tokens; none for padding and the end."""
-        from tokenizers import pre_tokenizers
-
         # The library writes each byte as a printable character: itself if it is one, otherwise one
         # above 255. Both kinds are in the order of the bytes.
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        letters = sorted(import_tokenizers().pre_tokenizers.ByteLevel.alphabet())
         own = [ord(x) for x in letters if ord(x) < 256]
         others = [x for x in range(256) if x not in own]
         byte = dict(zip(letters, own + others, strict=True))
@@ -80,7 +76,7 @@ class BPE:
     @functools.cached_property
     def checksum(self) -> str:
         """A checksum of the vocabulary: it differs if a token has other bytes."""
-        return hashlib.sha256(repr(self.contents).encode()).hexdigest()[:12]
+        return checksum(repr(self.contents).encode())
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the tokens of each text, int32 (n,); none for an empty text."""
@@ -132,13 +128,9 @@ class GPT2(BPE):
 
 def _load_gpt2(tokens: str, merges: str) -> Any:
     """Returns the tokenizer of two files."""
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    except ImportError as error:
-        raise ValueError(_NOT_INSTALLED) from error
-    tokenizer = Tokenizer(models.BPE.from_file(tokens, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    library = import_tokenizers()
+    tokenizer = library.Tokenizer(library.models.BPE.from_file(tokens, merges))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
 
 
@@ -177,15 +169,12 @@ def train(texts: Iterable[str], size: int, directory: str) -> str:
 
 def _train(texts: list[str], size: int) -> str:
     """Returns the content of the file."""
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise ValueError(_NOT_INSTALLED) from error
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
+    library = import_tokenizers()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()  # For other programs that read the file.
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=list(SPECIAL),
         # In one order: that of the library differs between processes.

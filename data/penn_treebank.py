@@ -6,13 +6,14 @@ from __future__ import annotations
 import ast
 import collections
 import functools
-import hashlib
 import importlib.util
 import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+
+from .words import checksum
 
 # What the package calls each split.
 _SPLITS = {'train': 'train', 'dev': 'valid', 'test': 'test'}
@@ -65,7 +66,7 @@ class PennTreebank:
         self.end = numbers[END]
         self.num_bytes = np.array([len(x.encode()) + 1 for x in self.words], np.int32)[self.tokens]
         self.num_words = np.ones(len(tokens), np.int32)
-        self.vocabulary = hashlib.sha256('\n'.join(self.words).encode()).hexdigest()[:12]
+        self.vocabulary = checksum('\n'.join(self.words).encode())
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the tokens of each text, int32 (n,): of its words, in which lines have no end."""

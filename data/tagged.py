@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 import glob
-import hashlib
 import os
 import re
 import unicodedata
@@ -16,6 +15,7 @@ import numpy as np
 
 from . import conllu, treebank
 from .conllu import Sentence
+from .words import checksum
 
 SPLITS = ('train', 'dev', 'test')
 # Ids of words and characters; the next ones are those of the training split, most frequent first.
@@ -97,7 +97,7 @@ class TaggedSentences:
         self._text = ['\t'.join(sentence.words) for sentence in sentences]
         tag_ids = {'': UNTAGGED, **{tag: i for i, tag in enumerate(list_tags(path))}}
         numbers = [list(ids) for ids in (word_ids, character_ids, tag_ids)]
-        self.vocabulary = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
+        self.vocabulary = checksum(repr(numbers).encode())
         self._tag = [np.array([tag_ids[tag] for tag in s.tags], np.int32) for s in sentences]
         # Each word is encoded once.
         words = list(dict.fromkeys(w for sentence in sentences for w in sentence.words))

@@ -53,7 +53,7 @@ class Words:
             )
         frequent = _rank(tuple(texts.texts), min_count)
         self._tokens = {word: token for token, word in enumerate(frequent[: size - 2], 2)}
-        self.checksum = _checksum(self._tokens)
+        self.checksum = _checksum_tokens(self._tokens)
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the tokens of each text, int32 (n,); a text without words is an unknown word."""
@@ -90,7 +90,7 @@ class WordPieces:
         """
         self._length = length
         self._tokenizer = load_tokenizer(path)
-        self.checksum = _checksum(self._tokenizer.get_vocab())
+        self.checksum = _checksum_tokens(self._tokenizer.get_vocab())
         self._tokenizer.enable_truncation(length)
         self._tokenizer.no_padding()
 
@@ -104,8 +104,28 @@ class WordPieces:
         return [np.array(each.ids, np.int32) for each in encoded]
 
 
-def _checksum(tokens: Mapping[str, int]) -> str:
-    return hashlib.sha256(repr(sorted(tokens.items())).encode()).hexdigest()[:12]
+def checksum(vocabulary: bytes) -> str:
+    """Returns a checksum of a vocabulary, given as bytes that differ if a token does."""
+    return hashlib.sha256(vocabulary).hexdigest()[:12]
+
+
+def _checksum_tokens(tokens: Mapping[str, int]) -> str:
+    return checksum(repr(sorted(tokens.items())).encode())
+
+
+def import_tokenizers() -> Any:
+    """Returns the library `tokenizers`.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError(
+            "the package 'tokenizers' is not installed: pip install tokenizers"
+        ) from error
+    return tokenizers
 
 
 def load_tokenizer(path: str) -> Any:
@@ -117,12 +137,7 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         ValueError: if there is no such file, or the library is not installed.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ValueError(
-            "the package 'tokenizers' is not installed: pip install tokenizers"
-        ) from error
+    tokenizers = import_tokenizers()
     path = os.path.expanduser(path)
     path = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
     if not os.path.isfile(path):
@@ -130,4 +145,4 @@ def load_tokenizer(path: str) -> Any:
             f'tokenizer: no file {path}, relative to {os.getcwd()}; expected a Hugging Face '
             'tokenizer.json, or the directory that contains it'
         )
-    return Tokenizer.from_file(path)
+    return tokenizers.Tokenizer.from_file(path)

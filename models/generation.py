@@ -48,6 +48,18 @@ class _Options:
     pad: int
 
 
+class _Sampling(NamedTuple):
+    """How tokens are drawn.
+
+    Attributes:
+        keys: random keys (B,), one for each example; None for the most probable tokens.
+        temperature: divisor of the logits, float32 ().
+    """
+
+    keys: jax.Array | None
+    temperature: jax.Array
+
+
 class _State(NamedTuple):
     """The state between two calls of the model.
 
@@ -111,9 +123,10 @@ def generate(
     options = _Options(int(count), int(top_k), float(top_p), as_tokens(stop), int(pad))
     prompt, lengths = check_prompt(extend, cache, prompt, lengths, count)
     _check_sampling(temperature, options)
-    temperature = jnp.asarray(temperature, jnp.float32)  # 1 and 1.0 share a program.
     keys = None if key is None else _split(key, len(prompt))
-    arguments = (extend, cache, prompt, lengths, keys, temperature)
+    # An array, so that the numbers 1 and 1.0 share a program.
+    sampling = _Sampling(keys, jnp.asarray(temperature, jnp.float32))
+    arguments = (extend, cache, prompt, lengths, sampling)
     if callback is not None:
         return _stream(*arguments, options, callback)
     # A closure cannot be the argument of a compiled function.
@@ -265,11 +278,10 @@ def _generate(
     cache: Any,
     prompt: jax.Array,
     lengths: jax.Array | None,
-    keys: jax.Array | None,
-    temperature: float | jax.Array,
+    sampling: _Sampling,
     options: _Options,
 ) -> Generated:
-    state = _start(extend, cache, prompt, lengths, keys, temperature, options)
+    state = _start(extend, cache, prompt, lengths, sampling, options)
     tokens = jnp.full((len(prompt), options.count), options.pad, prompt.dtype)
     ones = jnp.ones(len(prompt), jnp.int32)
 
@@ -280,7 +292,7 @@ def _generate(
     def add(carry: Any) -> Any:
         step, tokens, counts, state = carry
         counts += state.is_running
-        state = _advance(extend, state, step, keys, temperature, options)
+        state = _advance(extend, state, step, sampling, options)
         return step + 1, tokens.at[:, step].set(state.token), counts, state
 
     first = (1, tokens.at[:, 0].set(state.token), ones, state)
@@ -297,12 +309,11 @@ def _start(
     cache: Any,
     prompt: jax.Array,
     lengths: jax.Array | None,
-    keys: jax.Array | None,
-    temperature: float | jax.Array,
+    sampling: _Sampling,
     options: _Options,
 ) -> _State:
     logits, cache = read_prompt(extend, cache, prompt, lengths)
-    token = _choose(logits, 0, keys, temperature, options).astype(prompt.dtype)
+    token = _choose(logits, 0, sampling, options).astype(prompt.dtype)
     return _State(cache, token, ~is_any_of(token, options.stop))
 
 
@@ -310,12 +321,11 @@ def _advance(
     extend: Extend,
     state: _State,
     step: int | jax.Array,
-    keys: jax.Array | None,
-    temperature: float | jax.Array,
+    sampling: _Sampling,
     options: _Options,
 ) -> _State:
     logits, cache = extend(state.token[:, None], state.cache)
-    chosen = _choose(logits[:, -1], step, keys, temperature, options)
+    chosen = _choose(logits[:, -1], step, sampling, options)
     token = jnp.where(state.is_running, chosen, options.pad).astype(state.token.dtype)
     return _State(cache, token, state.is_running & ~is_any_of(token, options.stop))
 
@@ -334,16 +344,15 @@ def _split(key: jax.Array, batch: int) -> jax.Array:
 def _choose(
     logits: jax.Array,
     step: int | jax.Array,
-    keys: jax.Array | None,
-    temperature: float | jax.Array,
+    sampling: _Sampling,
     options: _Options,
 ) -> jax.Array:
     """Returns the next tokens, int (B,), for logits (B, V)."""
     logits = logits.astype(jnp.float32)
-    if keys is None:
+    if sampling.keys is None:
         return logits.argmax(-1)
-    kept = keep_probable(logits / temperature, options.top_k, options.top_p)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    kept = keep_probable(logits / sampling.temperature, options.top_k, options.top_p)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, step)
     return jax.vmap(jax.random.categorical)(keys, kept)
 
 
@@ -375,8 +384,7 @@ def _stream(
     cache: Any,
     prompt: jax.Array,
     lengths: jax.Array | None,
-    keys: jax.Array | None,
-    temperature: float | jax.Array,
+    sampling: _Sampling,
     options: _Options,
     callback: Callable[[np.ndarray, np.ndarray], None],
 ) -> Generated:
@@ -391,14 +399,14 @@ def _stream(
     if not isinstance(extend, jax.tree_util.Partial):  # A closure cannot be an argument.
         start = _compile(functools.partial(_start, extend))
         advance = _compile(functools.partial(_advance, extend))
-    state = start(cache, prompt, lengths, keys, temperature, options)
+    state = start(cache, prompt, lengths, sampling, options)
     tokens = np.full((len(prompt), options.count), options.pad, prompt.dtype)
     counts, was_running = np.zeros(len(prompt), np.int32), np.ones(len(prompt), bool)
     for step in range(options.count):
         # Before the wait for this token: the devices compute while the callback runs.
         following = state
         if step + 1 < options.count:
-            following = advance(state, step + 1, keys, temperature, options)
+            following = advance(state, step + 1, sampling, options)
         tokens[:, step], is_running = np.asarray(state.token), np.asarray(state.is_running)
         counts += was_running
         callback(tokens[:, step].copy(), was_running)
