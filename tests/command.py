@@ -145,6 +145,24 @@ def copy_until(whole: pathlib.Path, step: int) -> pathlib.Path:
     return copy
 
 
+def assert_resumes(fit: Callable[[pathlib.Path], Any], whole: pathlib.Path, step: int) -> Any:
+    """Checks that a run that is killed after the save of a step equals one that is not.
+
+    Args:
+        fit: starts or continues the run of a work directory, and returns its result.
+        whole: work directory of the run that is not killed.
+        step: one whose checkpoint is kept, before the last one.
+
+    Returns:
+        The result of the run that is not killed.
+    """
+    result_of_whole = fit(whole)
+    resumed = copy_until(whole, step)
+    fit(resumed)
+    assert_same_run(resumed, whole)
+    return result_of_whole
+
+
 def wait_for(condition: Callable[[], bool], secs: float = 60) -> None:
     """Returns when the condition holds; fails if it does not in time."""
     deadline = time.monotonic() + secs

@@ -55,10 +55,7 @@ def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path) -> None:
     whole = tmp_path / 'whole'
     saves = {'checkpoint__every': '4 steps', 'checkpoint__keep_last': 2}
     changes = {'train_for': '6 steps', **SMALL, **saves}
-    trainer(':tiny', whole, **changes).fit()
-    resumed = command.copy_until(whole, 4)
-    trainer(':tiny', resumed, **changes).fit()
-    command.assert_same_run(resumed, whole)
+    command.assert_resumes(lambda path: trainer(':tiny', path, **changes).fit(), whole, 4)
     metrics = command.result(whole)['metrics']
     assert metrics['eval/test/examples'] == metrics['eval/test_ema/examples'] == 30
     assert metrics['eval/test/loss'] != metrics['eval/test_ema/loss']

@@ -79,10 +79,9 @@ def fit_twice(text: pathlib.Path, words: str, **changes: Any) -> dict[str, float
 def test_a_resumed_run_is_the_same(text: pathlib.Path) -> None:
     """It drops the same units, and counts the same bytes and words."""
     changes = {'evals': {}, 'checkpoint__keep_last': 2}
-    metrics = trainer(text, 'whole', **changes).fit().metrics
-    resumed = command.copy_until(text.parent / 'whole', 4)
-    trainer(text, resumed.name, **changes).fit()
-    command.assert_same_run(resumed, text.parent / 'whole')
+    metrics = command.assert_resumes(
+        lambda path: trainer(text, path.name, **changes).fit().metrics, text.parent / 'whole', 4
+    )
     assert metrics['train/perplexity'] == pytest.approx(np.exp(metrics['train/loss']), rel=1e-4)
 
 

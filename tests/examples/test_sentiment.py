@@ -71,10 +71,9 @@ def fit_twice(directory: pathlib.Path, **options: Any) -> pathlib.Path:
 def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path) -> None:
     """It drops the same words."""
     changes = {**SMALL, 'evals': {}, 'checkpoint__every': '4 steps', 'checkpoint__keep_last': 2}
-    trainer('', tmp_path / 'whole', 1, **changes).fit()
-    resumed = command.copy_until(tmp_path / 'whole', 4)
-    trainer('', resumed, 1, **changes).fit()
-    command.assert_same_run(resumed, tmp_path / 'whole')
+    command.assert_resumes(
+        lambda path: trainer('', path, 1, **changes).fit(), tmp_path / 'whole', 4
+    )
 
 
 @pytest.mark.slow

@@ -64,10 +64,7 @@ def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path) -> None:
     """It drops the same words."""
     small = {'model__filters': 0, 'data__source__lengths': (96,), 'log__tensorboard': False}
     changes = {'evals': {}, 'checkpoint__keep_last': 2, **small}
-    trainer(tmp_path / 'whole', **changes).fit()
-    resumed = command.copy_until(tmp_path / 'whole', 4)
-    trainer(resumed, **changes).fit()
-    command.assert_same_run(resumed, tmp_path / 'whole')
+    command.assert_resumes(lambda path: trainer(path, **changes).fit(), tmp_path / 'whole', 4)
 
 
 @pytest.mark.slow

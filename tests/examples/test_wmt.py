@@ -87,10 +87,11 @@ def test_a_resumed_run_is_the_same(tmp_path: pathlib.Path, vocabularies: str) ->
     """It drops the same activations."""
     saves = {'checkpoint__every': '3 steps', 'checkpoint__keep_last': 2}
     changes = {'evals': {}, 'ema': None, 'log__tensorboard': False, **saves}
-    trainer(':numbers', vocabularies, tmp_path / 'whole', **changes).fit()
-    resumed = command.copy_until(tmp_path / 'whole', 3)
-    trainer(':numbers', vocabularies, resumed, **changes).fit()
-    command.assert_same_run(resumed, tmp_path / 'whole')
+
+    def fit(path: pathlib.Path) -> None:
+        trainer(':numbers', vocabularies, path, **changes).fit()
+
+    command.assert_resumes(fit, tmp_path / 'whole', 3)
 
 
 @pytest.mark.slow
