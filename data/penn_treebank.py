@@ -31,7 +31,7 @@ class PennTreebank:
     """One split of the Penn Treebank of Mikolov et al., 2010, as words.
 
     929,590 words to train on, 73,760 for development and 82,430 for testing. The end of a sentence
-    is a word, and so is `<unk>`, which stands for all but 10,000 words.
+    is a word, and so is `<unk>`, the replacement of all words but the 10,000 of the vocabulary.
 
     Attributes:
         words: the words of the vocabulary, in the order of their tokens: the most frequent first.

@@ -55,7 +55,7 @@ class PairFile(TextPairs):
         """Reads the file.
 
         Args:
-            path: the file; '{split}' in it stands for the split.
+            path: the file; '{split}' in it is replaced with the split.
             split: such as 'train', 'dev' or 'test'.
             limit: use only this many lines from the start.
 
