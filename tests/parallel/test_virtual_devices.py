@@ -7,8 +7,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
-import jax
 import pytest
 
 from tests import command
@@ -51,7 +51,8 @@ def test_there_are_more_threads_than_virtual_devices(
     monkeypatch.delenv('NPROC', raising=False)
     if before is not None:
         monkeypatch.setenv('NPROC', before)
-    monkeypatch.setattr(jax.config, 'read', {'jax_num_cpu_devices': option}.get)
+    config = types.SimpleNamespace(jax_num_cpu_devices=option)
+    monkeypatch.setattr(virtual_devices, 'jax', types.SimpleNamespace(config=config))
     virtual_devices.add_threads()
     assert os.environ.get('NPROC') == (None if expected is None else str(expected))
 

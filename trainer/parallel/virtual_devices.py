@@ -22,7 +22,8 @@ def add_threads() -> None:
     Does nothing if there is one device, or if `NPROC` is set, the variable that XLA reads for this.
     """
     counts = [int(count) for count in _COUNT.findall(os.environ.get('XLA_FLAGS', ''))]
-    # In XLA, the last one counts. The option of JAX is -1 if it is not set.
-    count = max(counts[-1] if counts else 1, jax.config.read('jax_num_cpu_devices'))
+    option = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 if it is not set.
+    # In XLA, the last one counts.
+    count = max(counts[-1] if counts else 1, option)
     if count > 1:
         os.environ.setdefault('NPROC', str(count + (os.cpu_count() or 1)))
