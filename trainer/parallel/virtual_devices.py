@@ -8,6 +8,7 @@ import re
 
 import jax
 
+_OPTION = 'jax_num_cpu_devices'
 _COUNT = re.compile(r'--xla_force_host_platform_device_count=(\d+)')
 
 
@@ -22,8 +23,7 @@ def add_threads() -> None:
     Does nothing if there is one device, or if `NPROC` is set, the variable that XLA reads for this.
     """
     counts = [int(count) for count in _COUNT.findall(os.environ.get('XLA_FLAGS', ''))]
-    option = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 if it is not set.
-    # In XLA, the last one counts.
-    count = max(counts[-1] if counts else 1, option)
+    # In XLA, the last one counts. The option of JAX is -1 if it is not set.
+    count = max(counts[-1] if counts else 1, getattr(jax.config, _OPTION))
     if count > 1:
         os.environ.setdefault('NPROC', str(count + (os.cpu_count() or 1)))
