@@ -30,8 +30,11 @@ def init_state(experiment: Experiment, programs: Programs) -> TrainState:
     """Returns the initial state of a run, every leaf created on the devices that hold it.
 
     Raises:
-        UserError: if the weights of `config.init_from` do not fit the model.
+        UserError: if the weights of `config.init_from` do not fit the model, or are those of a
+            model of other tokens.
     """
+    if experiment.start.weights is not None:
+        experiment.start.weights.check_vocabulary(experiment.data)
     return load_initial_weights(
         programs.init(),
         experiment.start.weights,

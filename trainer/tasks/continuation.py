@@ -74,7 +74,8 @@ class Continuation:
         count) with `length` (batch,), the stop token included.
 
         Raises:
-            UserError: if the model has no cache.
+            UserError: if the model has no cache, or an argument is out of range: with `count` more
+                tokens, for example, a prompt may be longer than the model allows.
         """
         prompt = batch[self.inputs][:, : self.prompt]
         count, total = prompt.shape
@@ -82,18 +83,24 @@ class Continuation:
         if self.lengths is not None:
             lengths = jnp.minimum(batch[self.lengths], total)
         make = self.decoder or _use_cache
-        tokens, generated = self.generate(
-            *make(model, count, total + self.count),
-            prompt,
-            count=self.count,
-            lengths=None if self.lengths is None else lengths,
-            key=model.rng('sample') if self.temperature else None,
-            temperature=self.temperature or 1.0,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            stop=self.stop,
-            pad=self.pad,
-        )
+        try:
+            tokens, generated = self.generate(
+                *make(model, count, total + self.count),
+                prompt,
+                count=self.count,
+                lengths=None if self.lengths is None else lengths,
+                key=model.rng('sample') if self.temperature else None,
+                temperature=self.temperature or 1.0,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                stop=self.stop,
+                pad=self.pad,
+            )
+        except ValueError as error:
+            raise UserError(
+                f'Continuation: a prompt of {total} tokens (those of {self.inputs!r}, of which '
+                f'prompt={self.prompt}) and count={self.count} more: {error}'
+            ) from error
         found = {'generated': tokens, 'length': generated}
         return {'prompt': prompt, 'prompt_length': lengths, **found}
 
