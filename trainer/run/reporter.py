@@ -8,6 +8,7 @@ already queued, so that the devices never wait for the host to read and write nu
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import re
@@ -41,6 +42,8 @@ from trainer.tasks.measured import (
     is_member_name,
 )
 from trainer.tasks.runner import compute_metrics
+
+_log = logging.getLogger('trainer')
 
 
 class Reporter:
@@ -141,7 +144,8 @@ class Reporter:
         remove_after(directory, step)
         self._writer = Writers(
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
-            [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
+            # Opened again after an error, it must not discard the events of this start.
+            [lambda: TensorBoard(directory, resume_step=self.step)] if tensorboard else (),
         )
         # Once the rows after the step are removed.
         self.history.read(directory / 'metrics.jsonl')
@@ -278,8 +282,7 @@ class Reporter:
         if self._open_row is None:
             return
         row, self._open_row = self._open_row, None
-        files = self._write_arrays(f'{row.stem}_{row.step}', row.values.arrays)
-        files += self._write_summaries(row.step, row.values.summaries, row.prefix)
+        files = self._write_files(row)
         self._writer.write(row.step, row.to_dict())
         self.history.add(row.step, row.to_dict())
         # After the files, so that no printed value is missing there if the run is killed.
@@ -339,6 +342,19 @@ class Reporter:
         """Writes all rows and returns once they are on disk."""
         self.flush()
         self._writer.sync()
+
+    def _write_files(self, row: OpenRow) -> str:
+        """Writes the arrays and summaries of a row; returns their part of the printed line."""
+        try:
+            files = self._write_arrays(f'{row.stem}_{row.step}', row.values.arrays)
+            return files + self._write_summaries(row.step, row.values.summaries, row.prefix)
+        except OSError as error:  # Such as a full disk: the run is worth more than its pictures.
+            _log.warning(
+                'the arrays and summaries of step %d cannot be written (%s); training continues',
+                row.step,
+                error,
+            )
+            return ''
 
     def _write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
         """Writes arrays to a file in `metrics/`; returns their part of the printed line."""
