@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.modules.ensemble_outputs import mean_softmax
 from trainer.tasks.task import Batch
 
 _ADVICE = (
@@ -27,7 +28,7 @@ class Continuation:
     `evals.NAME.model=dict(decode=True)`. The model is called as `model(tokens)`, which returns
     logits (batch, length, vocabulary) of the token after each, and continues the tokens of the call
     before. In an ensemble, only a decoder without a cache works: the tokens are those of the mean
-    of the logits.
+    of the members' probabilities.
 
     Each example draws its own random numbers, others in each evaluation. They depend on its place
     in the batch, but not on the other examples or on the number of devices.
@@ -66,6 +67,14 @@ class Continuation:
                 'temperature: expected 0 for the most probable token, or a number > 0, got '
                 f'{self.temperature}'
             )
+
+    def combine(self, logits: jax.Array) -> jax.Array:
+        """Returns the logits of the mean of the members' probabilities, for an ensemble.
+
+        Args:
+            logits: (members, batch, length, vocabulary).
+        """
+        return mean_softmax(logits)
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns prompts and what follows, padded at the end.
