@@ -18,7 +18,8 @@ from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.data.prompts import Prompts
 from trainer.experiment import build
-from trainer.models.generation import generate, with_cache
+from trainer.models.decoding import with_cache
+from trainer.models.generation import generate
 from trainer.tasks import Continuation
 from trainer.trainer import Trainer
 
@@ -40,7 +41,7 @@ TRANSFORMER = dict(
     target='trainer.models.transformer:Transformer', layers=1, width=8, heads=2, max_length=20
 )
 DECODING: dict[str, Any] = {'model': {'decode': True}}
-WITHOUT_CACHE = {'decoder': dict(ref='trainer.models.generation:without_cache')}
+WITHOUT_CACHE = {'decoder': dict(ref='trainer.models.decoding:without_cache')}
 
 
 DRAWING: dict[str, Any] = {'temperature': 0.7, 'top_k': 40, 'top_p': 0.95, 'stop': (0, 1, 2)}

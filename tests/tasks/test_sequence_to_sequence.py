@@ -14,7 +14,7 @@ import pytest
 
 from trainer.config.errors import UserError
 from trainer.models.beam_search import beam_search
-from trainer.models.generation import without_cache
+from trainer.models.decoding import without_cache
 from trainer.models.translator import Translator
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.functional import as_functional

@@ -16,7 +16,7 @@ from trainer.tasks.task import Batch
 
 _ADVICE = (
     'Set evals.NAME.model to the form that decodes, such as dict(decode=True); or, for a model '
-    "without one, decoder of the task to dict(ref='trainer.models.generation:without_cache')"
+    "without one, decoder of the task to dict(ref='trainer.models.decoding:without_cache')"
 )
 
 
@@ -41,7 +41,7 @@ class Continuation:
         prompt: how many of these tokens to read; by default all.
         lengths: batch key of the number of tokens of each example, int (batch,); by default all
             have the same. The cache then needs an entry `index`: see `generate`.
-        decoder: None for the cache of the model, or `trainer.models.generation:without_cache`.
+        decoder: None for the cache of the model, or `trainer.models.decoding:without_cache`.
         temperature: divisor of the logits; 0 for the most probable token.
         top_k: draw from so many tokens only; 0 for all.
         top_p: draw from the most probable tokens only, whose probabilities sum to p.

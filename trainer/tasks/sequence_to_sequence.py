@@ -39,7 +39,7 @@ class SequenceToSequence:
     Attributes:
         sources: batch key of the source tokens, int (batch, length).
         targets: batch key of the target tokens, int (batch, length), with the end token.
-        padding: the token after the end of a source or target.
+        padding: the token after the end of a source or target; the model must know that of sources.
         start: the token before each target.
         end: the token that ends a target.
         label_smoothing: mass moved from the label to all tokens in training, in [0, 1). The loss of
