@@ -86,6 +86,8 @@ class Reporter:
         self._members = members
         self._pending: _Pending | None = None
         self._open_row: OpenRow | None = None
+        # Added to the next training row.
+        self._added: dict[str, float] = {}
         self._evaluated: set[tuple[str, int]] = set()
         # Of the newest row: its step and the seconds of the loop until then.
         self._mark = (0, 0.0)
@@ -124,6 +126,14 @@ class Reporter:
         self.latest = dict(metrics)
         self.history.truncate(step if step > 0 else -1)
         self._evaluated = {(name, step) for name in evaluated}
+
+    def count_fallback(self, steps: int) -> None:
+        """Records, in the next training row, the steps lost because newer checkpoints are damaged.
+
+        Args:
+            steps: how many steps this start repeats.
+        """
+        self._added['resume/fallback_steps'] = steps
 
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
         """Opens the run's files, truncated to the step that the run resumes from."""
@@ -227,7 +237,9 @@ class Reporter:
             examples_per_sec=rate * self._batch_size,
             data_wait_secs=pending.data_wait_secs,
         )
-        self._set_open_row(OpenRow(step, row, 'train'))
+        opened = OpenRow(step, row, 'train')
+        opened.others, self._added = self._added, {}
+        self._set_open_row(opened)
 
     def open_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Opens the row of an evaluation, so that hooks can read and extend it.

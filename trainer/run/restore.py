@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.errors import CheckpointError, DamageError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
@@ -83,7 +83,11 @@ def restore_chosen(
         raise UserError(
             f'no checkpoint {step!r} in {checkpoints.directory}; available: {available}'
         )
-    return restore(experiment, checkpoints, programs, chosen)
+    try:
+        return restore(experiment, checkpoints, programs, chosen)
+    except DamageError as error:
+        others = ', '.join(str(each) for each in steps if each != chosen)
+        raise CheckpointError(f'{error}. Other checkpoints: {others or "none"}.') from error
 
 
 def restore(
@@ -134,7 +138,7 @@ def with_health(
         saved_health: what `health.to_metadata` returned when the state was saved.
 
     Raises:
-        CheckpointError: if `saved_health` has another shape.
+        DamageError: if `saved_health` has another shape.
     """
     clean = _clean_health(programs)
     if clean is None:
@@ -172,7 +176,7 @@ def _with_health(state: TrainState, clean: health.Health | None, saved_health: A
     try:
         return dataclasses.replace(state, health=health.from_metadata(clean, saved_health))
     except ValueError as error:
-        raise CheckpointError(
+        raise DamageError(
             f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' in its "
-            f'metadata: {error}. Delete its directory to resume from an older one.'
+            f'metadata: {error}'
         ) from error
