@@ -87,14 +87,14 @@ class Continuation:
                 tokens, for example, a prompt may be longer than the model allows.
         """
         prompt = batch[self.inputs][:, : self.prompt]
-        count, total = prompt.shape
-        lengths = jnp.full(count, total)
+        rows, total = prompt.shape
+        lengths = jnp.full(rows, total)
         if self.lengths is not None:
             lengths = jnp.minimum(batch[self.lengths], total)
         make = self.decoder or _use_cache
         try:
             tokens, generated = self.generate(
-                *make(model, count, total + self.count),
+                *make(model, rows, total + self.count),
                 prompt,
                 count=self.count,
                 lengths=None if self.lengths is None else lengths,

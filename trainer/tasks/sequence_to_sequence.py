@@ -92,11 +92,11 @@ class SequenceToSequence:
         return add_to_means(_MEANS, self.extra_metrics)
 
     def __call__(self, model: Any, batch: Batch) -> TaskOutput:
-        """Returns losses and hits (batch, length)."""
+        """Returns losses and metrics (batch, length)."""
         targets = batch[self.targets]
-        counts = targets != self.padding
+        is_token = targets != self.padding
         # Padding may be any number: it needs neither a logit nor an embedding.
-        labels = jnp.where(counts, targets, 0)
+        labels = jnp.where(is_token, targets, 0)
         starts = jnp.full((len(targets), 1), self.start, targets.dtype)
         inputs = jnp.concatenate([starts, labels[:, :-1]], axis=1)
         output = model(batch[self.sources], inputs)
@@ -108,7 +108,7 @@ class SequenceToSequence:
         vocabulary = logits.shape[-1]
         why = f'The model returns {vocabulary} logits: fix the tokens, or its vocab_size'
         checks = {self.targets: Check(labels, 0, vocabulary - 1, why=why)}
-        weights = counts.astype(jnp.float32)
+        weights = is_token.astype(jnp.float32)
         return TaskOutput(loss=loss, weights=weights, metrics=metrics, checks=checks)
 
     def combine(self, logits: jax.Array) -> jax.Array:
