@@ -198,7 +198,7 @@ def _show_samples(
         score=dict(target='trainer.scores:Samples', tokenizer=tokenizer),
     )
     if is_nnx:  # The model in NNX has no cache.
-        task.update(decoder=dict(ref='trainer.models.generation:without_cache'))
+        task.update(decoder=dict(ref='trainer.models.decoding:without_cache'))
     else:
         samples.update(model=dict(decode=True))
     config.evals.samples = samples

