@@ -25,14 +25,14 @@ class Retry:
         """Whether to try now."""
         return time.monotonic() >= self._due
 
-    def fail(self) -> bool:
+    def count_failure(self) -> bool:
         """Records a failure; returns whether it is the first since a success."""
         first, self.failed = not self.failed, True
         self._due = time.monotonic() + self._wait
         self._wait = min(2 * self._wait, _LONGEST_SECS)
         return first
 
-    def succeed(self) -> bool:
+    def count_success(self) -> bool:
         """Records a success; returns whether it follows a failure."""
         again, self.failed = self.failed, False
         self._wait, self._due = _FIRST_SECS, 0.0

@@ -131,7 +131,7 @@ class MetricsFile:
             write()
             then()
         except OSError as error:
-            if self._retry.fail():
+            if self._retry.count_failure():
                 _log.warning(
                     '%s cannot be written (%s). Training continues, and its rows are kept in '
                     'memory until they can be written.',
@@ -139,7 +139,7 @@ class MetricsFile:
                     error.strerror,
                 )
             return
-        if self._retry.succeed():
+        if self._retry.count_success():
             _log.warning('%s can be written again, and has all rows.', self._path)
 
 
@@ -239,14 +239,14 @@ class _Optional:
             act(self._writer)
         except Exception as error:
             self._writer = None
-            if self._retry.fail():
+            if self._retry.count_failure():
                 _log.warning(
                     'writing TensorBoard events failed (%s); training and metrics.jsonl continue, '
                     'and the events when they can be written again',
                     error,
                 )
         else:
-            self._retry.succeed()
+            self._retry.count_success()
 
 
 class Writers:
