@@ -3,8 +3,8 @@
 
 Both know no model. They take a function `extend(tokens, cache)`, which continues each example by
 tokens (B, L) and returns logits (B, L, V), those of the next token after each, and the new cache:
-any pytree, whatever the model keeps from call to call. `with_cache` and `without_cache` make such a
-function, or write your own: for a module of NNX it is a few lines.
+any pytree, whatever the model keeps from call to call. `with_cache`, `with_own_cache` and
+`without_cache` make such a function, or write your own.
 
 B: batch, L: length, V: vocabulary.
 """
@@ -74,6 +74,21 @@ def without_cache(
     return _WholeCall(predict, batch, length), cache
 
 
+def with_own_cache(model: Any, batch: int, length: int) -> tuple[Extend, Any]:
+    """Returns `extend` and an empty cache for a model that has both, such as a module of NNX.
+
+    Each token then costs the computation of one token.
+
+    Args:
+        model: has the methods `empty_cache(batch, length)` and `extend(tokens, cache)`, which
+            returns logits (B, L, V) and the new cache, as `trainer.models.transformer_nnx` has
+            them. It must not drop units: for NNX, call `model.eval()` first.
+        batch: B, the number of prompts.
+        length: the number of tokens in the longest prompt and to generate, together.
+    """
+    return _OwnCall(model.extend, batch, length), model.empty_cache(batch, length)
+
+
 def feed_singly(extend: Extend) -> Extend:
     """Returns an `extend` that gives the tokens of a prompt to another one, one after the other.
 
@@ -119,6 +134,18 @@ class _WholeCall:
         before = cache['tokens'].at[rows, positions].set(tokens, mode='drop')
         logits = self.predict(before)[rows, positions]
         return logits, {'tokens': before, 'index': cache['index'] + tokens.shape[1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnCall:
+    """Calls a method of a model."""
+
+    extend: Extend
+    batch: int
+    length: int
+
+    def __call__(self, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return self.extend(tokens, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +277,7 @@ def _check_room(extend: Extend, cache: Any, batch: int, length: int) -> None:
     """
     call = extend.func if isinstance(extend, jax.tree_util.Partial) else extend
     call = call.call if isinstance(call, _SingleCalls) else call
-    if not isinstance(call, (_LinenCall, _WholeCall)):
+    if not isinstance(call, (_LinenCall, _WholeCall, _OwnCall)):
         return
     leaves = jax.tree_util.tree_leaves_with_path(cache)
     counts = [x for path, x in leaves if _is_index(path, x, batch)]

@@ -48,7 +48,12 @@ DRAWING: dict[str, Any] = {'temperature': 0.7, 'top_k': 40, 'top_p': 0.95, 'stop
 
 
 def make_config(
-    task: dict[str, Any], *, network: Any = TRANSFORMER, ensemble: Any = None, **evaluation: Any
+    task: dict[str, Any],
+    *,
+    network: Any = TRANSFORMER,
+    ensemble: Any = None,
+    precision: Any = None,
+    **evaluation: Any,
 ) -> ConfigDict:
     """Returns a config of one step whose evaluation `samples` continues all of `TEXTS`."""
     prompts = dict(target='trainer.data.prompts:Prompts', texts=TEXTS)
@@ -74,6 +79,7 @@ def make_config(
             # An update would depend on the number of devices, which sum gradients in another order.
             optimizer=dict(target='optax:sgd', learning_rate=0.0),
             ensemble=ensemble,
+            precision=precision,
             evals=dict(samples=samples),
         )
     )
@@ -157,6 +163,21 @@ def test_a_model_of_nnx_generates_without_a_cache() -> None:
     tokens[:, 0] = [ord(text[-1]) for text in TEXTS]
     expected = np.asarray(trainer.model(state)(tokens))[:, :-1].argmax(-1)
     np.testing.assert_array_equal(found['generated'], expected)
+
+
+@pytest.mark.slow
+def test_a_model_of_nnx_generates_with_a_cache_of_its_own() -> None:
+    """Also in half precision, whose results are float32."""
+    network = {**TRANSFORMER, 'target': 'trainer.models.transformer_nnx:Transformer'}
+    own = {'decoder': dict(ref='trainer.models.decoding:with_own_cache')}
+    found = []
+    for task in (WITHOUT_CACHE, own):
+        trainer = make_trainer({**DRAWING, **task}, network=network)
+        found.append(predict(trainer)['generated'])
+    np.testing.assert_array_equal(*found)
+    precision = dict(compute='bfloat16', output='float32')
+    half = make_trainer({**DRAWING, **own}, network=network, precision=precision)
+    assert predict(half)['generated'].shape == (8, 6)
 
 
 @pytest.mark.slow

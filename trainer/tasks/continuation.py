@@ -41,7 +41,8 @@ class Continuation:
         prompt: how many of these tokens to read; by default all.
         lengths: batch key of the number of tokens of each example, int (batch,); by default all
             have the same. The cache then needs an entry `index`: see `generate`.
-        decoder: None for the cache of the model, or `trainer.models.decoding:without_cache`.
+        decoder: None for the cache of a Linen model; `trainer.models.decoding:with_own_cache` for
+            a model with methods for its cache, or `without_cache` for any other.
         temperature: divisor of the logits; 0 for the most probable token.
         top_k: draw from so many tokens only; 0 for all.
         top_p: draw from the most probable tokens only, whose probabilities sum to p.
