@@ -17,7 +17,7 @@ from .foreign import GrainMap
 from .nested import leaves_with_names, map_arrays
 from .order import PADDING
 from .per_example import PerExample
-from .record_errors import describe
+from .record_errors import describe, raise_with_note
 from .rng import ExampleRng, wants_rng
 
 
@@ -174,8 +174,7 @@ class Collator:
             )
             return map_arrays(lambda x: x[0], batch)
         except Exception as error:
-            error.add_note(f'while reading {describe(self._source, index)}')
-            raise
+            raise_with_note(error, f'while reading {describe(self._source, index)}')
 
     def _transform(self, batch: Any, ids: np.ndarray, epochs: np.ndarray) -> Any:
         """Returns a batch after the transforms of batches; they may change any dimension."""

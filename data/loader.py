@@ -18,7 +18,7 @@ from .collate import Collator, is_collating, padding_rows
 from .foreign import as_transforms
 from .nested import Tree
 from .order import PADDING, Marks, Order, replay_batch_sizes
-from .record_errors import blame
+from .record_errors import blame, raise_with_note
 from .sources import ArraySpec, Source, check_rows, check_source
 
 # Name of the mask in batches that may be padded: bool, (batch,), False for padding.
@@ -362,9 +362,7 @@ def _gather_and_transform(
     try:
         return read(slice(None)) if threads == 1 else _read_in_threads(read, len(ids), threads)
     except Exception as error:
-        # A note, so that the error keeps its type and its traceback.
-        error.add_note(blame(source, ids, read))
-        raise
+        raise_with_note(error, blame(source, ids, read))
 
 
 def _read_in_threads(read: Callable[[slice], Tree], count: int, threads: int) -> Tree:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,6 +29,19 @@ def blame(source: Any, ids: np.ndarray, read: Callable[[slice], Any]) -> str:
         return f'while reading {describe(source, int(ids[index]))}'
     some = ', '.join(map(str, ids[:8].tolist())) + (', ...' if len(ids) > 8 else '')
     return f'while reading the examples {some} together; each can be read on its own'
+
+
+def raise_with_note(error: Exception, note: str) -> NoReturn:
+    """Raises an error again, with a note that says what was read.
+
+    A `StopIteration` becomes an `EOFError`: in an iterator it would end the data without a word, or
+    be called an error of a generator.
+    """
+    if isinstance(error, StopIteration):
+        raise EOFError(f'the source has ended before the number of its examples, {note}') from error
+    # A note, so that the error keeps its type and its traceback.
+    error.add_note(note)
+    raise error
 
 
 def _find_first_failing(read: Callable[[slice], Any], rows: int) -> int | None:

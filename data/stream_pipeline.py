@@ -14,7 +14,7 @@ from .collate import is_collating
 from .foreign import as_stage
 from .nested import Tree
 from .order import epoch_order
-from .record_errors import describe
+from .record_errors import describe, raise_with_note
 from .workers import prefetch_in_workers, to_portable
 
 
@@ -155,8 +155,7 @@ class _Ordered:
                 return nested.map_arrays(np.asarray, self.source[index])
             return nested.take_row(self.source.gather(np.array([index])), 0)
         except Exception as error:
-            error.add_note(f'while reading {describe(self.source, index)}')
-            raise
+            raise_with_note(error, f'while reading {describe(self.source, index)}')
 
 
 def _as_grain_dataset(part: Any) -> Any:
