@@ -37,6 +37,7 @@ from trainer.builders.training import (
     build_ema_decay,
     build_profile,
     build_sharding,
+    build_watchdog,
 )
 from trainer.builders.weights import build_init_from, build_surgery
 from trainer.checkpoint.retention import Retention
@@ -45,7 +46,7 @@ from trainer.config.checks import check_positive
 from trainer.config.columns import align_columns
 from trainer.config.durations import Clock, Duration
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import Sections
+from trainer.config.sections import Sections, WatchdogSection
 from trainer.ensemble.step import Ensemble
 from trainer.evaluate.spec import Evaluation
 from trainer.hooks import Event
@@ -92,6 +93,7 @@ class Training:
         steps_per_call: steps made by one call of the compiled program.
         guard: reaction to values that are not finite: 'stop' or 'warn'.
         early_stopping: the rule that ends the run early, or None.
+        watchdog: limits in seconds for a run that hangs.
     """
 
     total_steps: int
@@ -101,6 +103,7 @@ class Training:
     steps_per_call: int
     guard: str
     early_stopping: EarlyStopping | None
+    watchdog: WatchdogSection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,6 +323,7 @@ def _build(loaded: LoadedConfig) -> Experiment:
         'steps_per_call': check_positive(sections.steps_per_call, 'config.steps_per_call'),
         'guard': sections.guard.non_finite,
         'early_stopping': build_early_stopping(sections),
+        'watchdog': build_watchdog(sections.watchdog),
     }
     prefetch = check_positive(sections.data.prefetch, 'config.data.prefetch')
     # The user's code runs from here on.

@@ -27,6 +27,7 @@ from trainer.run.predictor import Predictor
 from trainer.run.reporter import Reporter, check_row
 from trainer.run.result import Result
 from trainer.run.resume import Recovery
+from trainer.run.watchdog import Watchdog
 from trainer.step.programs import Program
 from trainer.step.state import TrainState
 
@@ -86,6 +87,7 @@ class Trainer(Predictor):
         self._hooks = Hooks(run.experiment, run.workdir, self.report)
         self._stop, self._given_stop = StopRequest(), stop
         self._fits = 0
+        self._watchdog: Watchdog | None = None
         # The last completed step and its state: what is saved if an error ends the run.
         self._reached: tuple[int, TrainState] | None = None
         self._recovery = Recovery(
@@ -125,6 +127,10 @@ class Trainer(Predictor):
     def _fit(
         self, given: TrainState | None, max_steps: int | None, until_end: contextlib.ExitStack
     ) -> Result:
+        if self._given_stop is not None:  # From the command line: it may end the process.
+            self._watchdog = until_end.enter_context(
+                Watchdog(self.experiment.training.watchdog, self.report, self._stop, self._leave)
+            )
         state, step = self._begin(given)
         if self._given_stop is None:
             # Not while the state is restored and compiled: there is nothing to save yet, so Ctrl-C
@@ -139,6 +145,8 @@ class Trainer(Predictor):
         # steps.
         with self.batches(step, self._calls(step, max_steps)) as batches:
             monitors.follow(batches)
+            if self._watchdog is not None:
+                self._watchdog.follow(batches)
             for batch in batches:
                 program = programs.step if batch.count == 1 else programs.fused
                 # The call returns once the step is dispatched, long before it is computed. Between
@@ -291,6 +299,17 @@ class Trainer(Predictor):
                 call=self._fits,
                 is_finite=self.monitors().is_finite,
             )
+
+    def _leave(self) -> bool:
+        """Saves the last completed step, as the loop waits for data; returns whether it is safe."""
+        step, state = self._reached or (0, None)
+        if state is None or step == 0:
+            return True
+        if jax.process_count() > 1:  # The others take no part in a save: they wait for this one.
+            return False
+        error = UserError('stopped while the run waited for its data')
+        self._recovery.rescue(step, state, error, is_finite=self.monitors().is_finite)
+        return self.checkpoints is not None and step in self.checkpoints.steps()
 
     def _calls(self, step: int, max_steps: int | None) -> Iterator[int]:
         """Yields the number of steps of each call of a program; none if already asked to stop."""

@@ -10,7 +10,7 @@ from trainer.config import targets
 from trainer.config.checks import check_positive
 from trainer.config.durations import Clock, Progress
 from trainer.config.errors import UserError
-from trainer.config.sections import Sections
+from trainer.config.sections import Sections, WatchdogSection
 from trainer.input.data import TrainData
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
@@ -50,6 +50,21 @@ def build_accumulate(sections: Sections, task: TaskRunner) -> int:
             'micro-batches: its examples depend on each other (decomposable = False)'
         )
     return count
+
+
+def build_watchdog(section: WatchdogSection) -> WatchdogSection:
+    """Returns the limits for a run that hangs.
+
+    Raises:
+        UserError: if one is not positive.
+    """
+    for name, limit in dataclasses.asdict(section).items():
+        if limit is not None and not limit > 0:
+            raise UserError(
+                f'config.watchdog.{name}: expected a positive number of seconds, or None for no '
+                f'limit; got {limit}'
+            )
+    return section
 
 
 def build_ema_decay(sections: Sections) -> float | None:

@@ -19,7 +19,7 @@ from trainer.config.overrides import Override
 _FREE = (
     'train_for', 'log', 'checkpoint', 'evals', 'hooks', 'mesh', 'steps_per_call', 'sharding',
     'profile', 'data.prefetch', 'early_stopping', 'data.loader.threads', 'data.loader.workers',
-    'data.loader.ahead', 'data.loader.task_rows', 'capture', 'guard',
+    'data.loader.ahead', 'data.loader.task_rows', 'capture', 'guard', 'watchdog',
 )  # fmt: skip
 # Of the optimizer and of its groups. The choice of parameters to evaluate does not affect training.
 _EVAL_PARAMS = re.compile(r'optimizer\.(groups\.[^.]+\.)?eval_params\b.*')

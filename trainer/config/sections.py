@@ -391,6 +391,27 @@ class GuardSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchdogSection:
+    """`config.watchdog`: ends a run from the command line that hangs, with exit code 76.
+
+    Each limit is a number of seconds without any progress; None for no limit.
+
+    Attributes:
+        step_secs: between two steps, or 20 times the slowest step so far if that is longer.
+        compile_secs: at the start, to restore and to compile.
+        eval_secs: between two batches of an evaluation.
+        save_secs: to wait for a save.
+        hook_secs: in the hooks of an event.
+    """
+
+    step_secs: float | None = 1200.0
+    compile_secs: float | None = 7200.0
+    eval_secs: float | None = 3600.0
+    save_secs: float | None = 3600.0
+    hook_secs: float | None = 3600.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSection:
     """`config.log`: when a row of metrics is written, and what is in it.
 
@@ -434,6 +455,7 @@ class Sections:
         profile: a trace of some steps for a profiler; None for none.
         capture: intermediate values to record, by name.
         guard: what happens when values are not finite.
+        watchdog: when a run that hangs is ended.
         init_from: the checkpoint or file from which a new run loads its weights; None for random
             initialization.
         surgery: operations on loaded weights, such as `trainer.weights:Resize`, in this order.
@@ -462,6 +484,7 @@ class Sections:
     profile: ProfileSection | None = None
     capture: dict[str, CaptureSection] = dataclasses.field(default_factory=dict)
     guard: GuardSection = GuardSection()
+    watchdog: WatchdogSection = WatchdogSection()
     init_from: InitFromSection | None = None
     surgery: tuple[Node, ...] = ()
     hooks: dict[str, HookSection] = dataclasses.field(default_factory=dict)

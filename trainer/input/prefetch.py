@@ -101,6 +101,7 @@ class Prefetcher:
         self._queue: queue.Queue[list[LoadedBatch] | BaseException | None] = queue.Queue(
             maxsize=max(1, depth)
         )
+        self._waiting_since: float | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name='prefetch', daemon=True)
         if not self._on_host:
@@ -119,6 +120,11 @@ class Prefetcher:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def waiting_secs(self) -> float:
+        """Returns for how long the loop has been waiting for the next batch; 0 if it is not."""
+        since = self._waiting_since
+        return 0.0 if since is None else time.perf_counter() - since
 
     def close(self) -> None:
         """Ends the iteration, and waits for the thread to finish its current block."""
@@ -139,7 +145,9 @@ class Prefetcher:
         cost = _Cost()
         while True:
             began, worked = time.perf_counter(), time.thread_time()
+            self._waiting_since = began
             batches = self._next_item()
+            self._waiting_since = None
             waited = time.perf_counter() - began
             if batches is None:
                 return

@@ -49,7 +49,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     if watch is None:
         stop.starting = starting
         return _run(loaded, command, stop)
-    stop.share()
+    stop.share(watch)
     # Only with several processes, whose collectives on CPUs use Gloo.
     logfile.keep_stdout_for_python()
     with processes.exit_together(watch, stop):

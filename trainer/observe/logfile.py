@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -109,6 +110,16 @@ def record_error(error: BaseException) -> None:
         record(f'The run has failed:\n{text}')
     # To the root, which only `debug.log` listens to.
     logging.getLogger().error('the run has failed', exc_info=error)
+
+
+def dump_stacks(message: str) -> None:
+    """Writes a message and the Python stacks of all threads to standard error and to `log.txt`."""
+    record(f'Error: {message}')
+    faulthandler.dump_traceback(all_threads=True)
+    for handler in logging.getLogger(_SCREEN).handlers:
+        if isinstance(handler, _File) and handler.stream is not None:
+            # In C, to the descriptor: a thread that hangs may hold a lock of Python's file.
+            faulthandler.dump_traceback(handler.stream.fileno(), all_threads=True)
 
 
 def full_traceback_location() -> str:

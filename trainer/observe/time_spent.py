@@ -18,14 +18,24 @@ class TimeSpent:
         """Starts the clock."""
         self._began = time.perf_counter()
         self._secs: dict[str, float] = collections.defaultdict(float)
+        self._parts: list[str] = []
+
+    @property
+    def current(self) -> str:
+        """The part that is measured now: 'steps' if it is none of the others."""
+        # Copied: another thread may end the part between the two uses.
+        parts = list(self._parts)
+        return parts[-1] if parts else 'steps'
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Adds the time inside the block to a part."""
         began = time.perf_counter()
+        self._parts.append(part)
         try:
             yield
         finally:
+            self._parts.pop()
             self._secs[part] += time.perf_counter() - began
 
     def set(self, part: str, secs: float) -> None:

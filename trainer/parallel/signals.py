@@ -18,9 +18,13 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from trainer.parallel import last_words
 from trainer.parallel.save_request import SaveRequest
+
+if TYPE_CHECKING:
+    from trainer.parallel.peer_watch import PeerWatch
 
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 42
@@ -32,8 +36,10 @@ class StopRequest:
     Attributes:
         signal: the number of the first signal that arrived, or None.
         shared: whether several processes must stop at the same poll.
+        peers: the watch of the other processes, or None for one process.
         save: the request to save and to continue.
         starting: whether there is nothing to save yet, so that a signal ends the process at once.
+        polls: how often `poll` has been called.
         all_failed: whether all processes fail at the same step, so that none waits for another in a
             collective.
     """
@@ -42,10 +48,11 @@ class StopRequest:
         """Creates a request; `signal` is None unless a stop is already requested."""
         self.signal = signal
         self.save = SaveRequest()
+        self.peers: PeerWatch | None = None
         self.shared = False
         self.starting = starting
         self.all_failed = False
-        self._polls = 0
+        self.polls = 0
         self._agreed = False
 
     def poll(self) -> bool:
@@ -54,13 +61,13 @@ class StopRequest:
         With several processes, JAX's own handler receives SIGTERM in whichever process it arrives,
         and JAX's preemption sync manager chooses a poll that none of them has passed yet.
         """
+        self.polls += 1
         if not self.shared:
             return self.signal is not None
         if not self._agreed:
             from jax.experimental import multihost_utils
 
-            self._polls += 1
-            self._agreed = multihost_utils.reached_preemption_sync_point(self._polls)
+            self._agreed = multihost_utils.reached_preemption_sync_point(self.polls)
             if self._agreed and self.signal is None:
                 self.signal = signal.SIGTERM
         return self._agreed
@@ -71,13 +78,17 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
         return self.shared
 
-    def share(self) -> None:
-        """Makes all processes stop together; `jax.distributed` must be initialized."""
+    def share(self, peers: PeerWatch) -> None:
+        """Makes all processes stop together; `jax.distributed` must be initialized.
+
+        Args:
+            peers: the watch of the other processes.
+        """
         import jax
 
         from trainer import compat
 
-        self.shared = True
+        self.shared, self.peers = True, peers
         self.starting = False
         client = compat.coordination_client()
         self.save.share(client, jax.process_index(), jax.process_count())
