@@ -66,9 +66,8 @@ class KarateClub(ArraySource):
         is_leader = np.isin(np.arange(MEMBERS), (INSTRUCTOR, PRESIDENT))
         sides = np.where(np.isin(np.arange(MEMBERS), INSTRUCTORS), 0, 1)
         side = np.where(is_leader == (split == 'train'), sides, -1).astype(np.int32)
-        super().__init__(
-            {'graph': {n: x[None] for n, x in make_graph().items()}, 'side': side[None]}
-        )
+        graph = {name: x[None] for name, x in make_graph().items()}
+        super().__init__({'graph': graph, 'side': side[None]})
 
 
 def make_graph() -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,6 +106,6 @@ def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
     """Returns the first line of each data field, by its name."""
     return {
         line[line.index('<') + 1 : line.index('>', line.index('<'))]: value.strip()
-        for line, value in zip(lines, lines[1:], strict=False)
+        for line, value in itertools.pairwise(lines)
         if line.startswith('>') and '<' in line
     }

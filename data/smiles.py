@@ -175,14 +175,14 @@ def read_table(path: str) -> tuple[list[str], dict[str, list[float | None]]]:
 
 def _parse(smiles: str) -> Any:
     try:
-        from rdkit import Chem, RDLogger
+        from rdkit import Chem, rdBase
     except ImportError as error:
         raise ValueError(
             f'SMILES are read by a package that is not installed; install it with: {_INSTALL}'
         ) from error
     # Its messages have no prefix, and the error below says the same.
-    RDLogger.DisableLog('rdApp.*')
-    molecule = Chem.MolFromSmiles(smiles)
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
     if molecule is None or not molecule.GetNumAtoms():
         raise ValueError(f'{smiles!r} is no molecule, or one with an impossible bond')
     return molecule

@@ -1,4 +1,4 @@
-# SPD184a7df425f4a5403d8572c7cf898d259801332f0b7f4fcfab91ccb9aba2994e-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: Apache-2.0
 """The solubility of molecules in water, read from files of this project or of your own."""
 
 from __future__ import annotations

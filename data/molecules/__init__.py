@@ -68,7 +68,8 @@ class Molecules:
             kind: 'random', or 'scaffold' for splits without a ring system in common: those of
                 training have the frequent ones, those of testing the rare ones.
             path: a file of your own, by `trainer.data.smiles:write`.
-            limit: use only this many molecules from the start; they have all values of a decision.
+            limit: use only this many molecules from the start; those of the blood-brain barrier are
+                in random order.
 
         Raises:
             ValueError: if an argument is unknown, or the file cannot be read.
@@ -81,7 +82,7 @@ class Molecules:
         self._file = _read_shipped() if path is None else read(os.path.expanduser(path))
         self._chosen = np.flatnonzero(self._file.splits[kind] == SPLITS.index(split))[:limit]
         if not len(self._chosen):
-            raise ValueError(f'there are no molecules in the {kind} split {split!r} of {path}')
+            raise ValueError(f'{path or FILE}: there are no molecules in the {kind} split {split!r}')
 
     def __len__(self) -> int:
         return len(self._chosen)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_the_molecules_of_the_splits() -> None:
     found = {}
     for kind in KINDS:
         names = [[each['smiles'] for each in Molecules(split, kind=kind)] for split in SPLITS]
-        assert sorted(sum(names, [])) == sorted(file.smiles)
+        assert sorted(itertools.chain(*names)) == sorted(file.smiles)
         found[kind] = hashlib.sha256('\n'.join(names[2]).encode()).hexdigest()[:8]
     assert found == {'random': '77827d13', 'scaffold': 'a3bf104c'}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example of molecules: graphs in several shapes, labels that are missing, and what it learns."""
+"""The example of molecules: graphs of several shapes, missing labels, and what it learns."""
 
 from __future__ import annotations
 

@@ -395,9 +395,8 @@ def test_graph_network(way: str, norm: str) -> None:
     ends, counts = jnp.array([0, 1]), jnp.array([3, 1])
     features = jnp.ones((4, 2), int)
     graph = GraphsTuple(features, features[:2], ends, ends, None, counts, jnp.array([2, 0]))
-    model = GraphNetwork(
-        (2, 3), (2, 3), (1,), width=4, rounds=2, dropout_rate=0.1, norm=norm, **own
-    )
+    sizes: Any = {'node_sizes': (2, 3), 'edge_sizes': (2, 3), 'outputs': (1,), 'width': 4}
+    model = GraphNetwork(**sizes, rounds=2, dropout_rate=0.1, norm=norm, **own)
     assert dtypes(model, precision, graph) == {half}
 
 

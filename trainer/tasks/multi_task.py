@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,10 +128,8 @@ class _Outputs:
         if self._inputs is None:
             self._inputs, self._output = inputs, self.model(*inputs[0], **inputs[1])
         # Compared by identity: the arrays are not known while the step is traced.
-        same = jax.tree.structure(inputs) == jax.tree.structure(self._inputs) and all(
-            x is y
-            for x, y in zip(jax.tree.leaves(inputs), jax.tree.leaves(self._inputs), strict=True)
-        )
+        first, these = jax.tree.leaves(self._inputs), jax.tree.leaves(inputs)
+        same = len(first) == len(these) and all(map(operator.is_, first, these))
         if not same:
             raise UserError(
                 f'config.task.parts.{name}: its inputs are not those of the first part, and the '
@@ -170,7 +169,7 @@ def _read_loss(part: str, output: TaskOutput) -> tuple[jax.Array, jax.Array]:
     return loss, broadcast_weights(jnp.asarray(weights), loss.shape)
 
 
-def _list_metrics(task: Any) -> list[tuple[str, type[clu.metrics.Metric]]]:
+def _list_metrics(task: Any) -> list[tuple[str, Any]]:
     """Returns names and classes of the metrics of a task."""
     collection = getattr(task, 'metrics', None) or mean_collection(('loss',))
     return list(collection.__annotations__.items())
