@@ -24,7 +24,7 @@ SHORT: dict[str, dict[str, Any]] = {
         f'evals__{name}__data__source__count': 20 for name in ('held_out', 'teacher_forced')
     },
     'lm_packed': {'model__layers': 1, 'evals': {}},
-    'karate': {},
+    'karate': {'data__batch_size': 8},  # One graph for each device.
     'mnist': MNIST,
     'mnist_ensemble': MNIST,
     'mnist_mlp': MNIST,

@@ -159,11 +159,16 @@ SCRIPTS = {
 }
 
 
+def require_packages(name: str) -> None:
+    """Skips the test of a script that needs a package that is not installed."""
+    if name == 'my_molecules.py':
+        pytest.importorskip('rdkit', reason='needs the package rdkit')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in FILES if '/' not in name])
 def test_script(name: str, project: Project) -> None:
-    if name == 'my_molecules.py':
-        pytest.importorskip('rdkit', reason='needs the package rdkit')
+    require_packages(name)
     printed = project.script(name)
     assert re.fullmatch(SCRIPTS[name], printed.splitlines()[-1])
     if name == 'notebook.py':

@@ -82,7 +82,7 @@ class Molecules:
         self._file = _read_shipped() if path is None else read(os.path.expanduser(path))
         self._chosen = np.flatnonzero(self._file.splits[kind] == SPLITS.index(split))[:limit]
         if not len(self._chosen):
-            raise ValueError(f'{path or FILE}: there are no molecules in the {kind} split {split!r}')
+            raise ValueError(f'{path or FILE} has no molecules in the {kind} split {split!r}')
 
     def __len__(self) -> int:
         return len(self._chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import pathlib
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import command
 from trainer.data import karate, sdf, smiles
 from trainer.data.graphs import GraphSource
 from trainer.data.molecules import FILE, KINDS, SPLITS, Molecules, read
@@ -225,7 +225,9 @@ def test_a_table_of_one_s_own(tmp_path: pathlib.Path) -> None:
     rows = [f'{"C" * n}O\t{n % 2}\t{n / 2 if n % 3 else ""}' for n in range(1, 31)]
     (tmp_path / 'mine.tsv').write_text('\n'.join(['SMILES\tis_odd\tnumber', *rows]) + '\n')
     line = [sys.executable, '-m', 'trainer.data.smiles', 'mine.tsv', 'mine.npz']
-    options = {'cwd': tmp_path, 'env': command.environment(), 'text': True}
+    # rdkit may be anywhere that this process finds it.
+    variables = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
+    options = {'cwd': tmp_path, 'env': variables, 'text': True}
     printed = subprocess.run(line, check=True, capture_output=True, **options).stdout
     assert printed == '30 molecules, labels: is_odd, number\n'
     parts = [Molecules(split, path=str(tmp_path / 'mine.npz')) for split in SPLITS]
