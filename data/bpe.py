@@ -7,8 +7,9 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ import numpy as np
 from .words import checksum, import_tokenizers, load_tokenizer
 
 PADDING, END = 0, 1
+# How many characters, and how many texts, are encoded at a time.
+_MAX_CHARACTERS, _MAX_TEXTS = 1_000_000, 10_000
+# Between two words, where a new token begins in any case.
+_GAP = re.compile(r'(?<=\S) (?=\S)')
 # The first tokens of a vocabulary, in the order of their numbers.
 SPECIAL = ('<padding>', '<end>')
 
@@ -63,7 +68,7 @@ class BPE:
         """The bytes of each token, in the order of the tokens; none for padding and the end."""
         # The library writes each byte as a printable character: itself if it is one, otherwise one
         # above 255. Both kinds are in the order of the bytes.
-        letters = sorted(import_tokenizers().pre_tokenizers.ByteLevel.alphabet())
+        letters = sorted(_alphabet())
         own = [ord(x) for x in letters if ord(x) < 256]
         others = [x for x in range(256) if x not in own]
         byte = dict(zip(letters, own + others, strict=True))
@@ -78,10 +83,16 @@ class BPE:
         """A checksum of the vocabulary: it differs if a token has other bytes."""
         return checksum(repr(self.contents).encode())
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode(self, texts: Iterable[str]) -> list[np.ndarray]:
         """Returns the tokens of each text, int32 (n,); none for an empty text."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts))
-        return [np.array(each.ids, np.int32) for each in encoded]
+        found: list[list[np.ndarray]] = []
+        for group in _group((i, part) for i, text in enumerate(texts) for part in _split(text)):
+            encoded = self._tokenizer.encode_batch_fast([part for _, part in group])
+            for (index, _), each in zip(group, encoded, strict=True):
+                if index == len(found):
+                    found.append([])
+                found[index].append(np.array(each.ids, np.int32))
+        return [tokens[0] if len(tokens) == 1 else np.concatenate(tokens) for tokens in found]
 
     def decode(self, tokens: Any) -> str:
         """Returns the text of tokens (n,); ends of texts and padding have none.
@@ -92,6 +103,29 @@ class BPE:
         # A model may have more outputs than there are tokens.
         known = tokens[tokens < self.size]
         return b''.join(self.contents[token] for token in known).decode(errors='replace')
+
+
+def _split(text: str) -> Iterator[str]:
+    """Yields parts of a text, together as many tokens as the text."""
+    start = 0
+    while gap := _GAP.search(text, start + _MAX_CHARACTERS):
+        yield text[start : gap.start()]
+        start = gap.start()
+    yield text[start:]
+
+
+def _group(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Yields a few parts at a time: until they are arrays, tokens take much more memory."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for index, part in parts:
+        group.append((index, part))
+        size += len(part) + _MAX_CHARACTERS // _MAX_TEXTS
+        if size >= _MAX_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 class GPT2(BPE):
@@ -129,12 +163,16 @@ class GPT2(BPE):
 def _load_gpt2(tokens: str, merges: str) -> Any:
     """Returns the tokenizer of two files."""
     library = import_tokenizers()
-    tokenizer = library.Tokenizer(library.models.BPE.from_file(tokens, merges))
+    try:
+        model = library.models.BPE.from_file(tokens, merges)
+    except Exception as error:  # The library raises no other class.
+        raise ValueError(f'{tokens} or {merges} is damaged: {error}') from error
+    tokenizer = library.Tokenizer(model)
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
 
 
-def train(texts: Iterable[str], size: int, directory: str) -> str:
+def train(texts: Iterable[str], size: int, directory: str, *, digest: str | None = None) -> str:
     """Returns the file with the vocabulary of some texts, which is made if it does not exist.
 
     The name of the file has a checksum of the texts, so a vocabulary of other texts is never taken
@@ -145,9 +183,11 @@ def train(texts: Iterable[str], size: int, directory: str) -> str:
         size: number of tokens, at least 258: 256 bytes, padding and the end of a text. Few texts
             may have fewer.
         directory: for the file; it is made if it does not exist.
+        digest: the result of `hash_texts`, if it is known.
 
     Raises:
-        ValueError: if the size is too small, or the library `tokenizers` is not installed.
+        ValueError: if the size is too small, the file cannot be written, or the library
+            `tokenizers` is not installed.
     """
     smallest = 256 + len(SPECIAL)
     if size < smallest:
@@ -156,15 +196,24 @@ def train(texts: Iterable[str], size: int, directory: str) -> str:
             'the end of a text'
         )
     texts = list(texts)
+    name = f'bpe_{size}_{digest or hash_texts(texts, size)}.json'
+    path = os.path.join(os.path.expanduser(directory), name)
+    if not os.path.isfile(path):
+        try:
+            _write(path, _train(texts, size))
+        except OSError as error:
+            raise ValueError(f'the vocabulary cannot be written to {path}: {error}') from error
+    return path
+
+
+def hash_texts(texts: Iterable[str], size: int) -> str:
+    """Returns a checksum of texts and of the number of tokens."""
     digest = hashlib.sha256(str(size).encode())
     for text in texts:
         # The length, too, so that texts that are joined are other ones.
         content = text.encode()
         digest.update(b'%d:' % len(content) + content)
-    path = os.path.join(os.path.expanduser(directory), f'bpe_{size}_{digest.hexdigest()[:12]}.json')
-    if not os.path.isfile(path):
-        _write(path, _train(texts, size))
-    return path
+    return digest.hexdigest()[:12]
 
 
 def _train(texts: list[str], size: int) -> str:
@@ -173,16 +222,20 @@ def _train(texts: list[str], size: int) -> str:
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()  # For other programs that read the file.
-    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trainer = library.trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=list(SPECIAL),
-        # In one order: that of the library differs between processes.
-        initial_alphabet=sorted(alphabet),
+        # All bytes, of which a text may have only some.
+        initial_alphabet=_alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return str(tokenizer.to_str())
+
+
+def _alphabet() -> list[str]:
+    """Returns the characters that stand for bytes; in no fixed order."""
+    return list(import_tokenizers().pre_tokenizers.ByteLevel.alphabet())
 
 
 def _write(path: str, content: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .sources import Arrays, ArraySpec, Source
+from .sources import Arrays, ArraySpec, Source, join_vocabularies
 
 # Labels are read this many at a time, because the fields read with them may be large.
 _CHUNK = 1024
@@ -17,6 +17,9 @@ class FewShot:
     They have the fields that both sources have, and `shot`, int32 (): the number of a training
     example within its class, from 0, and -1 for a test example. For an evaluation with the score
     `trainer.scores:LinearProbe`.
+
+    Attributes:
+        vocabulary: a checksum of the vocabulary of both sources; None if they have none.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class FewShot:
             seed: determines the choice.
 
         Raises:
-            ValueError: if the sources differ in their fields, or a class has too few examples.
+            ValueError: if the sources differ in their fields or vocabularies, or a class has too
+                few examples.
         """
         if shots < 1:
             raise ValueError(f'shots: {shots}; expected a positive number')
         self._train, self._test = train, test
+        self.vocabulary = join_vocabularies((train, test))
         shared = {name: x for name, x in train.spec.items() if test.spec.get(name) == x}
         if label not in shared or len(shared) < 2:
             raise ValueError(

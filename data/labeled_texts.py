@@ -69,8 +69,11 @@ def read_file(path: str) -> tuple[list[str], list[int]]:
             f'there is no file {path}, relative to {os.getcwd()}; expected a file with a label (0, '
             '1, ...), a tab, and a text in each line'
         )
-    with open(path, 'rb') as file:
-        rows = [_parse(line, f'{path}, line {number}') for number, line in enumerate(file, 1)]
+    try:
+        with open(path, 'rb') as file:
+            rows = [_parse(line, f'{path}, line {number}') for number, line in enumerate(file, 1)]
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read: {error}') from error
     if not rows:
         raise ValueError(f'{path} is empty; expected lines with a label, a tab, and a text')
     return [text for _, text in rows], [label for label, _ in rows]
@@ -84,6 +87,7 @@ class Tokenized:
     Attributes:
         vocabulary: a checksum of the words that tokens mean, by which the trainer refuses a model
             of other tokens; None if the tokenizer has none.
+        lengths: int (items,), the number of tokens of each item.
     """
 
     def __init__(self, texts: Any, tokenizer: Callable[[Sequence[str]], list[np.ndarray]]):
@@ -97,6 +101,7 @@ class Tokenized:
         self.vocabulary: str | None = getattr(tokenizer, 'checksum', None)
         self._items = texts
         self._tokens = tokenizer(texts.texts)
+        self.lengths = np.array([len(tokens) for tokens in self._tokens])
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -109,7 +114,8 @@ class Tokenized:
 def _parse(line: bytes, where: str) -> tuple[int, str]:
     """Returns the label and the text of a line."""
     try:
-        label, tab, text = line.decode().partition('\t')
+        # Without the byte order mark that some editors write.
+        label, tab, text = line.decode('utf-8-sig').partition('\t')
     except UnicodeDecodeError as error:
         raise ValueError(f'{where}: the line is not UTF-8: {error}') from error
     if not label.isdecimal() or not tab or not text.strip():

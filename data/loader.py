@@ -256,6 +256,11 @@ class EvalLoader:
         return None if self._collator is None else self._collator.num_shapes
 
     @property
+    def vocabulary(self) -> str | None:
+        """See `trainer.input.loader.HasVocabulary`."""
+        return getattr(self._source, 'vocabulary', None)
+
+    @property
     def spec(self) -> Tree:
         """Shape (batch dimension first) and dtype of each array of a batch."""
         block = self.block(0, 1)

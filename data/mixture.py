@@ -10,7 +10,7 @@ import numpy as np
 from . import nested
 from .nested import Tree
 from .record_errors import describe as describe_example
-from .sources import Source, check_source
+from .sources import Source, check_source, join_vocabularies
 
 
 class Mixture:
@@ -20,6 +20,9 @@ class Mixture:
     length to weight sets the length of the epoch, and the examples of the others repeat, as evenly
     as possible. An example is a pure function of its index, so shuffling and resuming work as for
     any other source. A repeated example gets different random augmentations each time.
+
+    Attributes:
+        vocabulary: a checksum of the vocabulary of the sources; None if they have none.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None):
@@ -32,7 +35,7 @@ class Mixture:
 
         Raises:
             ValueError: if there are no sources, a source is empty, a weight is not positive, or the
-                fields differ.
+                fields or vocabularies differ.
         """
         for source in sources:
             check_source(source)
@@ -46,6 +49,7 @@ class Mixture:
                 f'{weights}'
             )
         _check_fields(sources)
+        self.vocabulary = join_vocabularies(sources)
         self._sources = tuple(sources)
         self._lengths = lengths
         # Scaled so that the source with the largest ratio of length to weight occurs exactly once.

@@ -37,9 +37,11 @@ class PennTreebank:
         words: the words of the vocabulary, in the order of their tokens: the most frequent first.
         tokens: int32 (words,), the number of each word of the split.
         end: the token that ends a sentence.
-        num_bytes: int32 (words,), the bytes of each word and of the space after it.
+        num_bytes: int32 (words,), the bytes of each word and of the space after it; 1 for the end
+            of a sentence, a line break.
         num_words: int32 (words,), all 1.
         vocabulary: a checksum of the vocabulary.
+        checksum: the same, under the name that tokenizers give it.
     """
 
     def __init__(self, split: str, *, path: str | None = None):
@@ -64,25 +66,36 @@ class PennTreebank:
             raise ValueError(f'split {split!r}: {error} is not a word of training') from None
         self.tokens = np.array(tokens, np.int32)
         self.end = numbers[END]
-        self.num_bytes = np.array([len(x.encode()) + 1 for x in self.words], np.int32)[self.tokens]
+        sizes = [1 if word == END else len(word.encode()) + 1 for word in self.words]
+        self.num_bytes = np.array(sizes, np.int32)[self.tokens]
         self.num_words = np.ones(len(tokens), np.int32)
-        self.vocabulary = checksum('\n'.join(self.words).encode())
+        self.checksum = self.vocabulary = checksum('\n'.join(self.words).encode())
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the tokens of each text, int32 (n,): of its words, in which lines have no end."""
+        """Returns the tokens of each text, int32 (n,): of its words, in which lines have no end.
+
+        Raises:
+            ValueError: for a word that is not in the vocabulary, if `<unk>` is not in it either.
+        """
         numbers = {word: number for number, word in enumerate(self.words)}
-        unknown = numbers.get(UNKNOWN, self.end)
+        lines = [text.split() for text in texts]
+        missing = {word for line in lines for word in line} - set(numbers)
+        if missing and UNKNOWN not in numbers:
+            raise ValueError(
+                f'{min(missing)!r} is not a word of the vocabulary, which has no {UNKNOWN} either'
+            )
         return [
-            np.array([numbers.get(word, unknown) for word in text.split()], np.int32)
-            for text in texts
+            np.array([numbers[x if x in numbers else UNKNOWN] for x in line], np.int32)
+            for line in lines
         ]
 
     def decode(self, tokens: np.ndarray) -> str:
         """Returns the text of tokens (n,): a sentence on each line."""
         # A model may have more outputs than there are words.
-        known = [self.words[token] if token < len(self.words) else UNKNOWN for token in tokens]
-        words = ['\n' if word == END else word for word in known]
-        return ' '.join(words).replace(' \n ', '\n').replace(' \n', '\n')
+        words = [self.words[token] if token < len(self.words) else UNKNOWN for token in tokens]
+        ends = [i for i, word in enumerate(words) if word == END]
+        starts = [0, *(i + 1 for i in ends)]
+        return '\n'.join(' '.join(words[a:b]) for a, b in zip(starts, [*ends, None], strict=True))
 
 
 def find_file() -> str:

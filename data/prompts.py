@@ -16,6 +16,9 @@ class Prompts(ArraySource):
 
     Fields: `tokens` int32 (longest,), padded with 0 at the end; and `length` int32 (), the number
     of tokens.
+
+    Attributes:
+        vocabulary: a checksum of the vocabulary; None for bytes.
     """
 
     def __init__(self, texts: Sequence[str], tokenizer: Any = None, *, start: int | None = None):
@@ -24,13 +27,15 @@ class Prompts(ArraySource):
         Args:
             texts: the prompts. The same text several times gives several samples.
             tokenizer: has a method `encode(texts)` that returns the tokens of each, such as that of
-                `data.bpe.BPE`; None for the bytes of the texts in UTF-8.
+                `data.bpe.BPE`, and perhaps an attribute `checksum`, that of its vocabulary; None
+                for the bytes of the texts in UTF-8.
             start: a token before each text, such as the one that ends texts in training. With it, a
                 text may be empty.
 
         Raises:
             ValueError: if there are no texts, or a prompt has no token.
         """
+        self.vocabulary: str | None = getattr(tokenizer, 'checksum', None)
         texts = [texts] if isinstance(texts, str) else list(texts)
         found = [np.frombuffer(text.encode(), np.uint8) for text in texts]
         if tokenizer is not None:

@@ -45,6 +45,8 @@ class PaddedSequences:
 
         Args:
             items: an object with a length, and items that are dicts of arrays; they may be nested.
+                Its attribute `lengths`, if any, is how many elements the sequences of each item
+                have, int (items,).
             fields: the fields that are padded, (n, ...) each, with the same n in an example; paths
                 for nested examples. All other fields need one shape.
             lengths: lengths of batches, ascending. Each is compiled once.
@@ -52,8 +54,9 @@ class PaddedSequences:
             truncate: whether sequences longer than the last of `lengths` are cut off; otherwise
                 they are an error.
             group: put so many sequences of similar length together, a few batches of them: most
-                batches are then shorter. All items are read once for it, as they are before any
-                transform. None for random batches.
+                batches are then shorter. The lengths are those before any transform; without an
+                attribute `lengths` of the items, all items are read once for them. None for random
+                batches.
 
         Raises:
             ValueError: if there are no examples, or an argument is out of range.
@@ -80,7 +83,7 @@ class PaddedSequences:
         if group is not None:
             if group < 1:
                 raise ValueError(f'group: {group}; expected a positive number of examples, or None')
-            self._sizes = np.array([self._count(items[i]) for i in range(len(items))])
+            self._sizes = self._count_all(items)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -151,6 +154,19 @@ class PaddedSequences:
                 )
         is_real = np.arange(length) < counts[:, None]
         return {**batch, LENGTH: counts, IS_REAL: is_real}
+
+    def _count_all(self, items: Any) -> np.ndarray:
+        """Returns the lengths of the sequences of all items, int (items,)."""
+        known = getattr(items, 'lengths', None)
+        if known is None:
+            return np.array([self._count(items[i]) for i in range(len(items))])
+        sizes = np.asarray(known)
+        if sizes.shape != (len(items),):
+            raise ValueError(
+                f'the attribute `lengths` of the items has shape {sizes.shape}; expected a number '
+                f'for each of {len(items)}'
+            )
+        return sizes
 
     def _count(self, example: Any) -> int:
         """Returns the length of the sequences of an example."""

@@ -110,6 +110,24 @@ def check_rows(source: Source, arrays: Any, rows: int) -> None:
     nested.map_named(check, arrays)
 
 
+def join_vocabularies(sources: Sequence[Any]) -> str | None:
+    """Returns the checksum of the vocabulary of sources that are read as one; None without one.
+
+    Raises:
+        ValueError: if they have different ones.
+    """
+    found = [getattr(source, 'vocabulary', None) for source in sources]
+    # An attribute of this name may be something else in a source of the user.
+    checksums = {number: x for number, x in enumerate(found) if isinstance(x, str)}
+    if len(set(checksums.values())) > 1:
+        shown = ', '.join(f'source {number} has {x}' for number, x in checksums.items())
+        raise ValueError(
+            f'sources: their tokens have different vocabularies, by their checksums: {shown}. A '
+            'model has one vocabulary: give all sources the same'
+        )
+    return next(iter(checksums.values()), None)
+
+
 def _name(value: Any) -> str:
     return type(value).__name__
 

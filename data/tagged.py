@@ -50,6 +50,7 @@ class TaggedSentences:
     Attributes:
         vocabulary: a checksum of what the numbers mean, by which the trainer refuses a model of
             other numbers.
+        lengths: int (sentences,), the number of words of each sentence.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class TaggedSentences:
         words = list(dict.fromkeys(w for sentence in sentences for w in sentence.words))
         index = {word: i for i, word in enumerate(words)}
         self._index = [np.array([index[w] for w in s.words]) for s in sentences]
+        self.lengths = np.array([len(sentence) for sentence in self._index])
         self._word = np.array([word_ids.get(w, UNKNOWN) for w in words], np.int32)
         self._characters = _encode_characters(words, character_ids, word_length)
 

@@ -54,7 +54,8 @@ class Bytes(ArraySource):
         _check_split(split, holdout)
         if seq_len < 1:
             raise ValueError(f'seq_len: {seq_len} tokens; expected a positive number')
-        text = _read(_as_list(path))
+        files = [file for pattern in _as_list(path) for file in _list_files(pattern)]
+        text = np.concatenate([np.frombuffer(_read_file(file), np.uint8) for file in files])
         # The end and not random sequences: those would be surrounded by text that was trained on.
         boundary = len(text) - round(holdout * len(text))
         tokens = text[:boundary] if split == 'train' else text[boundary:]
@@ -135,10 +136,10 @@ class Documents:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Arrays:
-        content = np.fromfile(self._files[index], np.uint8)
+        content = _read_file(self._files[index])
         if self._tokenizer is None:
-            return {'tokens': content.astype(np.int32)}
-        [tokens] = self._tokenizer.encode([_decode(content.tobytes(), self._files[index])])
+            return {'tokens': np.frombuffer(content, np.uint8).astype(np.int32)}
+        [tokens] = self._tokenizer.encode([_decode(content, self._files[index])])
         return {'tokens': np.append(tokens, np.int32(self._tokenizer.end))}
 
     def describe(self, index: int) -> str:
@@ -196,24 +197,22 @@ def read_texts(
         holdout: fraction of the text in the test split.
 
     Raises:
-        ValueError: if there is no such file, one is not UTF-8, the split has no text, or an
-            argument is out of range.
+        ValueError: if there is no such file, one cannot be read or is not UTF-8, the split has no
+            text, or an argument is out of range.
     """
     _check_split(split, holdout)
     patterns = _python_files() if path is None else _as_list(path)
-    contents = []
-    for file in (file for pattern in patterns for file in _list_files(pattern)):
-        contents.append(np.fromfile(file, np.uint8).tobytes())
-        _decode(contents[-1], file)
-    total = sum(map(len, contents))
+    files = [file for pattern in patterns for file in _list_files(pattern)]
+    total = sum(map(os.path.getsize, files))
     left = total - round(holdout * total)
-    parts: dict[str, list[bytes]] = {'train': [], 'test': []}
-    for content in contents:
-        border = _find_border(content, left)
-        parts['train'].append(content[:border])
-        parts['test'].append(content[border:])
-        left -= len(content)
-    texts = [content.decode() for content in parts[split] if content]
+    texts = []
+    for file in files:
+        size = os.path.getsize(file)
+        # One file at a time: only the texts of the split are in memory.
+        if left > 0 if split == 'train' else left < size:
+            texts.append(_read_part(file, left, split))
+        left -= size
+    texts = [text for text in texts if text]
     if not texts:
         raise ValueError(
             f'split {split!r} has none of {total:,} bytes: use more text, or another holdout'
@@ -221,11 +220,12 @@ def read_texts(
     return texts
 
 
-def _decode(content: bytes, file: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{file} is not UTF-8: {error}') from error
+def _read_part(file: str, left: int, split: str) -> str:
+    """Returns the text of a file that belongs to a split, if `left` bytes are left for training."""
+    content = _read_file(file)
+    border = _find_border(content, left)
+    part = content[:border] if split == 'train' else content[border:]
+    return _decode(part, file)
 
 
 def _find_border(content: bytes, left: int) -> int:
@@ -262,13 +262,20 @@ def _as_list(path: str | Sequence[str]) -> Sequence[str]:
     return [path] if isinstance(path, str) else path
 
 
-def _read(paths: Sequence[str]) -> np.ndarray:
-    """Returns the bytes of all files, uint8 (bytes,)."""
-    files = [file for path in paths for file in _list_files(path)]
+def _read_file(file: str) -> bytes:
     try:
-        return np.concatenate([np.fromfile(file, np.uint8) for file in files])
+        with open(file, 'rb') as opened:
+            return opened.read()
     except OSError as error:
-        raise ValueError(f'cannot read the text: {error}') from error
+        raise ValueError(f'{file} cannot be read: {error}') from error
+
+
+def _decode(content: bytes, file: str) -> str:
+    try:
+        # Without the byte order mark that some editors write.
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{file} is not UTF-8: {error}') from error
 
 
 def _list_files(path: str) -> list[str]:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,6 @@ import numpy as np
 from . import bpe
 
 _log = logging.getLogger(__name__)
-
-# So many texts are encoded at a time: the library's own objects take much more memory than tokens.
-_CHUNK = 10_000
 
 
 class TextPairs:
@@ -60,7 +58,8 @@ class PairFile(TextPairs):
             limit: use only this many lines from the start.
 
         Raises:
-            ValueError: if there is no such file, no line in it, or a line is broken.
+            ValueError: if there is no such file, it cannot be read or has no line, or a line is
+                broken.
         """
         path = path.replace('{split}', split)
         name = os.path.expanduser(path)
@@ -69,12 +68,28 @@ class PairFile(TextPairs):
                 f'there is no file {path}, relative to {os.getcwd()}; expected a file with a text, '
                 'a tab, and its translation in each line'
             )
-        with open(name, 'rb') as file:
-            lines = list(itertools.islice(file, limit))
-        pairs = [_parse(line, f'{path}, line {i}') for i, line in enumerate(lines, 1)]
+        changed = os.stat(name)
+        pairs = _read(name, limit, (changed.st_mtime_ns, changed.st_size))
         if not pairs:
             raise ValueError(f'{path} is empty; expected lines with a text, a tab, and a text')
         super().__init__([source for source, _ in pairs], [target for _, target in pairs])
+
+
+# A config reads the pairs of training again for the vocabulary of each split: two files, so that
+# another split does not replace them.
+@functools.lru_cache(maxsize=2)
+def _read(path: str, limit: int | None, version: tuple[int, int]) -> list[tuple[str, str]]:
+    """Returns the pairs of a file, of which `version` is the time of its last change and its size.
+
+    Raises:
+        ValueError: if it cannot be read, or a line is broken.
+    """
+    try:
+        with open(path, 'rb') as file:
+            lines = enumerate(itertools.islice(file, limit), 1)
+            return [_parse(line, f'{path}, line {number}') for number, line in lines]
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read: {error}') from error
 
 
 def make_bpe(pairs: Any, *, size: int, directory: str) -> bpe.BPE:
@@ -88,7 +103,13 @@ def make_bpe(pairs: Any, *, size: int, directory: str) -> bpe.BPE:
     Raises:
         ValueError: if the size is too small, or the library `tokenizers` is not installed.
     """
-    return bpe.BPE(bpe.train([*pairs.sources, *pairs.targets], size, directory))
+    digest = _hash(tuple(pairs.sources), tuple(pairs.targets), size)
+    return bpe.BPE(bpe.train([*pairs.sources, *pairs.targets], size, directory, digest=digest))
+
+
+@functools.lru_cache(maxsize=1)  # All splits and scores have the same vocabulary.
+def _hash(sources: tuple[str, ...], targets: tuple[str, ...], size: int) -> str:
+    return bpe.hash_texts((*sources, *targets), size)
 
 
 class TokenizedPairs:
@@ -101,6 +122,7 @@ class TokenizedPairs:
     Attributes:
         vocabulary: a checksum of the vocabulary, by which the trainer refuses a model of other
             tokens.
+        lengths: int (items,), the tokens of each item.
     """
 
     def __init__(self, pairs: Any, vocabulary: bpe.BPE, *, max_tokens: int | None = None):
@@ -116,7 +138,11 @@ class TokenizedPairs:
             ValueError: if no pair is left.
         """
         self.vocabulary = vocabulary.checksum
-        encoded = [list(_encode(texts, vocabulary)) for texts in (pairs.sources, pairs.targets)]
+        # Each with the end.
+        encoded = [
+            [np.append(tokens, np.int32(bpe.END)) for tokens in vocabulary.encode(texts)]
+            for texts in (pairs.sources, pairs.targets)
+        ]
         longest = np.maximum(*(np.array([len(x) for x in texts]) for texts in encoded))
         kept = np.arange(len(longest))
         if max_tokens is not None:
@@ -128,6 +154,7 @@ class TokenizedPairs:
         if not len(kept):
             raise ValueError(f'no pair has at most max_tokens={max_tokens} tokens')
         self._sources, self._targets = ([texts[i] for i in kept] for texts in encoded)
+        self.lengths = longest[kept]
         self._texts = [(pairs.sources[i], pairs.targets[i]) for i in kept]
 
     def __len__(self) -> int:
@@ -146,13 +173,6 @@ class TokenizedPairs:
         }
 
 
-def _encode(texts: Sequence[str], vocabulary: bpe.BPE) -> Iterable[np.ndarray]:
-    """Yields the tokens of each text and its end."""
-    for start in range(0, len(texts), _CHUNK):
-        for tokens in vocabulary.encode(texts[start : start + _CHUNK]):
-            yield np.append(tokens, np.int32(bpe.END))
-
-
 def _pad(tokens: np.ndarray, length: int) -> np.ndarray:
     return np.pad(tokens, (0, length - len(tokens)), constant_values=bpe.PADDING)
 
@@ -160,7 +180,8 @@ def _pad(tokens: np.ndarray, length: int) -> np.ndarray:
 def _parse(line: bytes, where: str) -> tuple[str, str]:
     """Returns the two texts of a line."""
     try:
-        source, _, target = line.decode().rstrip('\r\n').partition('\t')
+        # Without the byte order mark that some editors write.
+        source, _, target = line.decode('utf-8-sig').rstrip('\r\n').partition('\t')
     except UnicodeDecodeError as error:
         raise ValueError(f'{where}: the line is not UTF-8: {error}') from error
     if not source.strip() or not target.strip() or '\t' in target:

@@ -135,7 +135,7 @@ def load_tokenizer(path: str) -> Any:
         path: a Hugging Face `tokenizer.json`, or the directory that contains it.
 
     Raises:
-        ValueError: if there is no such file, or the library is not installed.
+        ValueError: if there is no such file, it cannot be read, or the library is not installed.
     """
     tokenizers = import_tokenizers()
     path = os.path.expanduser(path)
@@ -145,4 +145,9 @@ def load_tokenizer(path: str) -> Any:
             f'tokenizer: no file {path}, relative to {os.getcwd()}; expected a Hugging Face '
             'tokenizer.json, or the directory that contains it'
         )
-    return tokenizers.Tokenizer.from_file(path)
+    try:
+        return tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # The library raises no other class.
+        raise ValueError(
+            f'{path} is no tokenizer of Hugging Face, or is damaged: {error}'
+        ) from error

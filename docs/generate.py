@@ -77,7 +77,10 @@ first, then runs the same command. `FILE` is a path, or the name of a bundled co
 
 SIGTERM and Ctrl-C end a run after the current step. Before the first step there is nothing to save:
 they end the process at once, with the same codes. A second Ctrl-C ends training at once, without
-saving. In all modes but `train`, signals have their default effect.
+saving. In all modes but `train`, they have their default effect.
+
+SIGUSR1 saves after the current step, and the run continues; other modes ignore it. SIGUSR2 prints
+the Python stacks of all threads.
 
 ## Environment variables
 
@@ -92,8 +95,9 @@ def _exit_codes() -> Iterator[tuple[int, str, str]]:
     yield SaveError.exit_code, 'The run failed, or diverged.', 'See `log.txt` and `debug.log`.'
     yield UserError.exit_code, 'A mistake in the command or the config.', 'See the error message.'
     yield signals.EXIT_PREEMPTED, 'Stopped by SIGTERM, and saved.', 'Run the same command again.'
-    older = 'Delete the directory that the message names: the run resumes from the one before.'
-    yield CheckpointError.exit_code, 'A checkpoint is damaged.', older
+    damaged = 'No checkpoint can be restored: all are damaged, or the one that was named.'
+    restore = 'Restore one from a backup, or use another `--workdir`.'
+    yield CheckpointError.exit_code, damaged, restore
     again = 'Run the same command again on all processes.'
     yield handshake.EXIT_PEER_FAILED, 'Another process of the run has failed.', again
     yield signals.EXIT_INTERRUPTED, 'Stopped by Ctrl-C, and saved.', 'Run the same command again.'

@@ -25,6 +25,10 @@ os.read(0, 1)
 os.killpg(0, signal.SIGKILL)
 """
 
+# A run saves at SIGUSR1 and prints its stacks at SIGUSR2, and continues. Until it can, at the start
+# of Python, they would end it.
+_CONTINUING = (signal.SIGUSR1, signal.SIGUSR2)
+
 # ('exit', process, code), ('signal', 0, number), or ('late', group, 0) after the grace period.
 Events = queue.SimpleQueue[tuple[str, int, int]]
 
@@ -67,8 +71,9 @@ class Group:
         self._readers: list[threading.Thread] = []
         # Also for KeyboardInterrupt: processes that have started must not outlive the launcher.
         try:
-            for command, environment in zip(commands, environments, strict=True):
-                self._start(command, environment)
+            with _ignore(*_CONTINUING):
+                for command, environment in zip(commands, environments, strict=True):
+                    self._start(command, environment)
         except BaseException:
             self.close()
             raise
@@ -165,8 +170,8 @@ class Stop:
         The first one is forwarded. Later ones are dropped (0 is no signal), except that a second
         Ctrl-C becomes SIGKILL.
         """
-        # It asks for the stacks of the threads, and ends nothing.
-        if number == signal.SIGUSR1:
+        # They ask for a save and for the stacks of the threads, and end nothing.
+        if number in _CONTINUING:
             return number
         if self._forwarded:
             return signal.SIGKILL if number == signal.SIGINT else 0
@@ -177,7 +182,7 @@ class Stop:
     @contextlib.contextmanager
     def catch_signals(self) -> Iterator[None]:
         """Turns signals into events inside the `with` block."""
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        numbers = [signal.SIGINT, signal.SIGTERM, *_CONTINUING]
         # Under nohup it is ignored, and must stay so.
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
@@ -189,9 +194,20 @@ class Stop:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGUSR1:
+        if number not in _CONTINUING:
             self.signal = self.signal or number
         self._events.put(('signal', 0, number))
+
+
+@contextlib.contextmanager
+def _ignore(*numbers: int) -> Iterator[None]:
+    """Ignores signals; processes that are started in the `with` block inherit this."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _background(function: Callable[..., None], *args: Any) -> threading.Thread:

@@ -13,4 +13,6 @@ for file in trainer.py trainer/__init__.py; do
     fi
 done
 make_venv "$root/.venv"
+# A run saves at SIGUSR1. Until it can, in the first moments, the signal would end it.
+trap '' USR1 USR2
 exec "$root/.venv/bin/python" -m trainer.main "$@"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search with any model that predicts the next token: see `generation.py`.
+"""Beam search with any model that predicts the next token: see `decoding.py`.
 
 B: batch, L: length, V: vocabulary, K: beams, N: largest number of tokens.
 """
@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .generation import Extend, as_tokens, check_prompt, is_any_of, read_prompt
+from .decoding import (
+    Extend,
+    as_tokens,
+    check_prompt,
+    compile_call,
+    is_any_of,
+    is_traced,
+    read_prompt,
+)
 
 
 class Beams(NamedTuple):
@@ -38,6 +46,7 @@ class _Options:
     stop: tuple[int, ...]
     length_penalty: float
     pad: int
+    dims: tuple[int | None, ...]  # Of the batch, in each array of the cache.
 
 
 class _Search(NamedTuple):
@@ -92,9 +101,9 @@ def beam_search(
         stop: tokens that end a sequence.
         length_penalty: 0 ranks by probability; larger numbers favor longer sequences.
         pad: token after the end of a sequence.
-        batch_dims: the dimension of the batch in the arrays of the cache: an integer, or a tree of
-            them as `in_axes` of `jax.vmap`, with None for arrays without one. By default it is the
-            first or the second dimension, whichever has size B.
+        batch_dims: the dimension of the batch in the arrays of the cache: an integer, from the end
+            if it is negative, or a tree of them as `in_axes` of `jax.vmap`, with None for arrays
+            without one. By default it is the first or the second dimension, whichever has size B.
 
     Raises:
         ValueError: if an argument is out of range, or if the dimension of the batch is not clear.
@@ -102,25 +111,22 @@ def beam_search(
     if beams < 1:
         raise ValueError(f'beams: expected a number > 0, got {beams}')
     prompt, lengths = check_prompt(extend, cache, prompt, lengths, count)
-    options = _Options(int(count), int(beams), as_tokens(stop), float(length_penalty), int(pad))
     dims = _find_batch_dims(cache, len(prompt), batch_dims)
-    is_argument = isinstance(extend, jax.tree_util.Partial)
-    return (_search_compiled if is_argument else _search)(
-        extend, cache, prompt, lengths, dims, options
-    )
+    penalty = float(length_penalty)
+    options = _Options(int(count), int(beams), as_tokens(stop), penalty, int(pad), dims)
+    arguments = (cache, prompt, lengths)
+    if is_traced(arguments):  # It becomes a part of the program that is being traced.
+        return _search(extend, *arguments, options)
+    found: Beams = compile_call(_search, extend, options, *arguments)(*arguments)
+    return found
 
 
 def _search(
-    extend: Extend,
-    cache: Any,
-    prompt: jax.Array,
-    lengths: jax.Array | None,
-    dims: tuple[int | None, ...],
-    options: _Options,
+    extend: Extend, cache: Any, prompt: jax.Array, lengths: jax.Array | None, options: _Options
 ) -> Beams:
     batch, count, beams = len(prompt), options.count, options.beams
     logits, cache = read_prompt(extend, cache, prompt, lengths)
-    cache = _repeat(cache, dims, beams)
+    cache = _repeat(cache, options.dims, beams)
     none = jnp.full((batch, beams), -jnp.inf)
     tokens = jnp.full((batch, beams, count), options.pad, prompt.dtype)
     zeros = jnp.zeros((batch, beams), jnp.int32)
@@ -134,7 +140,7 @@ def _search(
 
     def add(carry: Any) -> Any:
         step, search, cache = carry
-        cache = _reorder(cache, dims, search.parents)
+        cache = _reorder(cache, options.dims, search.parents)
         last = jax.lax.dynamic_index_in_dim(search.tokens, step - 1, 2, keepdims=False)
         logits, cache = extend(last.reshape(-1, 1), cache)
         logits = logits[:, -1].reshape(batch, beams, -1)
@@ -143,9 +149,6 @@ def _search(
     carry = (1, _extend_search(first, every, 0, options), cache)
     _, search, _ = jax.lax.while_loop(is_unfinished, add, carry)
     return _rank(search, options)
-
-
-_search_compiled = jax.jit(_search, static_argnums=(4, 5))
 
 
 def _extend_search(
@@ -244,7 +247,9 @@ def _find_batch_dims(cache: Any, batch: int, given: Any) -> tuple[int | None, ..
     """Returns the dimension of the batch in each array of the cache, None for arrays without."""
     if given is not None:
         spread = jax.tree.broadcast(given, cache, is_leaf=lambda x: x is None)
-        return tuple(jax.tree.leaves(spread, is_leaf=lambda x: x is None))
+        dims = jax.tree.leaves(spread, is_leaf=lambda x: x is None)
+        leaves = jax.tree_util.tree_leaves_with_path(cache)
+        return tuple(_check_dim(*leaf, dim, batch) for leaf, dim in zip(leaves, dims, strict=True))
     found = []
     for path, x in jax.tree_util.tree_leaves_with_path(cache):
         dims = [dim for dim in range(min(x.ndim, 2)) if x.shape[dim] == batch]
@@ -255,3 +260,15 @@ def _find_batch_dims(cache: Any, batch: int, given: Any) -> tuple[int | None, ..
             )
         found.append(dims[0] if dims else None)
     return tuple(found)
+
+
+def _check_dim(path: Any, x: jax.Array, dim: int | None, batch: int) -> int | None:
+    """Returns the dimension of the batch in an array of the cache, counted from the first."""
+    if dim is None:
+        return None
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != batch:
+        raise ValueError(
+            f'batch_dims: cache{jax.tree_util.keystr(path)} has the shape {x.shape}, and its '
+            f'dimension {dim} is not that of the batch, {batch}'
+        )
+    return dim % x.ndim

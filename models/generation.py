@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generates tokens with any model that predicts the next one, for a batch of prompts.
 
-The functions know no model. They take a function `extend(tokens, cache)`, which continues each
-example by tokens (B, L) and returns logits (B, L, V), those of the next token after each, and the
-new cache: any pytree, whatever the model keeps from call to call. `with_cache` and `without_cache`
-make such a function, or write your own: for a module of NNX it is a few lines. `beam_search.py`
-takes the same.
+The model is a function `extend(tokens, cache)` with its first cache: see `decoding.py`.
 
 B: batch, L: length, V: vocabulary, N: number of tokens to generate.
 """
@@ -13,16 +9,22 @@ B: batch, L: length, V: vocabulary, N: number of tokens to generate.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Extend = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+from .decoding import (
+    Extend,
+    as_tokens,
+    check_prompt,
+    compile_call,
+    is_any_of,
+    is_traced,
+    read_prompt,
+)
 
 
 class Generated(NamedTuple):
@@ -126,151 +128,13 @@ def generate(
     keys = None if key is None else _split(key, len(prompt))
     # An array, so that the numbers 1 and 1.0 share a program.
     sampling = _Sampling(keys, jnp.asarray(temperature, jnp.float32))
-    arguments = (extend, cache, prompt, lengths, sampling)
+    arguments = (cache, prompt, lengths, sampling)
     if callback is not None:
-        return _stream(*arguments, options, callback)
-    # A closure cannot be the argument of a compiled function.
-    is_argument = isinstance(extend, jax.tree_util.Partial)
-    return (_generate_compiled if is_argument else _generate)(*arguments, options)
-
-
-def with_cache(
-    model: nn.Module, variables: Any, batch: int, length: int
-) -> tuple[jax.tree_util.Partial, Any]:
-    """Returns `extend` and an empty cache for a Linen module with a collection 'cache'.
-
-    Each token then costs the computation of one token.
-
-    Args:
-        model: the form of the model that decodes, such as `model.clone(decode=True)`. It is called
-            with tokens (B, L) and returns logits (B, L, V).
-        variables: those of the trained model, as in {'params': ...}.
-        batch: B, the number of prompts.
-        length: the number of tokens in the longest prompt and to generate, together.
-
-    Raises:
-        ValueError: if the model has no cache.
-    """
-    tokens = jnp.zeros((batch, length), jnp.int32)
-    # After `init` of the form that decodes, they contain a cache, for other prompts.
-    variables = {name: x for name, x in variables.items() if name != 'cache'}
-    # Not from `init`, which would create new parameters, perhaps of another dtype.
-    call = functools.partial(model.apply, mutable=['cache'])
-    _, state = jax.eval_shape(call, variables, tokens)
-    if not state.get('cache'):
-        raise ValueError(
-            f'{type(model).__name__} creates no collection cache: pass the form of the model that '
-            'decodes, such as model.clone(decode=True), or use without_cache'
-        )
-    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.meta.unbox(state['cache']))
-    return jax.tree_util.Partial(_LinenCall(model, batch, length), variables), cache
-
-
-def without_cache(
-    predict: Callable[[jax.Array], jax.Array], batch: int, length: int
-) -> tuple[Extend, Any]:
-    """Returns `extend` and an empty cache for any function that predicts next tokens.
-
-    The cache is the tokens so far, and each call computes all of them again. It works for any
-    model, and takes longer, the more tokens there are.
-
-    Args:
-        predict: from tokens (B, length) to logits (B, length, V) of the next token after each,
-            which depend on no later tokens.
-        batch: B, the number of prompts.
-        length: the number of tokens in the longest prompt and to generate, together.
-    """
-    cache = {'tokens': jnp.zeros((batch, length), jnp.int32), 'index': jnp.zeros(batch, jnp.int32)}
-    return _WholeCall(predict, batch, length), cache
-
-
-def feed_singly(extend: Extend) -> Extend:
-    """Returns an `extend` that gives the tokens of a prompt to another one, one after the other.
-
-    For models that take one token in a call, as `nn.MultiHeadDotProductAttention(decode=True)`.
-    """
-    if isinstance(extend, jax.tree_util.Partial):
-        return jax.tree_util.Partial(_SingleCalls(extend.func), *extend.args)
-    return _SingleCalls(extend)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LinenCall:
-    """Calls a Linen module. Equal ones share a compiled program."""
-
-    model: nn.Module
-    batch: int
-    length: int
-
-    def __call__(self, variables: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        given = {**variables, 'cache': cache}
-        logits, state = self.model.apply(given, tokens, mutable=['cache'])
-        return logits, nn.meta.unbox(state['cache'])
-
-
-@dataclasses.dataclass(frozen=True)
-class _WholeCall:
-    """Calls a function with all tokens so far."""
-
-    predict: Callable[[jax.Array], jax.Array]
-    batch: int
-    length: int
-
-    def __call__(self, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        positions = cache['index'][:, None] + jnp.arange(tokens.shape[1])
-        rows = jnp.arange(len(tokens))[:, None]  # Beams are a larger batch.
-        before = cache['tokens'].at[rows, positions].set(tokens, mode='drop')
-        logits = self.predict(before)[rows, positions]
-        return logits, {'tokens': before, 'index': cache['index'] + tokens.shape[1]}
-
-
-@dataclasses.dataclass(frozen=True)
-class _SingleCalls:
-    """Calls another function once for each token; the last two arguments are tokens and cache."""
-
-    call: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> tuple[jax.Array, Any]:
-        *given, tokens, cache = args
-
-        def step(cache: Any, token: jax.Array) -> tuple[Any, jax.Array]:
-            logits, cache = self.call(*given, token[:, None], cache)
-            return cache, logits[:, 0]
-
-        cache, logits = jax.lax.scan(step, cache, tokens.T)
-        return jnp.moveaxis(logits, 0, 1), cache
-
-
-def read_prompt(
-    extend: Extend, cache: Any, prompt: jax.Array, lengths: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    """Returns the logits (B, V) after each prompt, and the cache."""
-    if lengths is None:
-        logits, cache = extend(prompt, cache)
-        return logits[:, -1], cache
-    # Padding may be any number: the embedding of one that is no token can be NaN, and so would be
-    # its product with an attention weight of 0.
-    prompt = jnp.where(jnp.arange(prompt.shape[1]) < lengths[:, None], prompt, 0)
-    logits, cache = extend(prompt, cache)
-    padding = prompt.shape[1] - lengths
-
-    # Later tokens overwrite the padding; until then they do not attend to it.
-    def without_padding(path: Any, x: jax.Array) -> jax.Array:
-        return x - padding.astype(x.dtype) if _is_index(path, x, len(prompt)) else x
-
-    cache = jax.tree_util.tree_map_with_path(without_padding, cache)
-    return logits[jnp.arange(len(prompt)), lengths - 1], cache
-
-
-def _is_index(path: Any, x: jax.Array, batch: int) -> bool:
-    # Layers that are stacked have one each.
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    return name == 'index' and x.shape[-1:] == (batch,)
-
-
-def is_any_of(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
-    """Returns whether each token is one of `stop`, of the shape of the tokens."""
-    return jnp.isin(tokens, jnp.asarray(stop, tokens.dtype))
+        return _stream(extend, *arguments, options, callback)
+    if is_traced(arguments):  # It becomes a part of the program that is being traced.
+        return _generate(extend, *arguments, options)
+    generated: Generated = compile_call(_generate, extend, options, *arguments)(*arguments)
+    return generated
 
 
 def _generate(
@@ -298,10 +162,6 @@ def _generate(
     first = (1, tokens.at[:, 0].set(state.token), ones, state)
     _, tokens, counts, _ = jax.lax.while_loop(is_unfinished, add, first)
     return Generated(tokens, counts)
-
-
-_compile = functools.partial(jax.jit, static_argnames='options')
-_generate_compiled = _compile(_generate)
 
 
 def _start(
@@ -389,24 +249,22 @@ def _stream(
     callback: Callable[[np.ndarray, np.ndarray], None],
 ) -> Generated:
     """Generates the same in a loop on the host, which calls the callback after each token."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((prompt, cache))):
+    arguments = (cache, prompt, lengths, sampling)
+    state = compile_call(_start, extend, options, *arguments)(*arguments)
+    # Also if only parameters are traced, which a closure may contain.
+    if is_traced(state.token):
         raise ValueError(
             'callback: tokens have no values within jax.jit or another transformation of JAX; call '
             'generate outside of it, or without a callback'
         )
-    start: Callable[..., _State] = functools.partial(_start_compiled, extend)
-    advance: Callable[..., _State] = functools.partial(_advance_compiled, extend)
-    if not isinstance(extend, jax.tree_util.Partial):  # A closure cannot be an argument.
-        start = _compile(functools.partial(_start, extend))
-        advance = _compile(functools.partial(_advance, extend))
-    state = start(cache, prompt, lengths, sampling, options)
+    advance = compile_call(_advance, extend, options, state, jnp.int32(1), sampling)
     tokens = np.full((len(prompt), options.count), options.pad, prompt.dtype)
     counts, was_running = np.zeros(len(prompt), np.int32), np.ones(len(prompt), bool)
     for step in range(options.count):
         # Before the wait for this token: the devices compute while the callback runs.
         following = state
         if step + 1 < options.count:
-            following = advance(state, step + 1, sampling, options)
+            following = advance(state, jnp.int32(step + 1), sampling)
         tokens[:, step], is_running = np.asarray(state.token), np.asarray(state.is_running)
         counts += was_running
         callback(tokens[:, step].copy(), was_running)
@@ -414,70 +272,6 @@ def _stream(
             break
         state, was_running = following, is_running
     return Generated(jnp.asarray(tokens), jnp.asarray(counts))
-
-
-_start_compiled, _advance_compiled = _compile(_start), _compile(_advance)
-
-
-def as_tokens(stop: int | Sequence[int]) -> tuple[int, ...]:
-    """Returns the stop tokens as a tuple."""
-    return tuple(int(token) for token in np.ravel(stop))
-
-
-def check_prompt(
-    extend: Extend, cache: Any, prompt: jax.Array, lengths: jax.Array | None, count: int
-) -> tuple[jax.Array, jax.Array | None]:
-    """Checks the prompts; returns them and their lengths as arrays of JAX, int32."""
-    prompt = jnp.asarray(prompt)
-    if prompt.ndim != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise ValueError(
-            f'prompt: expected integers of shape (batch, length), got {prompt.dtype} of shape '
-            f'{prompt.shape}'
-        )
-    prompt = prompt.astype(jnp.int32)  # In bytes, for example, generated tokens might not fit.
-    batch, length = prompt.shape
-    if not (length and count > 0):
-        raise ValueError(
-            f'expected at least one token in the prompt and to generate, got {length} and '
-            f'count={count}'
-        )
-    _check_room(extend, cache, batch, length + count)
-    if lengths is None:
-        return prompt, None
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != (batch,):
-        raise ValueError(f'lengths: expected shape {(batch,)}, got {lengths.shape}')
-    if not isinstance(lengths, jax.core.Tracer) and not ((lengths > 0) & (lengths <= length)).all():
-        raise ValueError(f'lengths: expected numbers from 1 to {length}, got {lengths.tolist()}')
-    leaves = jax.tree_util.tree_leaves_with_path(cache)
-    if not any(_is_index(path, x, batch) for path, x in leaves):
-        raise ValueError(
-            f'lengths: prompts of different lengths need a cache with an entry `index`, int '
-            f'{(batch,)}, the number of tokens that it has of each prompt; this one has none. '
-            'Generate for prompts of one length at a time, without lengths'
-        )
-    return prompt, lengths
-
-
-def _check_room(extend: Extend, cache: Any, batch: int, length: int) -> None:
-    """Checks that the cache is for this batch, and that so many tokens fit into it.
-
-    Tokens beyond the end of a cache would be lost without a word.
-    """
-    call = extend.func if isinstance(extend, jax.tree_util.Partial) else extend
-    call = call.call if isinstance(call, _SingleCalls) else call
-    if not isinstance(call, (_LinenCall, _WholeCall)):
-        return
-    leaves = jax.tree_util.tree_leaves_with_path(cache)
-    counts = [x for path, x in leaves if _is_index(path, x, batch)]
-    # Traced numbers are unknown.
-    known = [int(x.max()) for x in counts if not isinstance(x, jax.core.Tracer)]
-    total = length + max(known, default=0)
-    if batch != call.batch or total > call.length:
-        raise ValueError(
-            f'{batch} prompts, {total} tokens with those in the cache and those to generate; but '
-            f'the cache is for batch={call.batch}, length={call.length}'
-        )
 
 
 def _check_sampling(temperature: float | jax.Array, options: _Options) -> None:

@@ -208,7 +208,7 @@ class Transformer(nn.Module):
             'dots_saveable', for what to save.
         decode: whether to cache keys and values in the collection 'cache', so that each call
             continues the tokens of the previous one. Its `index`, int (batch,), counts the tokens
-            of each example so far. For `trainer.models.generation`.
+            of each example so far. For `trainer.models.decoding`.
         dtype: dtype of the computation, such as bfloat16; None follows the parameters.
         param_dtype: dtype of the parameters.
     """
@@ -261,10 +261,13 @@ class Transformer(nn.Module):
                 restricted to the same sequence.
             positions: int (batch, length), the position of each token in its sequence; by default
                 its position in the example.
+
+        Raises:
+            ValueError: for more tokens than `max_length`, and for segments or positions in the form
+                that decodes.
         """
+        self._check_inputs(tokens, segments, positions)
         length = tokens.shape[1]
-        if length > self.max_length:
-            raise ValueError(f'{length} tokens, but max_length is {self.max_length}')
         embedding = _with_axes(nn.initializers.normal(0.02), 'vocab', 'embed')
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         embed = nn.Embed(
@@ -296,6 +299,17 @@ class Transformer(nn.Module):
             init = _with_axes(nn.initializers.lecun_normal(), 'embed', 'vocab')
             logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
         return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
+
+    def _check_inputs(
+        self, tokens: jax.Array, segments: jax.Array | None, positions: jax.Array | None
+    ) -> None:
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(f'{tokens.shape[1]} tokens, but max_length is {self.max_length}')
+        if self.decode and not (segments is None and positions is None):
+            raise ValueError(
+                'segments, positions: not supported with decode=True: each example of a cache is '
+                'one sequence, whose positions the cache counts'
+            )
 
     def _position_embeddings(self, length: int, positions: jax.Array | None) -> jax.Array:
         """Returns those of the positions, by default of the first `length`."""

@@ -6,16 +6,20 @@ A suffix of a name says which dimensions an array has:
     B  sequences of a batch       N  attention heads
     L  tokens of a sequence       K  units of a head, D / N
     D  width of the model         M  hidden units of the MLP
-    V  tokens of the vocabulary
+    V  tokens of the vocabulary   C  keys: L, or the length of a cache
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+# Keys and values of a layer, (B, C, N, K) each.
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 def rotate(x_BLNK: jax.Array, positions: jax.Array) -> jax.Array:
@@ -76,8 +80,14 @@ class Attention(nnx.Module):
         self.value = _linear((width, width), ('embed', 'heads'), **options)
         self.out = _linear((width, width), ('heads', 'embed'), **options)
 
-    def __call__(self, x_BLD: jax.Array, mask: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns an array of the shape of the input; for the rest see `Block`."""
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cached: KeysValues | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
+        """Returns an array of the shape of the input, and keys and values; see `Block`."""
         batch, length, width = x_BLD.shape
         shape = (batch, length, self.heads, width // self.heads)
         q_BLNK, k_BLNK, v_BLNK = (
@@ -85,12 +95,18 @@ class Attention(nnx.Module):
         )
         if self.rotary:
             q_BLNK, k_BLNK = rotate(q_BLNK, positions), rotate(k_BLNK, positions)
-        scores_BNLL = jnp.einsum('BLNK,BSNK->BNLS', q_BLNK * shape[-1] ** -0.5, k_BLNK)
+        k_BCNK, v_BCNK = k_BLNK, v_BLNK
+        if cached is not None:
+            k_BCNK, v_BCNK = (
+                old.at[jnp.arange(batch)[:, None], positions].set(new.astype(old.dtype))
+                for old, new in zip(cached, (k_BLNK, v_BLNK), strict=True)
+            )
+        scores_BNLC = jnp.einsum('BLNK,BCNK->BNLC', q_BLNK * shape[-1] ** -0.5, k_BCNK)
         # In float32: half-precision weights would not sum to 1.
-        scores_BNLL = jnp.where(mask, scores_BNLL.astype(jnp.float32), -1e30)
-        weights_BNLL = jax.nn.softmax(scores_BNLL).astype(v_BLNK.dtype)
-        y_BLNK = jnp.einsum('BNLS,BSNK->BLNK', weights_BNLL, v_BLNK)
-        return self.out(y_BLNK.reshape(x_BLD.shape))
+        scores_BNLC = jnp.where(mask, scores_BNLC.astype(jnp.float32), -1e30)
+        weights_BNLC = jax.nn.softmax(scores_BNLC).astype(v_BLNK.dtype)
+        y_BLNK = jnp.einsum('BNLC,BCNK->BLNK', weights_BNLC, v_BCNK)
+        return self.out(y_BLNK.reshape(x_BLD.shape)), (k_BCNK, v_BCNK)
 
 
 class Block(nnx.Module):
@@ -126,26 +142,35 @@ class Block(nnx.Module):
         self.mlp_out = _linear((mlp_width, width), ('mlp', 'embed'), **options)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, mask: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns an array of the shape of the input.
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cached: KeysValues | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
+        """Returns an array of the shape of the input, and the keys and values that it attends to.
 
         Args:
             x_BLD: the input.
-            mask: bool, broadcast to (batch, heads, length, length); False where masked.
+            mask: bool, broadcast to (batch, heads, length, keys); False where masked.
             positions: int (batch, length) or (1, length), the position of each token in its
-                sequence.
+                sequence, and so in the cache.
+            cached: the keys and values of earlier calls, in which those of the input are written;
+                None without a cache.
         """
-        y_BLD = self.attention(self.attention_norm(x_BLD), mask, positions)
+        y_BLD, keys_values = self.attention(self.attention_norm(x_BLD), mask, positions, cached)
         x_BLD = x_BLD + self.dropout(y_BLD)
         y_BLM = nnx.gelu(self.mlp_in(self.mlp_norm(x_BLD)))
-        return x_BLD + self.dropout(self.mlp_out(y_BLM))
+        return x_BLD + self.dropout(self.mlp_out(y_BLM)), keys_values
 
 
 class Transformer(nnx.Module):
     """Predicts the next token at every position, as `trainer.models.transformer` does.
 
     Its parameters have the names that they have there, except that `block_0` is `blocks/0`. It has
-    neither a cache for decoding nor a scan over the layers.
+    no scan over the layers. With `trainer.models.decoding.with_own_cache`, it generates text: no
+    other form of the model is needed, because the cache is an argument and a result of `extend`.
     """
 
     def __init__(
@@ -187,6 +212,7 @@ class Transformer(nnx.Module):
         """
         _check_options(width, heads, positions)
         self.max_length = max_length
+        self.head_shape = (heads, width // heads)
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         normal = nnx.initializers.normal(0.02)
         embedding = _with_axes(normal, 'vocab', 'embed')
@@ -228,17 +254,63 @@ class Transformer(nnx.Module):
             raise ValueError(f'{length} tokens, but max_length is {self.max_length}')
         if positions is None:
             positions = jnp.arange(length)[None]
+        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        if segments is not None:
+            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+        logits, _ = self._predict(tokens, mask, positions, [None] * len(self.blocks))
+        return logits
+
+    def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
+        """Returns the first cache of `extend`.
+
+        Args:
+            batch: number of sequences.
+            length: number of tokens that fit in, at most `max_length`.
+        """
+        if length > self.max_length:
+            raise ValueError(f'{length} tokens, but max_length is {self.max_length}')
+        dtype = self.tokens.dtype or self.tokens.embedding[...].dtype
+        zeros = jnp.zeros((batch, length, *self.head_shape), dtype)
+        layers = [(zeros, zeros) for _ in self.blocks]
+        return {'index': jnp.zeros(batch, jnp.int32), 'layers': layers}
+
+    def extend(self, tokens: jax.Array, cache: Any) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns logits (batch, length, vocab_size) of tokens that continue those of a cache.
+
+        Args:
+            tokens: int (batch, length).
+            cache: the result of `empty_cache`, or of the call before. Tokens that do not fit in
+                are lost.
+
+        Returns:
+            The logits, and the new cache. Its `index`, int (batch,), counts the tokens.
+        """
+        positions = cache['index'][:, None] + jnp.arange(tokens.shape[1])
+        size = cache['layers'][0][0].shape[1]
+        # The unused part of a cache is after all queries.
+        mask = (jnp.arange(size) <= positions[..., None])[:, None]
+        logits, layers = self._predict(tokens, mask, positions, cache['layers'])
+        return logits, {'index': cache['index'] + tokens.shape[1], 'layers': layers}
+
+    def _predict(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cached: Sequence[KeysValues | None],
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """Returns logits, and the keys and values of each layer."""
         x_BLD = self.tokens(tokens)
         if self.positions is not None:
             x_BLD = x_BLD + self.positions[...][positions].astype(x_BLD.dtype)
         x_BLD = self.dropout(x_BLD)
-        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        if segments is not None:
-            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
-        for block in self.blocks:
-            x_BLD = block(x_BLD, mask, positions)
+        layers = []
+        for block, each in zip(self.blocks, cached, strict=True):
+            x_BLD, keys_values = block(x_BLD, mask, positions, each)
+            layers.append(keys_values)
         x_BLD = self.norm(x_BLD)
-        return self.tokens.attend(x_BLD) if self.logits is None else self.logits(x_BLD)
+        logits = self.tokens.attend(x_BLD) if self.logits is None else self.logits(x_BLD)
+        return logits, layers
 
 
 def _check_options(width: int, heads: int, positions: str) -> None:

@@ -19,8 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-PADDING = 0
-
 _ACTIVATIONS = ('batch', 'length', 'embed')
 KeyValue = tuple[jax.Array, jax.Array]
 # Keys and values of the source for each layer of the decoder, and which tokens are real, (B, S).
@@ -207,7 +205,7 @@ class Translator(nn.Module):
     """Predicts the next token of a target, given a source and the target's tokens before it.
 
     Source, target and output share one table of embeddings, so they need one vocabulary. Padding of
-    the source is the token 0; that of a target needs no mask, as it is after all other tokens.
+    a target needs no mask, as it is after all other tokens.
 
     Attributes:
         vocab_size: number of tokens in the vocabulary.
@@ -216,6 +214,7 @@ class Translator(nn.Module):
         heads: number of attention heads; must divide the width.
         mlp_width: hidden units of each MLP; by default 4 x width.
         dropout_rate: dropout of the embeddings and of each branch in training.
+        padding: the token after the end of a source, also one that is not in the vocabulary.
         decode: whether to cache keys and values of the target in the collection 'cache', so that
             each call of `extend` continues the tokens of the one before. The cache has as many
             tokens as the call that creates it.
@@ -229,6 +228,7 @@ class Translator(nn.Module):
     heads: int = 8
     mlp_width: int | None = None
     dropout_rate: float = 0.0
+    padding: int = 0
     decode: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -274,7 +274,9 @@ class Translator(nn.Module):
 
     def encode(self, sources: jax.Array, train: bool = False) -> Memory:
         """Returns what the decoder reads of the source tokens, int (B, S)."""
-        is_real = sources != PADDING
+        is_real = sources != self.padding
+        # Padding needs no embedding: that of a number that is no token is NaN.
+        sources = jnp.where(is_real, sources, 0)
         x_BSD = self._embed(sources, jnp.arange(sources.shape[1])[None], train)
         for layer in self.encoder:
             x_BSD = layer(x_BSD, is_real, train=train)

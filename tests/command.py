@@ -93,7 +93,7 @@ def ends(*running: subprocess.Popen[str], secs: float = 300) -> list[tuple[str, 
         return [p.communicate(timeout=max(0, deadline - time.monotonic())) for p in running]
     except subprocess.TimeoutExpired:
         for process in running:
-            process.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGUSR2)
         time.sleep(5)  # A launcher passes it on.
         for process in running:
             process.kill()

@@ -28,7 +28,7 @@ from trainer.config import loading, overrides, schema
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build
 from trainer.models.beam_search import beam_search
-from trainer.models.generation import with_cache
+from trainer.models.decoding import with_cache
 from trainer.models.transformer import Transformer
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer

@@ -52,6 +52,7 @@ from trainer.hooks import Event
 from trainer.input.data import TrainData
 from trainer.modules.functional import Functional
 from trainer.observe.profile import Window
+from trainer.parallel import virtual_devices
 from trainer.parallel.sharding import Rule
 from trainer.step.context import StepFunction
 from trainer.step.optimizer import Optimizer
@@ -295,6 +296,8 @@ def build(config: ml_collections.ConfigDict | LoadedConfig) -> Experiment:
     Raises:
         UserError: for an unknown key, a name that does not exist, or an invalid argument.
     """
+    # Here, because scripts build an experiment before they use a device.
+    virtual_devices.add_threads()
     loaded = config if isinstance(config, LoadedConfig) else loading.from_python(config)
     return _build(loaded)
 

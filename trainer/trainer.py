@@ -155,8 +155,10 @@ class Trainer(Predictor):
                 if step == due:
                     state = self._run_events(step, state, batch)
                     due = self._events.next_due(step)
-                # All processes must poll equally often: this decides at which poll they stop
-                # together.
+                # All processes must poll equally often: this decides at which poll they save and
+                # stop together.
+                if self._stop.save.poll(step):
+                    self._save(step, state)
                 if self._stop.poll() or self._recovery.stopped_early:
                     break
         self._print(self._profile.close(state))

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from trainer.models.beam_search import beam_search
-from trainer.models.generation import generate, with_cache, without_cache
+from trainer.models.decoding import with_cache, without_cache
+from trainer.models.generation import generate
 from trainer.models.transformer import Transformer
 
 

@@ -131,7 +131,6 @@ def test_damage_is_detected_and_named(
     with pytest.raises(CheckpointError) as error:
         saved_checkpoints.restore(1, abstract(state()))
     assert f'{saved_checkpoints.directory / "1"} is damaged: ' in str(error.value)
-    assert 'Delete that directory to resume from an older checkpoint' in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     assert error.value.exit_code == 65
 

@@ -36,6 +36,18 @@ def test_texts_come_back_unchanged(vocabulary: bpe.BPE, text: str) -> None:
     assert vocabulary.decode(padded) == text
 
 
+def test_parts_of_a_text_have_its_tokens(
+    vocabulary: bpe.BPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long texts are encoded in parts, and many texts in groups."""
+    texts = [*TEXTS, ' a  b \n\n c\t d ', '', ' ', 'the cat\x1c sat\u2028 on ', 'x' * 20]
+    whole = [x.tolist() for x in vocabulary.encode(texts)]
+    for characters, count in ((1, 1), (7, 2), (1000, 3)):
+        monkeypatch.setattr(bpe, '_MAX_CHARACTERS', characters)
+        monkeypatch.setattr(bpe, '_MAX_TEXTS', count)
+        assert [x.tolist() for x in vocabulary.encode(iter(texts))] == whole
+
+
 def test_frequent_texts_have_fewer_tokens(vocabulary: bpe.BPE) -> None:
     assert vocabulary.size == 270
     [known, other] = vocabulary.encode(['the cat sat', 'xhq vzt wkj'])
@@ -120,6 +132,9 @@ def test_the_vocabulary_of_gpt2(tmp_path: pathlib.Path) -> None:
         ValueError, match=r'the last of which is not .*; expected the 50,257 of GPT-2'
     ):
         bpe.GPT2(str(tmp_path))
+    encoder.write_text('{"a": 0')
+    with pytest.raises(ValueError, match=r'encoder\.json or .*vocab\.bpe is damaged: .*EOF'):
+        bpe.GPT2(str(tmp_path))
 
 
 def test_mistakes_are_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +142,18 @@ def test_mistakes_are_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
         bpe.train(TEXTS, 257, str(tmp_path))
     with pytest.raises(ValueError, match=r'no file .*missing'):
         bpe.BPE(str(tmp_path / 'missing.json'))
+    not_a_directory = tmp_path / 'file'
+    not_a_directory.write_text('')
+    with pytest.raises(ValueError, match=r'vocabulary cannot be written to .*/file/bpe_270_'):
+        bpe.train(TEXTS, 270, str(not_a_directory))
     foreign = tmp_path / 'foreign.json'
     path = pathlib.Path(bpe.train(TEXTS, 270, str(tmp_path)))
     foreign.write_text(path.read_text().replace('<end>', '<other>'))
     with pytest.raises(ValueError, match=r'first tokens are not <padding> and <end>'):
         bpe.BPE(str(foreign))
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match=rf'{path.name} is no tokenizer of .* is damaged: EOF'):
+        bpe.BPE(str(path))
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
     with pytest.raises(ValueError, match='pip install tokenizers'):
         bpe.train(TEXTS, 271, str(tmp_path))

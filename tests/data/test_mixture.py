@@ -94,3 +94,18 @@ def test_from_a_config() -> None:
     assert Trainer(experiment).fit().step == 5
     with pytest.raises(UserError, match=r'config.data.source: .* refused its arguments: weights'):
         load_and_build(config, **{**options, 'data__source__weights': (3, -1)})
+
+
+def test_it_has_the_vocabulary_of_its_sources() -> None:
+    """By which the trainer refuses a model of other tokens; bytes, for example, have none."""
+    sources = [source(0, 2), source(2, 2), source(4, 2), source(6, 2)]
+    for one, vocabulary in zip(sources, ('a1', None, {'the': 0}, 'a1'), strict=True):
+        one.vocabulary = vocabulary  # type: ignore[attr-defined]
+    loader = TrainLoader(source=Mixture(sources), batch_size=2)
+    assert loader.vocabulary == 'a1'
+    assert Mixture(sources[1:3]).vocabulary is None
+    sources[3].vocabulary = 'b2'  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match=r'different vocabularies.*source 0 has a1, source 3 has b2'
+    ):
+        Mixture(sources)

@@ -45,7 +45,31 @@ def test_words_and_ends_of_sentences(package: str) -> None:
     assert [x.tolist() for x in test.encode(['the cat', 'the bird'])] == [[1, 3], [1, 2]]
     assert test.num_words.tolist() == [1] * len(test.tokens)
     assert test.vocabulary == train.vocabulary
-    assert PennTreebank('dev', path=package).num_bytes.tolist() == [4, 4, 6]
+    assert PennTreebank('dev', path=package).num_bytes.tolist() == [4, 4, 1]
+    # Of the text: the end of a sentence is a line break.
+    written = ''.join(f'{line} \n' for line in test.decode(test.tokens).splitlines())
+    assert test.num_bytes.sum() == len(written)
+
+
+def test_texts_of_any_tokens(package: str) -> None:
+    """No sentence has a space at its beginning or end, not even an empty one."""
+    train = PennTreebank('train', path=package)
+    for tokens, text in (
+        ([1, 3, 0, 0, 1, 4], 'the cat\n\nthe dog'),
+        ([0, 1, 0, 0, 0], '\nthe\n\n\n'),
+        ([5, 99], 'sat <unk>'),
+        ([], ''),
+    ):
+        assert train.decode(np.array(tokens, np.int32)) == text
+
+
+def test_a_word_without_a_token_is_an_error(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / 'treebank.py'
+    path.write_text(FILE.replace('<unk>', 'sat').replace(' a dog', ' the dog'))
+    with pytest.raises(
+        ValueError, match="'bird' is not a word of the vocabulary, which has no <un"
+    ):
+        PennTreebank('train', path=str(path)).encode(['the cat', 'the bird'])
 
 
 def test_mistakes(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

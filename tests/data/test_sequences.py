@@ -121,3 +121,26 @@ def test_groups_of_similar_length() -> None:
     assert abs(np.corrcoef(np.arange(50), means)[0, 1]) < 0.5
     # The order does not depend on the batch size.
     np.testing.assert_array_equal(loader(40, 16).order(0, 250)[0].ravel(), ids.ravel()[:4000])
+
+
+class Measured(list[Any]):
+    """Items that know their lengths."""
+
+    def __init__(self, items: list[Any], lengths: Any):
+        super().__init__(items)
+        self.lengths = lengths
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError('an item is read')
+
+
+def test_items_that_know_their_lengths_are_not_read() -> None:
+    sizes = [3, 9, 1, 4]
+    items = [{'tokens': np.zeros(n)} for n in sizes]
+    options: dict[str, Any] = dict(fields=('tokens',), lengths=(16,), group=2)
+    known = PaddedSequences(Measured(items, sizes), **options)
+    order = np.array([2, 0, 3, 1])
+    expected = PaddedSequences(items, **options).arrange(order, 0, 0)
+    np.testing.assert_array_equal(known.arrange(order, 0, 0), expected)
+    with pytest.raises(ValueError, match=r'`lengths` of the items has shape \(3,\); .* each of 4'):
+        PaddedSequences(Measured(items, sizes[1:]), **options)

@@ -65,6 +65,7 @@ def test_other_numbers_have_another_checksum(path: str) -> None:
 def test_a_limit_does_not_change_the_numbers(path: str) -> None:
     whole, limited = (TaggedSentences('train', path=path, limit=n) for n in (None, 1))
     assert (len(whole), len(limited)) == (2, 1)
+    assert whole.lengths.tolist() == [2, 2] and limited.lengths.tolist() == [2]
     np.testing.assert_array_equal(
         whole[0]['inputs']['characters'], limited[0]['inputs']['characters']
     )

@@ -31,6 +31,7 @@ class Pieces:
         return [np.array([numbers[x] for x in re.findall(pattern, t)], np.int32) for t in texts]
 
 
+SPLITS = ('train', 'test')
 TEXTS = ['a b ab', 'aab\n b a', 'b', ' ab a b\nabab ']
 
 
@@ -155,3 +156,14 @@ def test_mistakes_in_texts(tmp_path: pathlib.Path) -> None:
         read_texts(str(tmp_path / '*.md'))
     with pytest.raises(ValueError, match="expected 'train' or 'test', got 'dev'"):
         read_texts(str(tmp_path / '*.txt'), split='dev')
+    with pytest.raises(ValueError, match=r'/proc/self/mem cannot be read: \[Errno 5\]'):
+        read_texts(['/proc/self/mem', str(tmp_path / 'a.txt')], holdout=0)
+
+
+def test_the_mark_of_an_editor_is_not_a_text(tmp_path: pathlib.Path) -> None:
+    """The byte order mark at the beginning of each file."""
+    for name in 'ab':
+        (tmp_path / f'{name}.txt').write_text('one\ntwo\n', encoding='utf-8-sig')
+    assert read_texts(str(tmp_path / '*.txt'), holdout=0) == ['one\ntwo\n'] * 2
+    train, test = (read_texts(str(tmp_path / '*.txt'), split=x, holdout=0.5) for x in SPLITS)
+    assert train == test == ['one\ntwo\n']

@@ -30,6 +30,26 @@ def test_pairs_of_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / 'train.tsv').write_bytes(b'')
     with pytest.raises(ValueError, match='is empty'):
         PairFile(pattern)
+    with pytest.raises(ValueError, match=r'/proc/self/mem cannot be read: \[Errno 5\]'):
+        PairFile('/proc/self/mem')
+
+
+def test_the_mark_of_an_editor_is_not_a_text(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / 'train.tsv'
+    path.write_text('a cat\tun gato\n', encoding='utf-8-sig')
+    assert PairFile(str(path)).sources == ['a cat']
+
+
+def test_a_file_is_read_again_after_a_change(tmp_path: pathlib.Path) -> None:
+    """But not for each split, whose vocabulary is made of it."""
+    path = tmp_path / 'train.tsv'
+    path.write_text('a cat\tun gato\n')
+    first, second = PairFile(str(path)), PairFile(str(path))
+    assert first.sources[0] is second.sources[0]
+    second.sources.append('not in the file')
+    assert PairFile(str(path)).sources == ['a cat']
+    path.write_text('a dog\tun perro\n')
+    assert PairFile(str(path)).sources == ['a dog']
 
 
 def test_items_are_tokens_with_an_end(tmp_path: pathlib.Path) -> None:
@@ -38,6 +58,7 @@ def test_items_are_tokens_with_an_end(tmp_path: pathlib.Path) -> None:
     assert len(items) == 2 and items.vocabulary == vocabulary.checksum
     item = items[1]
     assert (item['source_text'], item['target_text']) == ('two cats sat', 'dos')
+    assert items.lengths.tolist() == [len(items[i]['sources']) for i in range(2)]
     assert item['sources'].shape == item['targets'].shape == (13,)
     assert item['sources'].dtype == item['targets'].dtype == np.int32
     assert item['sources'][-1] == 1 and (item['sources'][:-1] > 1).all()
@@ -50,6 +71,7 @@ def test_long_pairs_are_left_out(tmp_path: pathlib.Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         items = TokenizedPairs(PAIRS, vocabulary, max_tokens=8)
     assert [items[i]['source_text'] for i in range(len(items))] == ['a cat']
+    assert items.lengths.tolist() == [8]
     assert '1 of 2 pairs have more than 8 tokens and are left out' in caplog.text
     with pytest.raises(ValueError, match='no pair has at most max_tokens=3'):
         TokenizedPairs(PAIRS, vocabulary, max_tokens=3)

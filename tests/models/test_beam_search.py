@@ -15,7 +15,8 @@ import pytest
 
 from tests.marks import slow_after
 from trainer.models.beam_search import beam_search
-from trainer.models.generation import generate, with_cache, without_cache
+from trainer.models.decoding import with_cache, without_cache
+from trainer.models.generation import generate
 from trainer.models.transformer import Transformer
 
 VOCABULARY, COUNT, STOP = 3, 3, 2
@@ -261,6 +262,13 @@ def test_the_dimension_of_the_batch() -> None:
     dims = {'plain': 0, 'stacked': 1, 'count': None}
     again = beam_search(extend_any, unclear, PROMPT, count=2, beams=3, batch_dims=dims)
     np.testing.assert_array_equal(found.tokens, again.tokens)
+    dims = {'plain': -2, 'stacked': -2, 'count': None}
+    again = beam_search(extend_any, unclear, PROMPT, count=2, beams=3, batch_dims=dims)
+    np.testing.assert_array_equal(found.tokens, again.tokens)
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match=rf"cache\['plain'\] .* dimension {wrong} is not that"):
+            changed = {**dims, 'plain': wrong}
+            beam_search(extend_any, unclear, PROMPT, count=2, beams=3, batch_dims=changed)
 
 
 def test_arguments_out_of_range_are_errors() -> None:

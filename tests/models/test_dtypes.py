@@ -22,9 +22,10 @@ from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
 from trainer.models.bilstm import BiLSTM
 from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
+from trainer.models.decoding import with_cache
 from trainer.models.efficientnet import EfficientNet
 from trainer.models.gcn import GCN
-from trainer.models.generation import generate, with_cache
+from trainer.models.generation import generate
 from trainer.models.gnn import GraphNetwork
 from trainer.models.graphs import mean_nodes, sum_edges, sum_nodes
 from trainer.models.mixer import Mixer

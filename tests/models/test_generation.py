@@ -14,14 +14,9 @@ import pytest
 from flax import nnx
 
 from tests.marks import slow_after
-from trainer.models import generation
-from trainer.models.generation import (
-    feed_singly,
-    generate,
-    keep_probable,
-    with_cache,
-    without_cache,
-)
+from trainer.models import decoding, generation
+from trainer.models.decoding import feed_singly, with_cache, without_cache
+from trainer.models.generation import generate, keep_probable
 from trainer.models.transformer import Transformer
 
 VOCABULARY, LENGTH = 11, 12
@@ -145,8 +140,52 @@ def test_callback_gets_tokens_in_their_order(is_closure: bool) -> None:
 
 
 def test_a_callback_within_jit_is_an_error() -> None:
+    decoder = cached_decoder()
     with pytest.raises(ValueError, match=r'callback: tokens have no values within jax\.jit'):
-        jax.jit(lambda x: generate(*cached_decoder(), x, count=2, callback=print))(PROMPT)
+        jax.jit(lambda x: generate(*decoder, x, count=2, callback=print))(PROMPT)
+
+
+def test_within_jit_a_known_cache_and_known_lengths_are_checked() -> None:
+    decoder = cached_decoder()
+    options: dict[str, Any] = dict(count=3, lengths=LENGTHS)
+    found = jax.jit(lambda x: generate(*decoder, x, **options))(PROMPT)
+    expected = generate(*decoder, PROMPT, **options)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    for change, message in (
+        ({'count': 9}, '13 tokens with those'),
+        ({'lengths': [1, 0, 9]}, '1 to'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.jit(lambda x, c=change: generate(*decoder, x, **{**options, **c}))(PROMPT)
+
+
+@pytest.mark.slow
+def test_a_callback_where_only_the_parameters_are_traced() -> None:
+    """Those of `extend` as an argument, or of one that closes over them."""
+    zeros = jax.tree.map(np.asarray, cached_decoder()[1])
+
+    def run(variables: Any, is_closure: bool) -> Any:
+        extend, _ = with_cache(transformer(decode=True), variables, 3, LENGTH)
+        call = (lambda *given: extend(*given)) if is_closure else extend
+        return generate(call, zeros, PROMPT, count=2, callback=print)
+
+    for is_closure in (False, True):
+        with pytest.raises(ValueError, match=r'callback: tokens have no values within jax\.jit'):
+            jax.jit(run, static_argnums=1)(variables(), is_closure)
+
+
+def test_what_a_closure_contains_is_not_a_constant_of_the_program() -> None:
+    """Or each call would compile all parameters."""
+    weights = jnp.arange(5.0)
+
+    def add(extend: Any, x: jax.Array, options: int) -> jax.Array:
+        return extend(x, None)[0] + options
+
+    function = decoding.compile_call(add, lambda x, cache: (x + weights, cache), 2, jnp.ones(5))
+    np.testing.assert_array_equal(function(jnp.full(5, 3.0)), [5, 6, 7, 8, 9])
+    [cell] = [x.cell_contents for x in function.__closure__ if hasattr(x.cell_contents, 'lower')]
+    text = cell.lower([weights], [jnp.ones(5)]).as_text()
+    assert 'tensor<5xf32>' in text and 'dense<[' not in text
 
 
 def reference_of_kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
@@ -213,10 +252,11 @@ def test_drawn_tokens_depend_on_the_key() -> None:
 @pytest.mark.slow
 def test_equal_models_share_a_program() -> None:
     """It is compiled once, for any parameters and temperatures."""
-    generation._generate_compiled.clear_cache()  # Or JAX may drop an old program meanwhile.
+    program: Any = decoding._compile(generation._generate)
+    program.clear_cache()  # Or JAX may drop an old program meanwhile.
     for temperature in (0.5, 1.5):
         generate(*cached_decoder(), PROMPT, count=2, key=KEY, temperature=temperature)
-    assert generation._generate_compiled._cache_size() == 1
+    assert program._cache_size() == 1
 
 
 @pytest.mark.slow
@@ -368,3 +408,28 @@ def test_models_that_do_not_fit_are_errors() -> None:
         cached_decoder(length=13)
     with pytest.raises(ValueError, match=r'Transformer creates no .* model\.clone\(decode=True\)'):
         with_cache(transformer(), variables(), 3, LENGTH)
+
+
+class Counter(nn.Module):
+    """Predicts how often it was called, from a count that begins with 3."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        calls = self.variable('cache', 'calls', jnp.full, (len(tokens),), 3)
+        count = calls.value[:, None] + jnp.arange(tokens.shape[1])
+        if not self.is_initializing():
+            calls.value = calls.value + tokens.shape[1]
+        return jax.nn.one_hot(count, 20)
+
+
+def test_a_cache_begins_with_the_values_that_the_model_gives_it() -> None:
+    found = generate(*with_cache(Counter(), {}, 2, 9), PROMPT[:2], count=5)
+    assert found.tokens.tolist() == [[6, 7, 8, 9, 10]] * 2
+
+
+def test_packed_sequences_are_not_decoded() -> None:
+    extra = {'positions': np.arange(4)[None], 'segments': np.ones((3, 4), np.int32)}
+    for name, value in extra.items():
+        with pytest.raises(ValueError, match='segments, positions: not supported with decode=True'):
+            model = transformer(decode=True)
+            jax.eval_shape(lambda x, m=model, n=name: m.init(KEY, PROMPT, **{n: x}), value)

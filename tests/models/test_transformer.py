@@ -15,7 +15,8 @@ import pytest
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.models.generation import generate, with_cache
+from trainer.models.decoding import with_cache
+from trainer.models.generation import generate
 from trainer.models.transformer import Attention, Transformer
 from trainer.trainer import Trainer
 

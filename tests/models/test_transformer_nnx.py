@@ -21,6 +21,8 @@ from tests.command import ROOT
 from tests.marks import slow_except
 from trainer.experiment import load_and_build
 from trainer.models import transformer, transformer_nnx
+from trainer.models.decoding import with_own_cache, without_cache
+from trainer.models.generation import generate
 from trainer.models.transformer import Transformer
 from trainer.models.transformer_nnx import Transformer as NNXTransformer
 from trainer.trainer import Trainer
@@ -82,6 +84,30 @@ def test_nnx_equals_linen(options: dict[str, Any]) -> None:
     for path, x in traverse_util.flatten_dict(nnx.to_pure_dict(other)).items():
         name = re.sub(r'^blocks/(\d+)/', r'block_\1/', '/'.join(map(str, path)))
         np.testing.assert_allclose(x, wanted[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('options', slow_except(OPTIONS[:1], OPTIONS[:2]))
+def test_its_cache_changes_nothing(options: dict[str, Any]) -> None:
+    """The same tokens as without, for prompts of different lengths."""
+    model = NNXTransformer(**SMALL, **options, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    model = nnx.merge(graph, jax.tree.map(lambda x: 3 * x, state), rest)
+    model.eval()
+    prompt, lengths = TOKENS[:, :3], np.array([1, 3])
+    found, expected = (
+        generate(*make(model, 2, 8), prompt, count=5, lengths=lengths).tokens
+        for make in (with_own_cache, without_cache)
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) > 2
+
+
+def test_a_cache_that_is_too_short_is_an_error() -> None:
+    model = NNXTransformer(**SMALL, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match='9 tokens, but max_length is 8'):
+        with_own_cache(model, 2, 9)
+    with pytest.raises(ValueError, match=r'2 prompts, 9 tokens with .* batch=2, length=8'):
+        generate(*with_own_cache(model, 2, 8), TOKENS[:, :4], count=5)
 
 
 @pytest.mark.slow

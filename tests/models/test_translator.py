@@ -108,3 +108,15 @@ def test_dimensions_have_names() -> None:
 def test_a_width_that_does_not_fit(width: int, heads: int) -> None:
     with pytest.raises(ValueError, match=f'width={width}: expected an even number that heads'):
         Translator(vocab_size=11, width=width, heads=heads)
+
+
+def test_padding_may_be_any_number() -> None:
+    """Also one without an embedding."""
+    for padding in (10, 99, -1):
+        model = MODEL.clone(padding=padding)
+        sources = np.where(SOURCES == 0, padding, SOURCES)
+        found = jax.jit(model.apply)(PARAMS, sources, INPUTS)
+        np.testing.assert_array_equal(found, logits())
+    # 0 is then a token as any other.
+    other = jax.jit(MODEL.clone(padding=10).apply)(PARAMS, SOURCES, INPUTS)
+    assert not np.allclose(other, logits())

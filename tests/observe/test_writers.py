@@ -179,6 +179,61 @@ def test_a_full_disk_for_tensorboard_does_not_end_the_run(tmp_path: pathlib.Path
     assert [row['step'] for row in read(tmp_path / 'metrics.jsonl')] == list(range(300))
 
 
+FULL_FOR_A_WHILE = """
+import json, logging, pathlib, resource, signal, sys
+from trainer.observe import retry
+from trainer.observe.writers import MetricsFile, TensorBoard, Writers
+
+logging.basicConfig(format='WARNED %(message)s')
+retry._FIRST_SECS = 0.0  # Tries again at each row.
+directory = pathlib.Path(sys.argv[1])
+(directory / 'events').mkdir()
+writers = Writers(
+    [MetricsFile(directory / 'metrics.jsonl')], [lambda: TensorBoard(directory / 'events')]
+)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for step in range(100):
+    if step in (10, 20):  # In the middle of a row.
+        soft = 505 if step == 10 else 100_000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, 100_000))
+    writers.write(step, {'train/loss': 1.0 / 3})
+    if step % 10 == 9:
+        writers.sync()
+    if step == 15:
+        lines = (directory / 'metrics.jsonl').read_text().splitlines()
+        print(json.dumps([json.loads(line)['step'] for line in lines[:-1]]))
+if sys.argv[2] == 'to the end':
+    resource.setrlimit(resource.RLIMIT_FSIZE, (505, 100_000))
+    writers.write(100, {'train/loss': 1.0 / 3})
+writers.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('end', ['', 'to the end'])
+def test_rows_that_cannot_be_written_are_written_later(tmp_path: pathlib.Path, end: str) -> None:
+    done = subprocess.run(
+        [sys.executable, '-c', FULL_FOR_A_WHILE, str(tmp_path), end],
+        cwd=command.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 10 <= len(json.loads(done.stdout)) < 16
+    assert [row['step'] for row in read(tmp_path / 'metrics.jsonl')] == list(range(100))
+    path = tmp_path / 'metrics.jsonl'
+    assert done.stderr.count(f'{path} cannot be written (File too large). Training') == 1 + bool(
+        end
+    )
+    assert f'{path} can be written again, and has all rows.' in done.stderr
+    assert (f'{path} lacks the last 1 rows of this run' in done.stderr) == bool(end)
+    # TensorBoard's events of the meantime are lost, but not those before and after.
+    steps = {e.step for e in events(tmp_path / 'events') if e.HasField('summary')}
+    assert {5, 50, 99} <= steps
+    assert done.stderr.count('WARNED') <= 6
+
+
 def test_tensorboard_that_cannot_start_does_not_end_the_run(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -115,11 +115,11 @@ def test_other_modes_end_by_the_default_action(
 
 
 @pytest.mark.slow
-def test_sigusr1_prints_stacks_and_continues(tmp_path: pathlib.Path) -> None:
+def test_sigusr2_prints_stacks_and_continues(tmp_path: pathlib.Path) -> None:
     process = start(tmp_path, config='--config=waits.py')
     try:
         command.wait_for((tmp_path / 'imports absl').exists)
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGUSR2)
         command.wait_for((tmp_path / 'began').exists)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)

@@ -116,3 +116,20 @@ def _listens(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.mark.slow
+def test_a_directory_that_is_not_shared_is_refused(tmp_path: pathlib.Path) -> None:
+    """The same path, but relative to two places: as on two disks."""
+    places = [tmp_path / 'one', tmp_path / 'two']
+    for place in places:
+        place.mkdir()
+        (place / 'run').mkdir()
+    config = (f'--config={command.ROOT}/configs/mnist_mlp.py', *command.SMALL)
+    running = group.start(2, pathlib.Path('run'), config=config, cwds=places)
+    outputs = command.ends(*running)
+    for process, (_, err) in zip(running, outputs, strict=True):
+        assert process.returncode == 2, err
+        assert 'run is not shared: process 0 on ' in err
+        assert 'does not see a file that process 1 on ' in err
+    assert not list(tmp_path.glob('*/run/checkpoints'))

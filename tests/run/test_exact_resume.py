@@ -76,7 +76,7 @@ def test_stopped_runs_save_first(
 def test_a_resumed_run_prints_its_step_and_continues(tmp_path: pathlib.Path) -> None:
     process = command.start(command.MLP, *command.SMALL, f'--workdir={tmp_path}', *LENGTH)
     command.wait_for(command.rows_written(tmp_path, 1))
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR2)
     command.wait_for(command.rows_written(tmp_path, 5))
     process.send_signal(signal.SIGTERM)
     [(_, err)] = command.ends(process)

@@ -136,22 +136,6 @@ def test_the_final_evaluation_belongs_to_the_last_checkpoint(tmp_path: pathlib.P
 
 
 @pytest.mark.slow
-def test_a_copied_checkpoint_is_refused(tmp_path: pathlib.Path) -> None:
-    checkpoints = tmp_path / 'checkpoints'
-    trainer_in(tmp_path, evals={}).fit(max_steps=20)
-    shutil.copytree(checkpoints / '20', checkpoints / '30')
-    before = files(tmp_path)
-    with pytest.raises(CheckpointError, match=r'step 30: its metadata says 20 and its state says'):
-        trainer_in(tmp_path, evals={}).fit()
-    # Nor does the name make the run seem too long.
-    with pytest.raises(CheckpointError, match=r'step 30: its metadata says 20\. It was copied'):
-        trainer_in(tmp_path, evals={}, train_for='25 steps').fit()
-    assert files(tmp_path) == before
-    shutil.rmtree(checkpoints / '30')
-    assert trainer_in(tmp_path, evals={}).fit().step == 50
-
-
-@pytest.mark.slow
 def test_a_state_whose_step_differs_from_its_name_is_refused(tmp_path: pathlib.Path) -> None:
     """Editing the metadata does not help."""
     checkpoints = tmp_path / 'checkpoints'

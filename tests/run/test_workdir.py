@@ -6,12 +6,17 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from typing import Any
 
 import pytest
+from etils import epath
 
 from tests import command
+from trainer.checkpoint.errors import SaveError
+from trainer.config import files
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
+from trainer.run import workdir as workdir_module
 from trainer.run.workdir import Workdir
 from trainer.trainer import Trainer
 
@@ -43,6 +48,62 @@ def test_an_unwritable_directory_is_refused(tmp_path: pathlib.Path) -> None:
         Workdir(tmp_path / 'file').create()
     Workdir(tmp_path / 'a' / 'b').create()
     assert list((tmp_path / 'a' / 'b').iterdir()) == []
+
+
+def test_a_full_disk_is_refused_and_nothing_is_left(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Any, content: bytes) -> None:
+        path.write_text('')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), 'write_bytes', fail)
+    with pytest.raises(UserError, match='run is not writable: No space left on device'):
+        Workdir(tmp_path / 'run').create()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / 'old').mkdir()
+    with pytest.raises(UserError, match='old is not writable: No space left on device'):
+        Workdir(tmp_path / 'old').create()
+    assert list((tmp_path / 'old').iterdir()) == []
+
+
+def test_checkpoints_that_cannot_be_written_are_found_at_the_start(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = type(epath.Path(tmp_path)).write_bytes
+
+    def fail(path: Any, content: bytes) -> None:
+        if path.parent.name == 'checkpoints':
+            raise OSError(30, 'Read-only file system')
+        write(path, content)
+
+    (tmp_path / 'checkpoints').mkdir()
+    monkeypatch.setattr(type(epath.Path(tmp_path)), 'write_bytes', fail)
+    with pytest.raises(UserError, match='where the checkpoints go, is not writable: Read-only'):
+        Workdir(tmp_path).create()
+
+
+@pytest.mark.parametrize('failures', [1, 3])
+def test_a_result_that_cannot_be_written_is_tried_again(
+    failures: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, calls = files.replace, []
+
+    def fail(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) <= failures:
+            raise OSError(28, 'No space left on device')
+        replace(*args)
+
+    monkeypatch.setattr(files, 'replace', fail)
+    monkeypatch.setattr(workdir_module, '_WAITS', (0.0, 0.0))
+    workdir = Workdir(tmp_path)
+    if failures == 1:
+        workdir.write_result('finished', 7, 'aa', 'bb', {})
+        assert (workdir.result() or {})['step'] == 7
+        return
+    with pytest.raises(SaveError, match=r'result\.json cannot be written: No space left'):
+        workdir.write_result('finished', 7, 'aa', 'bb', {})
 
 
 def test_a_run_locks_its_directory(tmp_path: pathlib.Path) -> None:

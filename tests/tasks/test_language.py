@@ -82,7 +82,7 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match='targets: not available with segments'):
         NextToken(targets='b', segments='c')
     for fields in ('words', ('words', 'logits')):
-        with pytest.raises(ValueError, match='fields: expected a tuple of batch keys, none of'):
+        with pytest.raises(ValueError, match='fields: expected batch keys, such as'):
             NextToken(fields=fields)  # type: ignore[arg-type]
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from trainer.config.errors import UserError
 from trainer.models.beam_search import beam_search
-from trainer.models.generation import without_cache
+from trainer.models.decoding import without_cache
 from trainer.models.translator import Translator
+from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 from trainer.tasks import SequenceToSequence
@@ -99,6 +100,25 @@ def test_fields_are_kept() -> None:
     task = SequenceToSequence(search=beam_search, extra_tokens=0, keep=('targets',))
     found = jax.eval_shape(lambda batch: task.predict(bind(decode=True), batch), BATCH)
     assert found['tokens'].shape == (3, 4) and found['targets'].shape == TARGETS.shape
+
+
+def test_an_ensemble_has_the_mean_of_the_probabilities() -> None:
+    """And writes no targets: encodings have no mean."""
+    params = jax.tree.map(lambda x: jnp.stack([x, -x]), PARAMS)
+    task = SequenceToSequence(search=beam_search)
+    keys = Keys(seed=0, mode='eval', step=jnp.int32(0))
+    model = EnsembleModel(
+        as_functional(MODEL), {'params': params}, keys, jnp.arange(2), combine=task.combine
+    )
+    found = jax.jit(lambda batch: task(model, batch).loss)(BATCH)
+    members = [
+        SequenceToSequence()(as_functional(MODEL).bind({'params': one}, keys), BATCH).loss
+        for one in (PARAMS, jax.tree.map(lambda x: -x, PARAMS))
+    ]
+    expected = -jnp.log(jnp.exp(-jnp.stack(members)).mean(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    with pytest.raises(UserError, match=r'^SequenceToSequence: .*not a member of an ensemble'):
+        task.predict(model, BATCH)
 
 
 def test_mistakes_are_named() -> None:

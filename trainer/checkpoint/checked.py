@@ -54,6 +54,10 @@ def _is_text_list(value: Any) -> bool:
     return _is_list_of(value, lambda x: isinstance(x, str))
 
 
+def _is_text_object(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text_list(list(value.values()))
+
+
 def _is_metrics(value: Any) -> bool:
     return isinstance(value, dict) and all(x is None or is_number(x) for x in value.values())
 
@@ -143,6 +147,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     'batch_sizes': ('a list of steps and sizes', _is_batch_sizes),
     'data': ('a description of the data', _is_data),
     'config': ('a config', _is_config),
+    'versions': ('an object of texts', _is_text_object),
     'early_stopping': ('a state of early stopping', _is_early_stopping),
     'health': ('a list of integers', _is_health),
     'empty': ('a list of arrays', _is_empty_arrays),

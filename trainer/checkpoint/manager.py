@@ -15,22 +15,31 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import jax
 from etils import epath
 
 from trainer.checkpoint import checked, digest, empty, reading, writing
-from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, is_temporary
+from trainer.checkpoint.errors import (
+    CheckpointError,
+    DamageError,
+    SaveError,
+    first_line,
+    is_damage,
+    is_temporary,
+)
 from trainer.checkpoint.retention import Policy, Retention
 from trainer.config import files, json_text
 from trainer.config.errors import UserError
+from trainer.parallel import processes
 from trainer.parallel.host import fetch
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 _log = logging.getLogger('trainer')
+_Read = TypeVar('_Read')
 
 
 def preload() -> None:
@@ -93,6 +102,17 @@ class Checkpoints:
         """Returns the newest committed step, or None."""
         return max(self.steps(), default=None)
 
+    def newest_sound(self) -> int | None:
+        """Returns the newest step whose metadata can be read and is of this step, or None.
+
+        Its arrays may be damaged all the same: only `restore` reads them.
+        """
+        for step in reversed(self.steps()):
+            with contextlib.suppress(CheckpointError):
+                self.check_name(step, self.meta(step))
+                return step
+        return None
+
     def has(self, step: int) -> bool:
         """Whether a step is committed, or its save is in flight."""
         in_flight = self._in_flight is not None and self._in_flight.step == step
@@ -115,7 +135,7 @@ class Checkpoints:
         try:
             meta = json_text.parse(self._meta_file(step).read_bytes())
         except (OSError, ValueError) as error:
-            raise self._damage_error(step, first_line(error)) from error
+            raise self._read_error(step, error) from error
         if problem := checked.find_problem(meta, needed):
             raise self._damage_error(step, problem)
         return cast(dict[str, Any], meta)
@@ -138,12 +158,19 @@ class Checkpoints:
         if step not in steps:
             have = ', '.join(map(str, steps)) or 'none'
             raise UserError(f'no checkpoint of step {step} in {self.directory}; available: {have}')
-        abstract = _saved_part(abstract)
-        meta = self.meta(step)
-        stored = meta.get('digest')
-        directory = self.directory / str(step) / 'state'
+        meta, state = _read_together(lambda: self._read(step, _saved_part(abstract), free))
+        # Of the arrays on the devices, so it covers the whole way from the files.
+        actual, stored = self.digest(state), meta.get('digest')
+        if actual != stored:
+            raise self._damage_error(step, f'its digest is {actual}, but {stored} was saved')
+        self.check_name(step, meta, state)
+        return state
+
+    def _read(self, step: int, abstract: Any, free: str) -> tuple[dict[str, Any], Any]:
+        """Returns the metadata and the arrays of a step, which are not verified yet."""
+        meta, directory = self.meta(step), self.directory / str(step) / 'state'
         try:
-            state = reading.read_state(directory, abstract, empty.from_metadata(meta), free)
+            return meta, reading.read_state(directory, abstract, empty.from_metadata(meta), free)
         except reading.StateMismatch as error:
             advice = 'Use the config of that checkpoint, or set another --workdir.'
             if error.only_half_precision_slots:
@@ -160,13 +187,7 @@ class Checkpoints:
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # Out of memory: the checkpoint is not damaged.
         except Exception as error:
-            raise self._damage_error(step, first_line(error)) from error
-        # Of the arrays on the devices, so it covers the whole way from the files.
-        actual = self.digest(state)
-        if actual != stored:
-            raise self._damage_error(step, f'its digest is {actual}, but {stored} was saved')
-        self.check_name(step, meta, state)
-        return state
+            raise self._read_error(step, error) from error
 
     def check_name(self, step: int, meta: Mapping[str, Any], state: Any = None) -> None:
         """Checks that a checkpoint belongs to the step that its directory is named after.
@@ -177,16 +198,16 @@ class Checkpoints:
             state: the state, if it has been read.
 
         Raises:
-            CheckpointError: if it was copied, renamed or linked; the message names all steps.
+            DamageError: if it was copied, renamed or linked; the message names all steps.
         """
         recorded = {'its metadata': meta.get('step', step)}
         if hasattr(state, 'step'):
             recorded['its state'] = int(fetch(state.step))
         if set(recorded.values()) != {step}:
             steps = ' and '.join(f'{what} says {number}' for what, number in recorded.items())
-            raise CheckpointError(
+            raise DamageError(
                 f'{self.directory / str(step)} is not the checkpoint of step {step}: {steps}. It '
-                'was copied, renamed or linked. Restore its name, or delete it.'
+                'was copied, renamed or linked'
             )
 
     def digest(self, state: Any) -> str:
@@ -194,6 +215,23 @@ class Checkpoints:
         return self._start_digest(_saved_part(state))()
 
     # ---- writing -------------------------------------------------------------------------------
+
+    def set_aside(self, step: int) -> epath.Path:
+        """Renames the directory of a damaged checkpoint; returns its new path.
+
+        All processes must call it; the main process renames.
+        """
+        path = self.directory / str(step)
+        aside, count = self.directory / f'{step}.damaged', 1
+        while aside.exists():  # The run has saved this step again, and it was damaged again.
+            count += 1
+            aside = self.directory / f'{step}.damaged-{count}'
+        processes.sum_over_processes(0)  # All have found the name.
+        if jax.process_index() == 0:
+            path.rename(aside)
+        processes.sum_over_processes(0)  # No process lists it any more.
+        self._scores.pop(step, None)
+        return aside
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts a save in the background and returns as soon as the state may be donated.
@@ -336,14 +374,16 @@ class Checkpoints:
     def _meta_file(self, step: int) -> epath.Path:
         return self.directory / str(step) / 'meta' / 'metadata'
 
+    def _read_error(self, step: int, error: Exception) -> CheckpointError:
+        if is_damage(error):
+            return self._damage_error(step, first_line(error))
+        return CheckpointError(f'{self.directory / str(step)} cannot be read: {first_line(error)}')
+
     def _damage_error(self, step: int, cause: str) -> CheckpointError:
         path = self.directory / str(step)
         if not writing.is_committed(path):
             return CheckpointError(f'{path} does not exist, or was deleted while it was being read')
-        return CheckpointError(
-            f'{path} is damaged: {cause.rstrip(".")}. Delete that directory to resume from an '
-            'older checkpoint.'
-        )
+        return DamageError(f'{path} is damaged: {cause.rstrip(".")}')
 
     def _save_error(self, step: int, error: BaseException) -> SaveError:
         manager, self._lazy_manager = self._lazy_manager, None
@@ -361,6 +401,23 @@ class Checkpoints:
             f'Fix the cause; running the same command again resumes from {start}.',
             is_temporary=is_temporary(error),
         )
+
+
+def _read_together(read: Callable[[], _Read]) -> _Read:
+    """Returns what this process reads; raises in all processes if one of them cannot read.
+
+    Each reads its own part, and what follows is a collective: one alone must not leave.
+    """
+    try:
+        result, error = read(), None
+    except CheckpointError as raised:
+        result, error = None, raised
+    errors = processes.gather(error and [isinstance(error, DamageError), str(error)])
+    if error is not None:
+        raise error
+    for is_damaged, text in filter(None, errors):
+        raise (DamageError if is_damaged else CheckpointError)(text)
+    return cast(_Read, result)
 
 
 def _saved_part(state: Any) -> Any:

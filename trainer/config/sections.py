@@ -308,6 +308,7 @@ class InitFromSection:
             keep its initial value.
         ema: whether to load the moving average as the parameters.
         optimizer: whether to load the state of the optimizer as well.
+        vocabulary: 'same' to refuse a run whose data had other tokens, 'any' to load it.
     """
 
     path: str
@@ -322,6 +323,7 @@ class InitFromSection:
     on_missing: Literal['error', 'init'] = 'error'
     ema: bool = False
     optimizer: bool = False
+    vocabulary: Literal['same', 'any'] = 'same'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,25 +28,56 @@ def fingerprint(data: Data) -> dict[str, Any]:
     return {'examples': data.examples, 'first example': first, **vocabulary}
 
 
-def check_vocabulary(data: Data, before: Mapping[str, Any] | None, where: str) -> None:
+def check_vocabulary(
+    data: Data,
+    before: Mapping[str, Any] | None,
+    where: str,
+    otherwise: str = 'train another model, in a --workdir of its own',
+) -> None:
     """Checks that tokens are those of a saved fingerprint.
 
     Args:
         data: the data of today.
         before: the fingerprint, or None for one without a first example.
         where: what has the fingerprint, for the message.
+        otherwise: what to do if the vocabulary should be another one, for the message.
 
     Raises:
         UserError: if the vocabulary is another one.
     """
     old, new = (before or {}).get('vocabulary'), data.vocabulary
-    if old is None or new is None or old == new:
+    if _may_be_equal(old, new):
         return
     raise UserError(
         f'{where} is of a model of other tokens: the checksum of their vocabulary was {old}, that '
         f'of the data is {new}. Use the vocabulary of that run again (one that is made from texts '
-        'needs the same texts), or train another model, in a --workdir of its own'
+        f'needs the same texts), or {otherwise}'
     )
+
+
+def check_evaluated_vocabulary(data: Data, trained: Data, where: str) -> None:
+    """Checks that tokens to evaluate are those that a model is trained on.
+
+    Args:
+        data: what is evaluated.
+        trained: the training data.
+        where: what has the data to evaluate, for the message.
+
+    Raises:
+        UserError: if the vocabulary is another one.
+    """
+    if _may_be_equal(trained.vocabulary, data.vocabulary):
+        return
+    raise UserError(
+        f'{where} has other tokens than config.data: the checksum of its vocabulary is '
+        f'{data.vocabulary}, that of training is {trained.vocabulary}. Give both the same '
+        'vocabulary: the one that is made from the texts of training'
+    )
+
+
+def _may_be_equal(old: str | None, new: str | None) -> bool:
+    # Data of no known vocabulary is not compared.
+    return old is None or new is None or old == new
 
 
 def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

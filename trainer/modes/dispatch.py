@@ -20,7 +20,7 @@ from trainer.modes import dry_run, evaluate, grad_probe, predict, summary, train
 from trainer.modes.command import Command
 from trainer.observe import logfile
 from trainer.observe.progress import NullScreen
-from trainer.parallel import processes, signals
+from trainer.parallel import processes, signals, virtual_devices
 from trainer.parallel.handshake import PeerError
 from trainer.parallel.signals import StopRequest
 from trainer.run import failure, out_of_memory
@@ -37,6 +37,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     """
     # Before the first compilation: JAX sets up the cache once, at its first use.
     _enable_compile_cache()
+    virtual_devices.add_threads()
     # While `stop.starting` is set, a signal ends this process at once. A process that others wait
     # for must not do so: they have to learn of the signal, and all of them stop together.
     starting, stop.starting = stop.starting, False

@@ -12,6 +12,7 @@ from trainer.modes.command import Command, workdir_of
 from trainer.observe import logfile
 from trainer.parallel import last_words
 from trainer.parallel.signals import StopRequest
+from trainer.run.agreement import create_workdir
 from trainer.trainer import Trainer
 
 
@@ -25,7 +26,7 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     # After the checks, which often end the process at once; the import takes seconds.
     checkpoint.preload()
     workdir = workdir_of(trainer)
-    workdir.create()
+    create_workdir(workdir)
     logfile.route(workdir.path, jax.process_index())
     try:
         several = jax.process_count() > 1

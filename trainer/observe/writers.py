@@ -10,13 +10,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from etils import epath
 
 from trainer import compat
 from trainer.config import files, json_text
 from trainer.config.errors import UserError
+from trainer.observe.retry import Retry
 from trainer.observe.summaries import Histogram, Images, Summary, Texts
 
 _log = logging.getLogger('trainer')
@@ -42,7 +43,11 @@ class Writer(Protocol):
 
 
 class MetricsFile:
-    """One JSON object per line: `step` and flat names. A value that is not finite becomes null."""
+    """One JSON object per line: `step` and flat names. A value that is not finite becomes null.
+
+    If the file cannot be written, for example because the disk is full, the run does not end: its
+    rows are kept in memory, and written as soon as it can be.
+    """
 
     def __init__(self, path: epath.PathLike, *, resume_step: int = 0):
         """Opens the file to append.
@@ -61,7 +66,8 @@ class MetricsFile:
             # The steps after the checkpoint are run again, and would be in the file twice.
             truncate_after(self._path, resume_step)
             self._resumed_names = _read_names(self._path, resume_step)
-            self._file = self._path.open('a')
+            self._file = self._open()
+            self._size = self._path.stat().length
         except OSError as error:
             if error.errno not in _NO_FILE:
                 raise
@@ -69,6 +75,8 @@ class MetricsFile:
                 f'{path} cannot be opened: {error.strerror}. The run writes its metrics there: '
                 'expected a file or nothing. Move or delete it.'
             ) from error
+        self._lines: list[bytes] = []
+        self._retry = Retry()
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Appends one line, without what the resumed run had already written at this step."""
@@ -78,21 +86,61 @@ class MetricsFile:
         if not row:
             return
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._file.write(json.dumps({'step': step, **values}) + '\n')
+        self._lines.append(json.dumps({'step': step, **values}).encode() + b'\n')
         # To the operating system only: a killed process loses nothing, and `sync` waits for the
         # disk before a save.
-        self._file.flush()
+        if self._retry.is_due():
+            self._try(self._write_lines)
 
     def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
         """Does nothing: a line has only numbers."""
 
     def sync(self) -> None:
-        """Returns when all rows are on disk."""
-        files.fsync(self._file)
+        """Returns when all rows are on disk, or cannot be written now."""
+        self._try(self._write_lines, then=lambda: files.fsync(self._file))
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file. Rows that cannot be written even now are lost, with a warning."""
+        self._try(self._write_lines)
+        if self._lines:
+            _log.warning('%s lacks the last %d rows of this run', self._path, len(self._lines))
         self._file.close()
+
+    def _open(self) -> IO[bytes]:
+        if '://' in str(self._path):
+            return cast(IO[bytes], self._path.open('ab'))
+        # Without a buffer, which would keep what could not be written, and write it again.
+        return open(self._path, 'ab', buffering=0)
+
+    def _write_lines(self) -> None:
+        data = b''.join(self._lines)
+        rest = memoryview(data)
+        while rest:  # A part may fit on a disk that is nearly full.
+            rest = rest[self._file.write(rest) :]
+        self._size += len(data)
+        self._lines.clear()
+
+    def _try(self, write: Callable[[], None], then: Callable[[], None] = lambda: None) -> None:
+        try:
+            if self._retry.failed:
+                # Part of a row may have been written.
+                self._file.close()
+                if self._path.exists() and self._path.stat().length > self._size:
+                    os.truncate(self._path, self._size)
+                self._file = self._open()
+            write()
+            then()
+        except OSError as error:
+            if self._retry.count_failure():
+                _log.warning(
+                    '%s cannot be written (%s). Training continues, and its rows are kept in '
+                    'memory until they can be written.',
+                    self._path,
+                    error.strerror,
+                )
+            return
+        if self._retry.count_success():
+            _log.warning('%s can be written again, and has all rows.', self._path)
 
 
 class TensorBoard:
@@ -173,8 +221,36 @@ class TensorBoard:
         self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
 
 
+class _Optional:
+    """A writer whose errors lose only its own rows; a new one is made after a while."""
+
+    def __init__(self, make: Callable[[], Writer]):
+        self._make = make
+        self._writer: Writer | None = None
+        self._retry = Retry()
+        self.apply(lambda writer: None)
+
+    def apply(self, act: Callable[[Writer], None]) -> None:
+        if not self._retry.is_due():
+            return
+        try:
+            if self._writer is None:
+                self._writer = self._make()
+            act(self._writer)
+        except Exception as error:
+            self._writer = None
+            if self._retry.count_failure():
+                _log.warning(
+                    'writing TensorBoard events failed (%s); training and metrics.jsonl continue, '
+                    'and the events when they can be written again',
+                    error,
+                )
+        else:
+            self._retry.count_success()
+
+
 class Writers:
-    """Several writers; an optional one that fails is dropped with one warning."""
+    """Several writers, of which some are optional."""
 
     def __init__(self, required: Sequence[Writer], optional: Sequence[Callable[[], Writer]] = ()):
         """Creates the optional writers.
@@ -184,13 +260,7 @@ class Writers:
             optional: functions that create writers whose errors lose only their own rows.
         """
         self._required = list(required)
-        self._optional: list[Writer] = []
-        # Created here, so that failing to open one is handled like failing to write.
-        for make in optional:
-            try:
-                self._optional.append(make())
-            except Exception as error:
-                _warn_stopped(error)
+        self._optional = [_Optional(make) for make in optional]
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the values of a step to all writers."""
@@ -211,13 +281,8 @@ class Writers:
     def _for_each(self, act: Callable[[Writer], None]) -> None:
         for writer in self._required:
             act(writer)
-        for writer in list(self._optional):
-            try:
-                act(writer)
-            except Exception as error:
-                # Not tried again: an error for every row would flood the output.
-                self._optional.remove(writer)
-                _warn_stopped(error)
+        for optional in self._optional:
+            optional.apply(act)
 
 
 def truncate_after(path: epath.Path, step: int) -> None:
@@ -280,10 +345,3 @@ def _read_names(path: epath.Path, step: int) -> set[str]:
             break
         names.update(row)
     return names - {'step'}
-
-
-def _warn_stopped(error: Exception) -> None:
-    _log.warning(
-        'writing TensorBoard events failed (%s); training and metrics.jsonl continue without them',
-        error,
-    )

@@ -2,7 +2,7 @@
 """Signal handlers: SIGTERM and Ctrl-C request a stop after the current step, with a save.
 
 Before the first step there is nothing to save, and they end the process at once. On SIGUSR1 a
-process prints its stacks and continues.
+run saves and continues; on SIGUSR2 a process prints its stacks and continues.
 
 The command line imports this module before all others, so it uses only a little of the standard
 library.
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from trainer.parallel import last_words
+from trainer.parallel.save_request import SaveRequest
 
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 42
@@ -31,6 +32,7 @@ class StopRequest:
     Attributes:
         signal: the number of the first signal that arrived, or None.
         shared: whether several processes must stop at the same poll.
+        save: the request to save and to continue.
         starting: whether there is nothing to save yet, so that a signal ends the process at once.
         all_failed: whether all processes fail at the same step, so that none waits for another in a
             collective.
@@ -39,6 +41,7 @@ class StopRequest:
     def __init__(self, signal: int | None = None, *, starting: bool = False):
         """Creates a request; `signal` is None unless a stop is already requested."""
         self.signal = signal
+        self.save = SaveRequest()
         self.shared = False
         self.starting = starting
         self.all_failed = False
@@ -70,8 +73,14 @@ class StopRequest:
 
     def share(self) -> None:
         """Makes all processes stop together; `jax.distributed` must be initialized."""
+        import jax
+
+        from trainer import compat
+
         self.shared = True
         self.starting = False
+        client = compat.coordination_client()
+        self.save.share(client, jax.process_index(), jax.process_count())
         if self.signal is not None:  # It arrived before JAX could notify the other processes.
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -124,10 +133,10 @@ def _write_stderr(text: str) -> None:
 
 
 def enable_stack_dumps() -> None:
-    """Writes the Python stacks of all threads at each SIGUSR1, and when native code crashes."""
+    """Writes the Python stacks of all threads at each SIGUSR2, and when native code crashes."""
     # faulthandler works in C, so also while the interpreter waits in a collective that hangs.
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR2)
 
 
 def install() -> StopRequest:
@@ -139,6 +148,7 @@ def install() -> StopRequest:
     request = StopRequest(starting=True)
     signal.signal(signal.SIGTERM, request.handle)
     signal.signal(signal.SIGINT, request.handle)
+    signal.signal(signal.SIGUSR1, request.save.handle)
     return request
 
 
@@ -194,8 +204,11 @@ def is_training_command(argv: Sequence[str]) -> bool:
 def uninstall() -> None:
     """Restores the default effect of signals, for modes that save nothing.
 
-    Handlers of other code stay, because `main` may be called from Python.
+    SIGUSR1 is ignored then: whoever sends it to save does not want to end the process. Handlers of
+    other code stay, because `main` may be called from Python.
     """
+    if getattr(signal.getsignal(signal.SIGUSR1), '__func__', None) is SaveRequest.handle:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGINT):
         handler = signal.getsignal(number)
         ours = getattr(handler, '__func__', None) is StopRequest.handle

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.checkpoint.retention import Retention
 from trainer.experiment import Experiment
@@ -33,13 +32,10 @@ class BatchSizes:
         # Only to read metadata. The retention of the config is not built yet: it needs the clock,
         # which needs these batch sizes.
         checkpoints = Checkpoints(workdir.checkpoints, Retention())
-        latest = checkpoints.latest()
+        latest = checkpoints.newest_sound()
         if latest is None:
-            return fresh
-        try:
-            meta = checkpoints.meta(latest)
-        except CheckpointError:
-            return fresh  # Restoring will fail and report the reason.
+            return fresh  # If all are damaged, restoring will report the reasons.
+        meta = checkpoints.meta(latest)
         return cls.from_checkpoint(meta, batch_size).with_size(latest, batch_size)
 
     @classmethod

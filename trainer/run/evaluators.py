@@ -21,6 +21,7 @@ from trainer.evaluate.spec import Evaluation
 from trainer.evaluate.step import EvalStep
 from trainer.experiment import Experiment
 from trainer.input.data import EvalData
+from trainer.input.fingerprint import check_evaluated_vocabulary
 from trainer.observe.profile import Profile
 from trainer.parallel.mesh import batch_shards
 from trainer.run.reporter import Reporter
@@ -40,10 +41,11 @@ def make_evaluator(experiment: Experiment, name: str, mesh: Mesh, params: Params
         params: returns the parameters of a state to evaluate.
 
     Raises:
-        UserError: if the split is empty.
+        UserError: if the split is empty, or has other tokens than training.
     """
     spec = experiment.evals[name]
     data = spec.data(batch_shards(mesh), None)
+    check_evaluated_vocabulary(data, experiment.data, f'config.evals.{name}.data')
     return _evaluator(experiment, spec, data, mesh, params, name=name, has_score=True)
 
 
@@ -73,7 +75,8 @@ class OtherData:
                 one, or those of training if there is none.
 
         Raises:
-            UserError: for data that cannot be read, and if the evaluation is not clear.
+            UserError: for data that cannot be read or has other tokens than training, and if the
+            evaluation is not clear.
         """
         return self._evaluator('evaluate(data)', data, evaluation, has_score=True).run(state)
 
@@ -96,6 +99,7 @@ class OtherData:
         spec = self._choose(evaluation, path)
         source = as_source(data, path)
         loaded = spec.data(batch_shards(self._mesh), source)
+        check_evaluated_vocabulary(loaded, self._experiment.data, path)
         key, fields = (evaluation, has_score), None
         if loaded.num_batches:
             fields = dict(loaded.spec), loaded.structure

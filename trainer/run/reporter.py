@@ -8,6 +8,7 @@ already queued, so that the devices never wait for the host to read and write nu
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import re
@@ -41,6 +42,8 @@ from trainer.tasks.measured import (
     is_member_name,
 )
 from trainer.tasks.runner import compute_metrics
+
+_log = logging.getLogger('trainer')
 
 
 class Reporter:
@@ -86,6 +89,8 @@ class Reporter:
         self._members = members
         self._pending: _Pending | None = None
         self._open_row: OpenRow | None = None
+        # Added to the next training row.
+        self._added: dict[str, float] = {}
         self._evaluated: set[tuple[str, int]] = set()
         # Of the newest row: its step and the seconds of the loop until then.
         self._mark = (0, 0.0)
@@ -125,13 +130,22 @@ class Reporter:
         self.history.truncate(step if step > 0 else -1)
         self._evaluated = {(name, step) for name in evaluated}
 
+    def count_fallback(self, steps: int) -> None:
+        """Records, in the next training row, the steps lost because newer checkpoints are damaged.
+
+        Args:
+            steps: how many steps this start repeats.
+        """
+        self._added['resume/fallback_steps'] = steps
+
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
         """Opens the run's files, truncated to the step that the run resumes from."""
         self._directory = directory
         remove_after(directory, step)
         self._writer = Writers(
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
-            [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
+            # Opened again after an error, it must not discard the events of this start.
+            [lambda: TensorBoard(directory, resume_step=self.step)] if tensorboard else (),
         )
         # Once the rows after the step are removed.
         self.history.read(directory / 'metrics.jsonl')
@@ -227,7 +241,9 @@ class Reporter:
             examples_per_sec=rate * self._batch_size,
             data_wait_secs=pending.data_wait_secs,
         )
-        self._set_open_row(OpenRow(step, row, 'train'))
+        opened = OpenRow(step, row, 'train')
+        opened.others, self._added = self._added, {}
+        self._set_open_row(opened)
 
     def open_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Opens the row of an evaluation, so that hooks can read and extend it.
@@ -266,8 +282,7 @@ class Reporter:
         if self._open_row is None:
             return
         row, self._open_row = self._open_row, None
-        files = self._write_arrays(f'{row.stem}_{row.step}', row.values.arrays)
-        files += self._write_summaries(row.step, row.values.summaries, row.prefix)
+        files = self._write_files(row)
         self._writer.write(row.step, row.to_dict())
         self.history.add(row.step, row.to_dict())
         # After the files, so that no printed value is missing there if the run is killed.
@@ -327,6 +342,19 @@ class Reporter:
         """Writes all rows and returns once they are on disk."""
         self.flush()
         self._writer.sync()
+
+    def _write_files(self, row: OpenRow) -> str:
+        """Writes the arrays and summaries of a row; returns their part of the printed line."""
+        try:
+            files = self._write_arrays(f'{row.stem}_{row.step}', row.values.arrays)
+            return files + self._write_summaries(row.step, row.values.summaries, row.prefix)
+        except OSError as error:  # Such as a full disk: the run is worth more than its pictures.
+            _log.warning(
+                'the arrays and summaries of step %d cannot be written (%s); training continues',
+                row.step,
+                error,
+            )
+            return ''
 
     def _write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
         """Writes arrays to a file in `metrics/`; returns their part of the printed line."""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.errors import CheckpointError, DamageError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
@@ -30,8 +30,11 @@ def init_state(experiment: Experiment, programs: Programs) -> TrainState:
     """Returns the initial state of a run, every leaf created on the devices that hold it.
 
     Raises:
-        UserError: if the weights of `config.init_from` do not fit the model.
+        UserError: if the weights of `config.init_from` do not fit the model, or are those of a
+            model of other tokens.
     """
+    if experiment.start.weights is not None:
+        experiment.start.weights.check_vocabulary(experiment.data)
     return load_initial_weights(
         programs.init(),
         experiment.start.weights,
@@ -80,7 +83,11 @@ def restore_chosen(
         raise UserError(
             f'no checkpoint {step!r} in {checkpoints.directory}; available: {available}'
         )
-    return restore(experiment, checkpoints, programs, chosen)
+    try:
+        return restore(experiment, checkpoints, programs, chosen)
+    except DamageError as error:
+        others = ', '.join(str(each) for each in steps if each != chosen)
+        raise CheckpointError(f'{error}. Other checkpoints: {others or "none"}.') from error
 
 
 def restore(
@@ -131,7 +138,7 @@ def with_health(
         saved_health: what `health.to_metadata` returned when the state was saved.
 
     Raises:
-        CheckpointError: if `saved_health` has another shape.
+        DamageError: if `saved_health` has another shape.
     """
     clean = _clean_health(programs)
     if clean is None:
@@ -169,7 +176,7 @@ def _with_health(state: TrainState, clean: health.Health | None, saved_health: A
     try:
         return dataclasses.replace(state, health=health.from_metadata(clean, saved_health))
     except ValueError as error:
-        raise CheckpointError(
+        raise DamageError(
             f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' in its "
-            f'metadata: {error}. Delete its directory to resume from an older one.'
+            f'metadata: {error}'
         ) from error

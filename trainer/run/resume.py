@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from trainer.checkpoint import checked
-from trainer.checkpoint.errors import CheckpointError, SaveError
+from trainer.checkpoint.errors import CheckpointError, DamageError, SaveError
+from trainer.checkpoint.manager import Checkpoints
 from trainer.checkpoint.storable import check_storable
 from trainer.config import diff
 from trainer.config.errors import UserError
@@ -91,8 +92,8 @@ class Recovery:
         """
         workdir, experiment = self._run.workdir, self._run.experiment
         self._called = utc_now()
-        latest, checkpoints = self._latest_step(), self._run.checkpoints
-        if workdir is None or checkpoints is None or latest is None:
+        checkpoints = self._run.checkpoints
+        if workdir is None or checkpoints is None or checkpoints.latest() is None:
             if workdir is not None:
                 workdir.check_not_lost()
             self._check_batch_sizes()
@@ -101,11 +102,11 @@ class Recovery:
         if not self._allow_config_change:
             workdir.check_same_run(experiment.origin.config, experiment.origin.schedule_steps)
         self._check_batch_sizes()
-        if latest > experiment.training.total_steps:
-            # A checkpoint that somebody renamed would be reported as a longer run.
-            checkpoints.check_name(latest, checkpoints.meta(latest))
+        # A checkpoint that somebody renamed would be reported as a longer run.
+        newest = checkpoints.newest_sound() or 0
+        if newest > experiment.training.total_steps:
             raise UserError(
-                f'{workdir.path} is at step {latest:,}, but config.train_for is only '
+                f'{workdir.path} is at step {newest:,}, but config.train_for is only '
                 f'{experiment.training.total_steps:,} steps. Use another --workdir or a longer '
                 '--config.train_for.'
             )
@@ -145,23 +146,58 @@ class Recovery:
         if self._run.workdir is not None and processes.is_main_process():
             # Another run in this directory could delete the checkpoint while it is read.
             self._run.workdir.claim()
+        return self._restore_newest(checkpoints, programs)
+
+    def _restore_newest(
+        self, checkpoints: Checkpoints, programs: Programs
+    ) -> tuple[TrainState, int]:
+        """Restores the newest checkpoint that is not damaged; moves newer ones aside."""
+        damaged: dict[int, DamageError] = {}
+        for step in reversed(checkpoints.steps()):
+            try:
+                state = self._restore(checkpoints, programs, step)
+            except DamageError as error:
+                damaged[step] = error
+                continue
+            # Only now: without a sound one nothing is renamed.
+            for newer, reason in damaged.items():
+                aside = checkpoints.set_aside(newer)
+                self._report.progress.message(f'Warning: {reason}. Moved to {aside.name}.')
+            if damaged:
+                self._report.count_fallback(max(damaged) - step)
+            return state, step
+        reasons = ''.join(f'\n  {reason}' for reason in damaged.values())
+        raise CheckpointError(
+            f'no checkpoint of this run can be restored:{reasons}\n'
+            'Restore one of them from a backup, or start again with another --workdir.'
+        )
+
+    def _restore(self, checkpoints: Checkpoints, programs: Programs, step: int) -> TrainState:
+        """Restores a step: state, position in the data, early stopping and newest metrics.
+
+        Raises:
+            DamageError: if the checkpoint is damaged, or of another step.
+        """
+        experiment = self._run.experiment
         # Metadata first: it may be wrong, and the arrays can take minutes to read.
-        meta = checkpoints.meta(latest, checked.RUN_KEYS)
-        state = restore(experiment, checkpoints, programs, latest)
+        meta = checkpoints.meta(step, checked.RUN_KEYS)
+        checkpoints.check_name(step, meta)
+        state = restore(experiment, checkpoints, programs, step)
         if self._allow_config_change:
             # Hyperparameters of an ensemble are part of the optimizer state, so the checkpoint has
             # the old ones.
             state = with_hyperparams(experiment, state)
-        if not self._consumed.restore(latest, meta, may_restart=self._allow_config_change):
+        if not self._consumed.restore(step, meta, may_restart=self._allow_config_change):
             self._report.progress.message(
                 'Restarting the data from the beginning, because the config changed.'
             )
-        self._report_data_changes(latest, meta)
+        self._report_data_changes(step, meta)
+        self._report_version_changes(meta)
         # After `with_hyperparams`: what is examined is the state that training resumes from.
         state = with_health(experiment, programs, state, meta.get('health'))
         self._restore_early_stopping(meta)
-        self._report.restore(latest, meta['metrics'], meta['evaluated'])
-        return state, latest
+        self._report.restore(step, meta['metrics'], meta['evaluated'])
+        return state
 
     def _start_from(self, programs: Programs, given: TrainState) -> tuple[TrainState, int]:
         message, latest = self._report.progress.message, self._latest_step()
@@ -456,6 +492,20 @@ class Recovery:
                 self._run.experiment, self._run.batch_sizes, step, before['examples']
             )
         self._report.progress.message(text)
+
+    def _report_version_changes(self, meta: Mapping[str, Any]) -> None:
+        """Says so if a checkpoint was saved with other versions of Python or of packages."""
+        before, now = meta.get('versions', {}), versions()
+        changes = [
+            f'{name} {version} -> {now[name]}'
+            for name, version in before.items()
+            if name in now and now[name] != version
+        ]
+        if changes:
+            self._report.progress.message(
+                f'The checkpoint was saved with other versions: {", ".join(changes)}. The run may '
+                'continue with other roundings.'
+            )
 
     def _check_batch_sizes(self) -> None:
         """Raises a UserError if the run cannot resume with the experiment's batch size."""

@@ -14,12 +14,14 @@ import platform
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
 from etils import epath
 
+from trainer.checkpoint.errors import SaveError
 from trainer.config import diff, files, identity, json_text, places
 from trainer.config.errors import UserError
 from trainer.run.provenance import Code
@@ -31,6 +33,10 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collectio
 # The fields of each start in `run.json`, and the maximum number of starts.
 _START_FIELDS = ('status', 'from_step', 'step', 'start', 'end', 'command', 'host', 'pid')
 _MAX_STARTS = 100
+# What the files of a start need before the first checkpoint, about.
+_PROBE_BYTES = 2**16
+# Waits before a small file is written again, in seconds.
+_WAITS = (1.0, 4.0)
 _DIFFS = ('code.diff', 'config.diff')
 
 try:
@@ -112,15 +118,22 @@ class Workdir:
         Raises:
             UserError: if it is not writable.
         """
-        # Permissions do not show whether a write works: a file system may be full, read-only or
-        # remote. The name is unique, because all processes probe at the same time.
-        probe = self.path / f'.writable.{platform.node()}.{os.getpid()}'
+        is_new, directory = not self.path.exists(), self.path
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_text('')
-            probe.unlink(missing_ok=True)
+            for directory in (self.path, self.checkpoints):
+                if directory.is_dir():
+                    _check_writable(directory)
         except OSError as error:
+            if is_new:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
             reason = error.strerror or str(error)
+            if directory != self.path:
+                raise UserError(
+                    f'{directory}, where the checkpoints go, is not writable: {reason}.\n'
+                    'Make it writable, or use another --workdir.'
+                ) from error
             raise UserError(
                 f'the work directory {self.path} is not writable: {reason}. Use another --workdir.'
             ) from error
@@ -353,13 +366,36 @@ class Workdir:
             ) from error
 
     def _write(self, name: str, value: Any) -> None:
-        try:
-            files.replace(self.path / name, json.dumps(value, indent=2) + '\n')
-        except IsADirectoryError as error:
-            raise UserError(
-                f'{self.path / name} is a directory, but the run writes a file there: move or '
-                'delete it'
-            ) from error
+        text = json.dumps(value, indent=2) + '\n'
+        for wait in (*_WAITS, None):
+            try:
+                files.replace(self.path / name, text)
+                return
+            except IsADirectoryError as error:
+                raise UserError(
+                    f'{self.path / name} is a directory, but the run writes a file there: move or '
+                    'delete it'
+                ) from error
+            except OSError as error:
+                if wait is None:
+                    raise SaveError(
+                        f'{self.path / name} cannot be written: {error.strerror or error}. Fix '
+                        'the cause; the same command continues.',
+                        is_temporary=False,
+                    ) from error
+                time.sleep(wait)
+
+
+def _check_writable(directory: epath.Path) -> None:
+    """Writes and deletes a file, and raises an OSError if that fails."""
+    # Permissions do not show whether a write works: a file system may be full, read-only or remote.
+    # The name is unique, because all processes probe at the same time.
+    probe = directory / f'.writable.{platform.node()}.{os.getpid()}'
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def _problem_of_result(result: Any) -> str | None:

@@ -17,6 +17,7 @@ from trainer.modules.ensemble_outputs import mean_softmax
 from trainer.tasks import returned
 from trainer.tasks.checks import Check
 from trainer.tasks.extra_metrics import add_to_means
+from trainer.tasks.metrics import broadcast_weights
 from trainer.tasks.task import Batch, TaskOutput
 
 _MEANS = ('loss', 'accuracy')
@@ -59,8 +60,8 @@ class NextToken:
     def __post_init__(self) -> None:
         if isinstance(self.fields, str) or set(self.fields) & _OUTPUTS:
             raise ValueError(
-                'fields: expected a tuple of batch keys, none of which is the name of an output '
-                f'({", ".join(sorted(_OUTPUTS))}), got {self.fields!r}'
+                "fields: expected batch keys, such as ('num_words',), other than the names of "
+                f'outputs ({", ".join(sorted(_OUTPUTS))}), got {self.fields!r}'
             )
         if self.targets is not None and self.segments is not None:
             raise ValueError(
@@ -75,32 +76,31 @@ class NextToken:
         return add_to_means(_MEANS, self.extra_metrics)
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
-        """Returns losses and hits (batch, length)."""
+        """Returns losses and metrics (batch, length)."""
         tokens = batch[self.tokens]
         logits = self._logits(model, batch).astype(jnp.float32)
         targets = _shift_left(tokens) if self.targets is None else batch[self.targets]
-        counts = jnp.ones_like(tokens, jnp.float32)
+        weights = jnp.ones_like(tokens, jnp.float32)
         if self.segments is not None:
             segments = batch[self.segments]
             # The token after the last one of a packed sequence belongs to another sequence.
-            counts = ((segments == _shift_left(segments)) & (segments > 0)).astype(jnp.float32)
+            weights = ((segments == _shift_left(segments)) & (segments > 0)).astype(jnp.float32)
         if self.targets is None:
             # `_shift_left` is cyclic: the last target would be the first token.
-            counts = counts.at[:, -1].set(0.0)
+            weights = weights.at[:, -1].set(0.0)
         if self.weight is not None:
-            weight = batch[self.weight]
-            counts = counts * weight.reshape(*weight.shape, *[1] * (counts.ndim - weight.ndim))
+            weights = weights * broadcast_weights(batch[self.weight], weights.shape)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        hits = {'accuracy': logits.argmax(-1) == targets}
-        hits.update({name: batch[name] for name in self.fields})
+        metrics = {'accuracy': logits.argmax(-1) == targets}
+        metrics.update({name: batch[name] for name in self.fields})
         if self.extra_metrics:
-            hits.update(logits=logits, labels=targets)
+            metrics.update(logits=logits, labels=targets)
         # Tokens of weight 0, such as padding of -1, are not checked: 0 is always in range.
-        counted = jnp.where(counts != 0, targets, 0)
+        counted = jnp.where(weights != 0, targets, 0)
         vocabulary = logits.shape[-1]
         checked = self.targets or self.tokens
         checks = {checked: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
-        return TaskOutput(loss=loss, weights=counts, metrics=hits, checks=checks)
+        return TaskOutput(loss=loss, weights=weights, metrics=metrics, checks=checks)
 
     def combine(self, logits: jax.Array) -> jax.Array:
         """Returns the logits of the mean of the members' probabilities, for an ensemble.
@@ -163,7 +163,7 @@ class Answer:
         return add_to_means(_ANSWER_MEANS, self.extra_metrics)
 
     def __call__(self, model: Any, batch: Batch) -> TaskOutput:
-        """Returns losses and hits (batch,)."""
+        """Returns losses and metrics (batch,)."""
         targets = batch[self.targets]
         output = model(batch[self.inputs], batch[self.lengths], targets)
         logits = returned.require_array(output, self, 'logits').astype(jnp.float32)

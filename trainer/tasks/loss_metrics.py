@@ -78,7 +78,7 @@ class _LossPerUnit(Sums):
             found = {name: getattr(x, 'shape', None) for name, x in outputs.items()}
             raise UserError(
                 f'the metric {cls.__name__} reads the outputs {cls._loss!r} and {cls._count!r}, '
-                'one number for each example; the task returns '
+                'the latter with one number for each example or loss; the task returns '
                 + ', '.join(f'{name} {shape}' for name, shape in sorted(found.items()))
                 + '. trainer.tasks:NextToken returns those that its `fields` name'
             )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.modules.ensemble_outputs import mean_softmax
 from trainer.tasks import returned
 from trainer.tasks.checks import Check
 from trainer.tasks.extra_metrics import add_to_means
@@ -31,12 +32,14 @@ class SequenceToSequence:
     With `search`, `predict` writes targets. It needs a form of the model that keeps what it has
     computed in a collection 'cache': `evals.NAME.model=dict(decode=True)`. The model is then called
     as `model.encode(sources)`, and for each token as `model.extend(inputs, encoded)`, which
-    continues the inputs of the calls before, as in `models/translator.py`.
+    continues the inputs of the calls before, as in `models/translator.py`. Not in an ensemble,
+    whose members encode a source differently: its loss is that of the mean of their probabilities,
+    but it writes no targets.
 
     Attributes:
         sources: batch key of the source tokens, int (batch, length).
         targets: batch key of the target tokens, int (batch, length), with the end token.
-        padding: the token after the end of a source or target.
+        padding: the token after the end of a source or target; the model must know that of sources.
         start: the token before each target.
         end: the token that ends a target.
         label_smoothing: mass moved from the label to all tokens in training, in [0, 1). The loss of
@@ -89,11 +92,11 @@ class SequenceToSequence:
         return add_to_means(_MEANS, self.extra_metrics)
 
     def __call__(self, model: Any, batch: Batch) -> TaskOutput:
-        """Returns losses and hits (batch, length)."""
+        """Returns losses and metrics (batch, length)."""
         targets = batch[self.targets]
-        counts = targets != self.padding
+        is_token = targets != self.padding
         # Padding may be any number: it needs neither a logit nor an embedding.
-        labels = jnp.where(counts, targets, 0)
+        labels = jnp.where(is_token, targets, 0)
         starts = jnp.full((len(targets), 1), self.start, targets.dtype)
         inputs = jnp.concatenate([starts, labels[:, :-1]], axis=1)
         output = model(batch[self.sources], inputs)
@@ -105,8 +108,16 @@ class SequenceToSequence:
         vocabulary = logits.shape[-1]
         why = f'The model returns {vocabulary} logits: fix the tokens, or its vocab_size'
         checks = {self.targets: Check(labels, 0, vocabulary - 1, why=why)}
-        weights = counts.astype(jnp.float32)
+        weights = is_token.astype(jnp.float32)
         return TaskOutput(loss=loss, weights=weights, metrics=metrics, checks=checks)
+
+    def combine(self, logits: jax.Array) -> jax.Array:
+        """Returns the logits of the mean of the members' probabilities, for an ensemble.
+
+        Args:
+            logits: (members, batch, length, vocabulary).
+        """
+        return mean_softmax(logits)
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns the best target of each source, and `keep`.
@@ -115,7 +126,7 @@ class SequenceToSequence:
         (batch,) is the log probability divided by the length penalty.
 
         Raises:
-            UserError: if there is no `search`, or the model keeps no cache.
+            UserError: if there is no `search`, the model keeps no cache, or this is an ensemble.
         """
         if self.search is None:
             raise UserError(
@@ -124,6 +135,8 @@ class SequenceToSequence:
             )
         sources = batch[self.sources]
         count = sources.shape[1] + self.extra_tokens
+        # Before the encoder: an ensemble, which has no cache, would return the mean of encodings.
+        cache = self._empty_cache(model, sources, count)
         encoded = model.encode(sources)
         # The first call of the search is with one sequence of each source, all others with all
         # beams: they are not repeated again for each token.
@@ -136,7 +149,7 @@ class SequenceToSequence:
 
         found = self.search(
             extend,
-            self._empty_cache(model, sources, count),
+            cache,
             jnp.full((len(sources), 1), self.start, sources.dtype),
             count=count,
             beams=self.beams,
@@ -151,7 +164,10 @@ class SequenceToSequence:
     def _empty_cache(self, model: Any, sources: jax.Array, count: int) -> Any:
         # As long as all tokens that are read: the start token, and all but the last that is found.
         inputs = jnp.zeros((len(sources), count), sources.dtype)
-        cache = model.fresh_collections(sources, inputs).get('cache')
+        try:
+            cache = model.fresh_collections(sources, inputs).get('cache')
+        except UserError as error:
+            raise UserError(f'SequenceToSequence: {error}') from error
         if not cache:
             raise UserError(
                 'SequenceToSequence: the model has no collection cache: set evals.NAME.model to '

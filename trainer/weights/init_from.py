@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from trainer.config.errors import UserError, indented_list, short_repr
+from trainer.input.data import Data
+from trainer.input.fingerprint import check_vocabulary
 from trainer.modules import patterns
 from trainer.weights import flax_layout, flax_optim, pre_linen, torch_layout
 from trainer.weights import leaves as lib
 from trainer.weights.leaves import Weights, key_path
-from trainer.weights.read import Leaves, open_tree, subtree
+from trainer.weights.read import Leaves, open_metadata, open_tree, subtree
 
 WHERE = 'config.init_from'
 _PAIRS = {
@@ -45,6 +47,8 @@ class InitFrom:
             the initial values of those it does not have.
         ema: whether to load the moving average of that run as the parameters.
         optimizer: whether to load the slots of the optimizer too, such as Adam's moments.
+        vocabulary: 'same' to refuse a run of this trainer whose data had other tokens, 'any' to
+            load it.
         where: what messages put before the name of an attribute.
     """
 
@@ -60,6 +64,7 @@ class InitFrom:
     on_missing: Literal['error', 'init'] = 'error'
     ema: bool = False
     optimizer: bool = False
+    vocabulary: Literal['same', 'any'] = 'same'
     where: str = f'{WHERE}.'
 
     def __post_init__(self) -> None:
@@ -91,6 +96,17 @@ class InitFrom:
     def title(self) -> str:
         """The beginning of messages that are not about a single key."""
         return f'{WHERE}: ' if self.in_config else ''
+
+    def check_vocabulary(self, data: Data) -> None:
+        """Raises a UserError if the checkpoint is one of a run whose data had other tokens."""
+        if self.vocabulary == 'any':
+            return
+        check_vocabulary(
+            data,
+            open_metadata(self.path, self.step).get('data'),
+            f'{WHERE}.path: {self.path}',
+            f"set {WHERE}.vocabulary='any', for a model that is to learn other tokens",
+        )
 
     def read(self, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
         """Returns the contents of the checkpoint under the model's paths; most are read later.

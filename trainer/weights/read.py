@@ -80,6 +80,16 @@ def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
     return {path_names(path): HostLeaf(x) for path, x in arrays}
 
 
+def open_metadata(path: epath.PathLike, step: str | int = 'latest') -> dict[str, Any]:
+    """Returns the metadata of a checkpoint of this trainer; {} for any other, and for a file.
+
+    Args:
+        path: as for `open_tree`.
+        step: as for `open_tree`.
+    """
+    return _metadata(locate(epath.Path(path), str(step)))
+
+
 def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
     """Returns everything in a checkpoint, as its library restores it without a target.
 
@@ -296,15 +306,22 @@ def _orbax_leaves(directory: epath.Path) -> Leaves:
 
 def _empty_leaves(directory: epath.Path) -> Leaves:
     """Returns the empty arrays of a checkpoint of this trainer, which Orbax does not store."""
+    try:
+        empties = empty.from_metadata(_metadata(directory))
+    except (ValueError, TypeError, AttributeError):
+        return {}  # The metadata is not ours.
+    return {keys: HostLeaf(np.zeros(x.shape, x.dtype)) for keys, x in empties.items()}
+
+
+def _metadata(directory: epath.Path) -> dict[str, Any]:
+    """Returns the metadata next to the state in a directory; {} if it is not of this trainer."""
     step = directory.parent
     if directory.name != 'state' or not step.name.isdigit():
         return {}
     try:
-        meta = Checkpoints(step.parent, Retention()).meta(int(step.name))
-        empties = empty.from_metadata(meta)
-    except (CheckpointError, ValueError, TypeError, AttributeError):
-        return {}  # The metadata is not ours.
-    return {keys: HostLeaf(np.zeros(x.shape, x.dtype)) for keys, x in empties.items()}
+        return Checkpoints(step.parent, Retention()).meta(int(step.name))
+    except CheckpointError:
+        return {}
 
 
 def _split_names(file: epath.Path, tensors: Mapping[str, np.ndarray]) -> Leaves:
