@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from tests import command
 from tests.pages import PAGES
 from tests.tools.molecules_floor import score_counts, score_fingerprints
 from trainer.config import loading
-from trainer.data.molecules import read, save
-from trainer.experiment import load_and_build
+from trainer.configs import molecules as configured
+from trainer.data.molecules import Molecules, read, save
+from trainer.experiment import build, load_and_build
 from trainer.trainer import Trainer
 
 CONFIG = str(command.ROOT / 'configs' / 'molecules.py')
@@ -99,6 +101,47 @@ def test_metrics_do_not_depend_on_batches_or_devices() -> None:
         assert {'auc', 'average_precision', 'bbb_accuracy', 'logbb_loss', 'loss'} <= names
         for name in names:
             assert metrics[name] == pytest.approx(found[0][name], rel=1e-4), name
+
+
+class ManyDecisions(Molecules):
+    """Three decisions for each molecule, of which some are missing; the last one is always no."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = super().__getitem__(index)
+        bits = np.random.default_rng(index).integers(-1, 2, 3)
+        return {**example, 'many': np.array([*bits[:2], min(bits[2], 0)], np.int32)}
+
+
+@pytest.mark.slow
+def test_mean_average_precision_of_many_decisions() -> None:
+    """As of ogbg-molpcba: over those with a label, and without those that are never positive."""
+    precision = {'target': 'trainer.metrics:AveragePrecision', 'skip_absent': True}
+    task = {
+        'target': 'trainer.tasks:Classification', 'inputs': 'graph', 'label': 'many',
+        'loss': 'sigmoid', 'ignore_label': -1, 'extra_metrics': {'precision': precision},
+    }  # fmt: skip
+    items = {'target': f'{__name__}:ManyDecisions', 'split': 'dev', 'limit': 25}
+    source = {'target': 'trainer.data.graphs:GraphSource', 'items': items}
+    config = configured.get_config()
+    with config.ignore_type():
+        config.vars = {}
+        config.model.outputs = (3,)
+        config.model.width = 4
+        config.task = task
+        config.data = {'source': source, 'batch_size': 7}
+        config.evals = {'dev': {'every': 'never', 'data': {'source': source}}}
+    run = Trainer(build(config), mesh=mesh())
+    state = run.init_state()
+    found = run.evaluate(state, evaluation='dev')['dev']['precision']
+    predicted = [batch['probabilities'] for batch in run.predict('dev', state=state)]
+    scores, examples = np.concatenate(predicted), ManyDecisions('dev', limit=25)
+    labels = np.stack([examples[i]['many'] for i in range(25)])
+    assert (labels == -1).any(0).all() and (labels[:, 2] < 1).all()
+    each = [
+        average_precision_score(labels[known, i], scores[known, i])
+        for i, known in enumerate((labels >= 0).T[:2])
+    ]
+    assert found == pytest.approx(np.mean(each))
 
 
 @pytest.mark.slow
