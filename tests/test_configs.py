@@ -24,6 +24,7 @@ SHORT: dict[str, dict[str, Any]] = {
         f'evals__{name}__data__source__count': 20 for name in ('held_out', 'teacher_forced')
     },
     'lm_packed': {'model__layers': 1, 'evals': {}},
+    'karate': {'data__batch_size': 8},  # One graph for each device.
     'mnist': MNIST,
     'mnist_ensemble': MNIST,
     'mnist_mlp': MNIST,
@@ -32,6 +33,12 @@ SHORT: dict[str, dict[str, Any]] = {
         **MNIST,
         'data__batch_size': 16,
         'evals__test_ema__data__source__limit': 20,
+    },
+    'molecules': {
+        'model__width': 8,
+        'model__rounds': 1,
+        'data__source__num_shapes': 1,
+        **{f'evals__{split}__data__source__items__limit': 20 for split in ('dev', 'test')},
     },
     'sentiment': {
         'model__hidden': 8,
@@ -53,7 +60,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 # Not among the quick tests, some of which train `vae` and `sentiment`.
 LONG = {
-    'addition', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet',
+    'addition', 'karate', 'lm_packed', 'mnist', 'molecules', 'mnist_ensemble', 'mnist_resnet',
     'sentiment', 'tagging', 'vae',
 }  # fmt: skip
 
@@ -104,7 +111,7 @@ def test_the_results_are_those_of_the_docstring(
         return
     # A config with variants has a sentence for each.
     expected = text.split(f'`{words}`: ' if words else 'Expected after ')[1]
-    figure = re.match(r'[\d.]+( %| nats| bits| per word| BLEU)', result)
+    figure = re.match(r'[\d.]+( %| nats| bits| per word| BLEU| AUC| squared error)', result)
     # A docstring may round: 'about 88 %' for 88.2 %.
     assert figure is not None
     assert figure[0] in expected or f'about {round(float(figure[0].split()[0]))} %' in expected

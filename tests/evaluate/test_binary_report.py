@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BinaryReport`: its AUC, and the mistakes that it shows."""
+"""`BinaryReport`: its ranks, and the mistakes that it shows."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ EXAMPLES: dict[str, Any] = {'probabilities': PROBABILITIES, 'label': LABELS, 'te
 def test_the_worst_mistakes_are_first() -> None:
     values = BinaryReport(count=2)(EXAMPLES)
     assert values['auc'] == sklearn.metrics.roc_auc_score(LABELS, PROBABILITIES[:, 0])
+    precision = sklearn.metrics.average_precision_score(LABELS, PROBABILITIES[:, 0])
+    assert values['average_precision'] == pytest.approx(precision)
     assert values['mistakes'].texts == ('0.100 for label 1: c', '0.800 for label 0: b')
 
 
@@ -32,7 +34,7 @@ def test_an_example_without_a_label_is_no_mistake() -> None:
 
 def test_without_mistakes() -> None:
     values = BinaryReport()({**EXAMPLES, 'label': (PROBABILITIES[:, 0] > 0.5).astype('i4')})
-    assert values == {'auc': 1.0}
+    assert values == {'auc': 1.0, 'average_precision': 1.0}
 
 
 @pytest.mark.parametrize(

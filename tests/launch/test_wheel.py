@@ -16,7 +16,7 @@ from tests import command
 from tests.launch import installed
 from tests.launch.installed import must_run
 from tests.pages import BLOCKS, PAGES, Project
-from tests.test_page_commands import SCRIPTS
+from tests.test_page_commands import SCRIPTS, require_packages
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +151,7 @@ def project(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_script_of_the_pages_runs(name: str, project: Project) -> None:
+    require_packages(name)
     assert re.fullmatch(SCRIPTS[name], project.script(name).splitlines()[-1])
 
 

@@ -24,7 +24,9 @@ from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
 from trainer.models.decoding import with_cache
 from trainer.models.efficientnet import EfficientNet
+from trainer.models.gcn import GCN
 from trainer.models.generation import generate
+from trainer.models.gnn import GraphNetwork
 from trainer.models.graphs import mean_nodes, sum_edges, sum_nodes
 from trainer.models.mixer import Mixer
 from trainer.models.mixer_nnx import Mixer as NNXMixer
@@ -383,6 +385,29 @@ def test_sums_over_graphs(half: Any) -> None:
     graph = GraphsTuple(nodes, None, ends, ends, None, counts, jnp.array([2, 0]))
     found = (sum_nodes(graph, nodes), mean_nodes(graph, nodes), sum_edges(graph, nodes[:2]))
     assert {x.dtype for x in found} == {jnp.dtype(half)}
+
+
+@pytest.mark.parametrize(
+    'way', ['cast-bfloat16', *(pytest.param(x, marks=pytest.mark.slow) for x in [*WAYS][1:])]
+)
+@pytest.mark.parametrize('norm', ['batch', pytest.param('layer', marks=pytest.mark.slow)])
+def test_graph_network(way: str, norm: str) -> None:
+    precision, own, half = WAYS[way]
+    ends, counts = jnp.array([0, 1]), jnp.array([3, 1])
+    features = jnp.ones((4, 2), int)
+    graph = GraphsTuple(features, features[:2], ends, ends, None, counts, jnp.array([2, 0]))
+    sizes: Any = {'node_sizes': (2, 3), 'edge_sizes': (2, 3), 'outputs': (1,), 'width': 4}
+    model = GraphNetwork(**sizes, rounds=2, dropout_rate=0.1, norm=norm, **own)
+    assert dtypes(model, precision, graph) == {half}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', WAYS)
+def test_graph_convolutions(way: str) -> None:
+    precision, own, half = WAYS[way]
+    graph = {name: tokens() for name in ('nodes', 'senders', 'receivers')}
+    model = GCN(11, num_classes=3, width=4, dropout_rate=0.1, **own)
+    assert dtypes(model, precision, graph) == {half}
 
 
 class Normed(nn.Module):

@@ -67,6 +67,30 @@ def test_each_shape_is_compiled_once_and_announced(caplog: pytest.LogCaptureFixt
     assert run.report.time.get('compile') > programs[0].late_secs > run.report.time.get('steps')
 
 
+class Normalized(ragged.GraphNet):
+    """Its batch statistics may be those of padding, too."""
+
+    @nn.compact
+    def __call__(self, graph: Any, train: bool = False) -> jax.Array:
+        return nn.BatchNorm(use_running_average=not train)(super().__call__(graph))
+
+
+class Masked(Normalized):
+    masks_padding = True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('model', 'warns'), [('Normalized', True), ('Masked', False)])
+def test_statistics_of_padding_are_warned_about(
+    model: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless the model says that it leaves padding out."""
+    with caplog.at_level(logging.WARNING, 'trainer'):
+        trainer('molecules', model=dict(target=f'{__name__}:{model}'), train_for='1 step').fit()
+    found = [line for line in caplog.messages if 'set masks_padding = True' in line]
+    assert len(found) == warns
+
+
 def test_more_shapes_than_announced_are_an_error() -> None:
     run = trainer(train_for='40 steps', data=data(batch_size=2))
     run.experiment.data.loader._collator.num_shapes = 2  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from trainer.config.errors import UserError
@@ -15,6 +16,11 @@ def test_mean_of_no_examples_is_not_a_failure() -> None:
     masked = WeightedMean.from_model_output(jnp.array([jnp.nan]), jnp.zeros(1))
     assert non_finite_names({'task': {'a_loss': nothing, 'b_loss': masked}}) == []
     assert non_finite_names({'task': {'a_loss': nothing, 'b_loss': bad}}) == ['b_loss']
+
+
+def test_mean_of_no_examples_on_the_host_is_not_a_warning() -> None:
+    zero = np.zeros((), np.float32)
+    assert np.isnan(WeightedMean(total=zero, weight=zero).compute())
 
 
 def test_the_mean_of_batches_of_different_weights_is_exact() -> None:

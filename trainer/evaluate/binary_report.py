@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BinaryReport`: the AUC of a binary decision, and the examples it is most wrong about."""
+"""`BinaryReport`: how well a binary decision ranks, and the examples it is most wrong about."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.evaluate.score import Examples
 from trainer.observe.summaries import Texts
-from trainer.tasks.scores import auc
+from trainer.tasks.scores import auc, average_precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BinaryReport:
-    """The AUC of a binary decision, and the examples it is most wrong about, as text.
+    """AUC and average precision of a binary decision, and the examples it is most wrong about.
 
     For the task `trainer.tasks:Classification` with `loss='sigmoid'` and one logit. The score needs
     the fields `label` and `field`: name them in `evals.NAME.score.fields`. An example without a
@@ -34,7 +34,9 @@ class BinaryReport:
     probability: str = 'probabilities'
 
     def __call__(self, examples: Examples) -> dict[str, float | Texts]:
-        """Returns `auc`, and `mistakes`, those with the least probable label first.
+        """Returns `auc`, `average_precision` and texts.
+
+        They are `mistakes`, those with the least probable label first.
 
         Raises:
             UserError: if a prediction or field is missing, or there are several decisions.
@@ -61,4 +63,8 @@ class BinaryReport:
             for i in order[: self.count]
         ]
         mistakes = {'mistakes': Texts(shown)} if shown else {}
-        return {'auc': auc(label, probability), **mistakes}
+        return {
+            'auc': auc(label, probability),
+            'average_precision': average_precision(label, probability),
+            **mistakes,
+        }

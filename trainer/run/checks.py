@@ -146,10 +146,15 @@ def warn_of_padding_in_batch_stats(programs: Programs) -> None:
 def warn_of_padding_of_whole_batches(experiment: Experiment, state: TrainState) -> None:
     """Warns that batch statistics may include padding that every batch has."""
     size = experiment.clock.batch_size
+    # Only Linen has modules without variables, whose attributes are known before they are called.
+    module = getattr(experiment.model, 'module', None)
+    if getattr(module, 'masks_padding', False):
+        return
     if 'batch_stats' in state.collections and experiment.data.rows(size) > size:
         _log.warning(
             'the model has batch statistics, and each batch has padding, which counts in them if '
-            'the model does not leave it out: nn.BatchNorm takes a mask'
+            'the model does not leave it out: nn.BatchNorm takes a mask. If it does, set '
+            'masks_padding = True on the class of the model'
         )
 
 

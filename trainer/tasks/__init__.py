@@ -10,6 +10,7 @@ from trainer.tasks.continuation import Continuation
 from trainer.tasks.elbo import ELBO
 from trainer.tasks.features import Features
 from trainer.tasks.language import Answer, NextToken
+from trainer.tasks.multi_task import MultiTask
 from trainer.tasks.regression import Regression
 from trainer.tasks.sequence_to_sequence import SequenceToSequence
 from trainer.tasks.task import TaskOutput
@@ -21,6 +22,7 @@ __all__ = [
     'Classification',
     'Continuation',
     'Features',
+    'MultiTask',
     'NextToken',
     'Regression',
     'SequenceToSequence',

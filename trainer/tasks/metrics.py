@@ -100,8 +100,10 @@ class WeightedMean(clu.metrics.Metric):
         return type(self)(total=self.total + other.total, weight=self.weight + other.weight)
 
     def compute(self) -> jax.Array:
-        """Returns the scalar mean."""
-        return self.total / self.weight
+        """Returns the scalar mean; NaN of values whose weights are all 0."""
+        # On the host, numpy would warn of it.
+        with np.errstate(invalid='ignore'):
+            return self.total / self.weight
 
 
 @flax.struct.dataclass

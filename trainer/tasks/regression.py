@@ -34,6 +34,8 @@ class Regression:
         targets: batch key of the targets, with the shape of the model's output.
         weight: batch key of per-example weights, or None.
         loss: 'squared', 'absolute' or 'huber'.
+        ignore_nan: whether targets that are NaN are missing: they are left out of losses and
+            metrics.
         extra_metrics: metrics by name, such as `trainer.metrics:Spearman`. They may read the
             outputs `predictions` and `targets`.
     """
@@ -42,6 +44,7 @@ class Regression:
     targets: str = 'targets'
     weight: str | None = None
     loss: str = 'squared'
+    ignore_nan: bool = False
     extra_metrics: Mapping[str, type[clu.metrics.Metric]] = dataclasses.field(
         default_factory=dict, hash=False
     )
@@ -71,13 +74,17 @@ class Regression:
                 'pairs. Make the shapes equal'
             )
 
-        def mean_per_example(values: jax.Array) -> jax.Array:
-            return values.reshape(values.shape[0], -1).mean(-1)
-
-        loss = mean_per_example(_ERRORS[self.loss](prediction, targets))
+        counted = ~jnp.isnan(targets) if self.ignore_nan else None
+        if counted is not None:
+            # Before the errors are computed, because the gradient of 0 x NaN is NaN.
+            targets = jnp.where(counted, targets, 0)
+        loss = _mean_per_example(_ERRORS[self.loss](prediction, targets), counted)
         # Reported for any loss, so that runs with different losses can be compared.
-        error = mean_per_example(jnp.abs(prediction - targets))
+        error = _mean_per_example(jnp.abs(prediction - targets), counted)
         weights = None if self.weight is None else batch[self.weight]
+        if counted is not None:
+            is_labeled = counted.reshape(len(counted), -1).any(-1).astype(jnp.float32)
+            weights = is_labeled if weights is None else is_labeled * weights
         metrics = {'mean_absolute_error': error}
         if self.extra_metrics:
             metrics.update(predictions=prediction, targets=targets)
@@ -89,3 +96,12 @@ class Regression:
 
     def _prediction(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
         return returned.require_array(model(batch[self.inputs]), self, 'prediction')
+
+
+def _mean_per_example(values: jax.Array, counted: jax.Array | None) -> jax.Array:
+    """Returns the mean of the values that count, (batch,); 0 where none does."""
+    values = values.reshape(values.shape[0], -1)
+    if counted is None:
+        return values.mean(-1)
+    counted = counted.reshape(values.shape)
+    return jnp.where(counted, values, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
