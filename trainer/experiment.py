@@ -316,15 +316,7 @@ def _build(loaded: LoadedConfig) -> Experiment:
     data, task = build_train_data(sections), build_task(sections)
     # Values that the config alone determines come before calls of the user's code, so that a typo
     # is reported without waiting for, say, a model to be created.
-    training: dict[str, Any] = {
-        'accumulate': build_accumulate(sections, task),
-        'ema_decay': build_ema_decay(sections),
-        'loss_scale': build_loss_scale(sections.precision),
-        'steps_per_call': check_positive(sections.steps_per_call, 'config.steps_per_call'),
-        'guard': sections.guard.non_finite,
-        'early_stopping': build_early_stopping(sections),
-        'watchdog': build_watchdog(sections.watchdog),
-    }
+    training = _build_training(sections, task)
     prefetch = check_positive(sections.data.prefetch, 'config.data.prefetch')
     # The user's code runs from here on.
     model, evals = build_model(sections), build_evaluations(sections, task)
@@ -366,6 +358,19 @@ def _build(loaded: LoadedConfig) -> Experiment:
         # A function and not the sections themselves: no code after `build` reads a config.
         build_clock_parts=functools.partial(ClockParts.from_sections, sections),
     )
+
+
+def _build_training(sections: Sections, task: TaskRunner) -> dict[str, Any]:
+    """Returns the arguments of `Training`, except for `total_steps`."""
+    return {
+        'accumulate': build_accumulate(sections, task),
+        'ema_decay': build_ema_decay(sections),
+        'loss_scale': build_loss_scale(sections.precision),
+        'steps_per_call': check_positive(sections.steps_per_call, 'config.steps_per_call'),
+        'guard': sections.guard.non_finite,
+        'early_stopping': build_early_stopping(sections),
+        'watchdog': build_watchdog(sections.watchdog),
+    }
 
 
 def load_and_build(

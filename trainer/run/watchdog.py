@@ -100,7 +100,7 @@ class Watchdog:
             elif self._idle.is_news and part == 'steps' and self._idle.secs > self._warn_secs():
                 self._idle.is_news = False
                 self._report.progress.message(
-                    f'Warning: no progress for {self._idle.secs:.0f} s: {self._where(part)}'
+                    f'Warning: no progress for {self._idle.secs:.0f} s: {self._describe_place(part)}'
                 )
 
     def _limit(self, part: str) -> float | None:
@@ -115,7 +115,7 @@ class Watchdog:
     def _waits_for_data(self, secs: float) -> bool:
         return self._batches is not None and self._batches.waiting_secs() > secs
 
-    def _where(self, part: str) -> str:
+    def _describe_place(self, part: str) -> str:
         if part != 'steps':
             return f'in {_PARTS[part][1]} after step {self._report.step:,}'
         what = 'waiting for data' if self._waits_for_data(0) else 'in the loop'
@@ -136,7 +136,7 @@ class Watchdog:
         if self._stop.peers is not None:
             self._stop.peers.announce_hang()
         end_hung(
-            f'no progress for {limit:.0f} s: {self._where(part)}. The stacks of all threads '
+            f'no progress for {limit:.0f} s: {self._describe_place(part)}. The stacks of all threads '
             f'follow. The limit is config.watchdog.{_PARTS[part][0]}. Run the same command again '
             'to resume from the newest checkpoint.'
         )
