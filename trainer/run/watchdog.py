@@ -99,9 +99,8 @@ class Watchdog:
                 self._end(part, limit)
             elif self._idle.is_news and part == 'steps' and self._idle.secs > self._warn_secs():
                 self._idle.is_news = False
-                self._report.progress.message(
-                    f'Warning: no progress for {self._idle.secs:.0f} s: {self._describe_place(part)}'
-                )
+                secs, place = self._idle.secs, self._describe_place(part)
+                self._report.progress.message(f'Warning: no progress for {secs:.0f} s: {place}')
 
     def _limit(self, part: str) -> float | None:
         limit: float | None = getattr(self._limits, _PARTS[part][0])
@@ -136,8 +135,8 @@ class Watchdog:
         if self._stop.peers is not None:
             self._stop.peers.announce_hang()
         end_hung(
-            f'no progress for {limit:.0f} s: {self._describe_place(part)}. The stacks of all threads '
-            f'follow. The limit is config.watchdog.{_PARTS[part][0]}. Run the same command again '
+            f'no progress for {limit:.0f} s: {self._describe_place(part)}. The stacks of all '
+            f'threads follow. The limit is config.watchdog.{_PARTS[part][0]}. Run the same command again '
             'to resume from the newest checkpoint.'
         )
 
