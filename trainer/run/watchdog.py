@@ -134,10 +134,10 @@ class Watchdog:
     def _end(self, part: str, limit: float) -> None:
         if self._stop.peers is not None:
             self._stop.peers.announce_hang()
+        key, place = f'config.watchdog.{_PARTS[part][0]}', self._describe_place(part)
         end_hung(
-            f'no progress for {limit:.0f} s: {self._describe_place(part)}. The stacks of all '
-            f'threads follow. The limit is config.watchdog.{_PARTS[part][0]}. Run the same command again '
-            'to resume from the newest checkpoint.'
+            f'no progress for {limit:.0f} s: {place}. The stacks of all threads follow. The limit '
+            f'is {key}. Run the same command again to resume from the newest checkpoint.'
         )
 
 
