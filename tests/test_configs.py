@@ -111,7 +111,7 @@ def test_the_results_are_those_of_the_docstring(
         return
     # A config with variants has a sentence for each.
     expected = text.split(f'`{words}`: ' if words else 'Expected after ')[1]
-    figure = re.match(r'[\d.]+( %| nats| bits| per word| BLEU| AUC| squared error)', result)
+    figure = re.match(r'[\d.]+( %| nats| bits| per word| BLEU| AUC| squared error| steps per)', result)
     # A docstring may round: 'about 88 %' for 88.2 %.
     assert figure is not None
     assert figure[0] in expected or f'about {round(float(figure[0].split()[0]))} %' in expected

@@ -21,6 +21,7 @@ from trainer.config.sections import (
 )
 from trainer.evaluate.score import Score, discard
 from trainer.evaluate.spec import Evaluation
+from trainer.input.collected import CollectLoader, is_collector
 from trainer.input.data import EvalData, TrainData
 from trainer.tasks.default_prediction import ScoredTask, has_predict
 from trainer.tasks.runner import TaskRunner
@@ -34,10 +35,13 @@ def build_train_data(sections: Sections) -> TrainData:
         UserError: for an invalid argument, or an object that is not a loader.
     """
     data, path = sections.data, 'config.data'
+    source = targets.instantiate(data.source, f'{path}.source')
+    if is_collector(source):
+        return _build_collected(sections, source)
     # One node, so that errors of the source and the transforms name their key paths below it.
     node = {
         **data.loader,
-        'source': data.source,
+        'source': source,
         'transforms': data.transforms,
         'batch_size': check_positive(data.batch_size, f'{path}.batch_size'),
         'seed': sections.seed if data.seed is None else data.seed,
@@ -46,6 +50,26 @@ def build_train_data(sections: Sections) -> TrainData:
         'repeat_batch': data.repeat_batch,
     }
     return TrainData.from_loader(targets.instantiate(node, path), f'{path}.loader')
+
+
+def _build_collected(sections: Sections, source: Any) -> TrainData:
+    """Returns the data of a source that makes its batches with the model.
+
+    Raises:
+        UserError: for settings that such data does not have.
+    """
+    data, path = sections.data, 'config.data'
+    name = type(source).__name__
+    if data.transforms:
+        raise UserError(
+            f'{path}.transforms: {name} makes its batches on the devices; use device_transforms'
+        )
+    if sections.ensemble is not None:
+        raise UserError(f'config.ensemble: {name} collects for one model, not for an ensemble')
+    if sections.capture:
+        raise UserError(f'config.capture: not available for the batches that {name} collects')
+    batch_size = check_positive(data.batch_size, f'{path}.batch_size')
+    return TrainData.from_loader(CollectLoader(source, batch_size), f'{path}.source')
 
 
 def build_task(sections: Sections) -> TaskRunner:

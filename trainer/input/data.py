@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.input.collected import Collector
 from trainer.input.digest import PADDING
 from trainer.input.fields import MASK
 from trainer.input.loader import (
@@ -230,6 +231,11 @@ class TrainData(_Common):
         # A loader may return an int; exact fractions keep the borders of epochs from drifting.
         steps = self.loader.steps_per_epoch
         return None if steps is None else Fraction(steps)
+
+    @property
+    def collector(self) -> Collector | None:
+        """The source, if it makes its batches with the model; None for any other."""
+        return getattr(self.loader, 'collector', None)
 
     @property
     def is_stream(self) -> bool:

@@ -189,7 +189,7 @@ class Prefetcher:
             start += steps
             # The size adapts to the last block, because the cost of an example may change, as where
             # a source moves from one file to the next.
-            max_steps = min(_BLOCK_BYTES // _batch_bytes(block), int(steps_in_time))
+            max_steps = min(_BLOCK_BYTES // max(1, _batch_bytes(block)), int(steps_in_time))
             limit = min(2 * limit, self._most_steps, max(1, max_steps))
 
     def _divide(self, start: int, block: StreamBlock, counts: list[int]) -> list[LoadedBatch]:

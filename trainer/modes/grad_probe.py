@@ -24,6 +24,8 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     experiment, workdir = trainer.experiment, workdir_of(trainer)
     if experiment.ensemble is not None:
         raise UserError('--mode=grad_probe is not supported for ensembles; train one member')
+    if experiment.data.collector is not None:
+        raise UserError('--mode=grad_probe is not supported for batches that the step collects')
     # Before tracing, which would fail with a message about shapes.
     trainer.check_batch()
     # Gradients at initialization are of interest too, so a checkpoint is not required.

@@ -142,6 +142,7 @@ def set_up(experiment: Experiment, log: Periodic, mesh: Mesh) -> Setup:
         sharding=experiment.devices.sharding,
         fused=experiment.training.steps_per_call,
         num_shapes=experiment.data.num_shapes,
+        is_collected=experiment.data.collector is not None,
     )
     checks.check_programs(experiment, programs, mesh)
     params = functools.partial(eval_params, experiment, programs)
@@ -251,7 +252,7 @@ def _train_step(experiment: Experiment, log: Periodic, mesh: Mesh) -> TrainStep 
         stops=experiment.training.guard == 'stop',
         sweeps=_sweeps(mesh),
     )
-    member = TrainStep(context, experiment.step)
+    member = TrainStep(context, experiment.step, experiment.data.collector)
     if experiment.ensemble is None:
         return member
     return EnsembleStep.from_step(member, experiment.ensemble, mesh)

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import Mesh
 
+from trainer.input.collected import Collector
 from trainer.input.host_field import HostFieldSpec
 from trainer.modules.rng import Keys
 from trainer.step import (
+    collect,
     custom_step,
     ema,
     eval_point,
@@ -42,10 +44,12 @@ class TrainStep:
     Attributes:
         context: the parts of the step and its settings.
         function: the step function: that of `config.step`, or `default_step`.
+        collector: the source, if it makes its batches with the model.
     """
 
     context: StepContext
     function: Callable[..., Any] = default_step
+    collector: Collector | None = None
 
     @property
     def update(self) -> Callable[[TrainState, Batch], TrainState]:
@@ -53,7 +57,12 @@ class TrainStep:
         function = self.function
         if function is not default_step:
             function = functools.partial(custom_step.run, function=function)
-        return functools.partial(train_step, ctx=self.context, function=function)
+        step = functools.partial(train_step, ctx=self.context, function=function)
+        if self.collector is None:
+            return step
+        return functools.partial(
+            collect.update, collector=self.collector, ctx=self.context, step=step
+        )
 
     @property
     def task(self) -> TaskRunner:
@@ -132,7 +141,10 @@ class TrainStep:
         state = self.restart_optimizer(state)
         # Last, because the metrics of a step depend on all other parts of the state.
         metrics = self.empty_metrics(meta.unbox(state), batch)
-        return dataclasses.replace(state, params=named, metrics=metrics)
+        carry = None
+        if self.collector is not None:
+            carry = collect.init(self.collector, spec, context.seed)
+        return dataclasses.replace(state, params=named, metrics=metrics, carry=carry)
 
     def restart_optimizer(self, state: TrainState) -> TrainState:
         """Returns the state with a new optimizer state and moving average.

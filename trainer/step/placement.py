@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainer.parallel.mesh import replicated_sharding
+from trainer.parallel.mesh import batch_sharding, batch_shards, replicated_sharding
 from trainer.step.state import TrainState
 
 
@@ -37,8 +37,26 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
         ema=None if abstract.ema is None else params,
         loss_scale=replicate(abstract.loss_scale),
         health=replicate(abstract.health),
+        carry=_shard_carry(abstract.carry, mesh),
     )
     return TrainState(**shardings)
+
+
+def _shard_carry(carry: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a collected carry: rows of batches, and whatever divides evenly."""
+    if carry is None:
+        return None
+    shards, replicated = batch_shards(mesh), replicated_sharding(mesh)
+
+    def shard_first(x: Any) -> NamedSharding:
+        # Such as the states of several environments.
+        divides = bool(x.shape) and x.shape[0] % shards == 0
+        return batch_sharding(mesh) if divides else replicated
+
+    return type(carry)(
+        source=jax.tree.map(shard_first, carry.source),
+        batches=jax.tree.map(lambda _: batch_sharding(mesh, leading_dims=1), carry.batches),
+    )
 
 
 def _match_params(tree: Any, params: Any, shardings: Any, default: NamedSharding) -> Any:

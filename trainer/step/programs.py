@@ -340,6 +340,7 @@ class Programs:
         sharding: Sequence[Rule] = (),
         fused: int = 1,
         num_shapes: int | None = None,
+        is_collected: bool = False,
     ):
         """Traces the shapes; programs are compiled at their first use.
 
@@ -351,8 +352,10 @@ class Programs:
             sharding: rules that shard parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
             num_shapes: how many shapes whole batches may have; None for batches of rows.
+            is_collected: whether the step makes its batches itself, and gets empty ones.
         """
         self._mesh = mesh
+        self._is_collected = is_collected
         self._num_shapes = num_shapes
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
@@ -403,7 +406,9 @@ class Programs:
 
         def run_steps(state: TrainState, batches: Any) -> TrainState:
             update = self._train_step.update
-            return jax.lax.scan(lambda s, b: (update(s, b), None), state, batches)[0]
+            # The length in any case: batches that the step makes itself are empty.
+            steps = self._fused_steps
+            return jax.lax.scan(lambda s, b: (update(s, b), None), state, batches, steps)[0]
 
         return make_program(
             f'the program of {self._fused_steps} train steps',
@@ -507,6 +512,8 @@ class Programs:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
     def _batch(self, leading: tuple[int, ...] = ()) -> dict[str, Any]:
+        if self._is_collected:
+            return {}
         count = len(leading)
         rows, batch = batch_sharding(self._mesh, leading_dims=count), {}
         for name, s in self.fields.shapes.items():

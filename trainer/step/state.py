@@ -31,6 +31,8 @@ class TrainState:
         ema: moving average of `params`, in float32 for half-precision ones; or None.
         loss_scale: the dynamic loss scale, or None.
         health: whether the run is healthy; None in checkpoints, and if it is not checked.
+        carry: what a source that makes its batches with the model has returned last; None for any
+            other source.
     """
 
     step: jax.Array
@@ -41,6 +43,7 @@ class TrainState:
     ema: Any = None
     loss_scale: LossScale | None = None
     health: Health | None = None
+    carry: Any = None
 
     def __repr__(self) -> str:
         """Returns the step and the sizes of the parts, without their arrays."""

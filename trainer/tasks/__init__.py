@@ -11,16 +11,19 @@ from trainer.tasks.elbo import ELBO
 from trainer.tasks.features import Features
 from trainer.tasks.language import Answer, NextToken
 from trainer.tasks.multi_task import MultiTask
+from trainer.tasks.ppo import PPO, Episodes
 from trainer.tasks.regression import Regression
 from trainer.tasks.sequence_to_sequence import SequenceToSequence
 from trainer.tasks.task import TaskOutput
 
 __all__ = [
     'ELBO',
+    'PPO',
     'Answer',
     'Check',
     'Classification',
     'Continuation',
+    'Episodes',
     'Features',
     'MultiTask',
     'NextToken',
