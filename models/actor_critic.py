@@ -29,7 +29,9 @@ class ActorCritic(nn.Module):
     @nn.compact
     def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns logits (B, A) and values (B,) for observations (B, ...)."""
-        x = observation.reshape((len(observation), -1)).astype(jnp.float32)
+        x = observation.reshape((len(observation), -1))
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(jnp.float32)
         # Small logits: at the beginning all actions are about equally likely.
         logits = self._apply(x, self.num_actions, 0.01, 'policy')
         return logits, self._apply(x, 1, 1.0, 'critic')[:, 0]

@@ -64,11 +64,12 @@ LONG = {
     'sentiment', 'tagging', 'vae',
 }  # fmt: skip
 
-# Those that need weights or data from elsewhere, and the test that runs each of them.
+# Those that need weights or data from elsewhere, or other checks, and the test that runs them.
 ELSEWHERE = {
     'docstrings': 'weights/test_finetune.py',
     'imagenet': 'examples/test_imagenet.py',
     'lm': 'examples/test_lm.py',
+    'ppo': 'examples/test_ppo.py',  # Its loss may be negative.
     'tfds_mnist': 'examples/test_tfds_mnist.py',
     'vit': 'examples/test_vit.py',
     'wmt': 'examples/test_wmt.py',
@@ -111,7 +112,9 @@ def test_the_results_are_those_of_the_docstring(
         return
     # A config with variants has a sentence for each.
     expected = text.split(f'`{words}`: ' if words else 'Expected after ')[1]
-    figure = re.match(r'[\d.]+( %| nats| bits| per word| BLEU| AUC| squared error| steps per)', result)
+    figure = re.match(
+        r'[\d.]+( %| nats| bits| per word| BLEU| AUC| squared error| steps per)', result
+    )
     # A docstring may round: 'about 88 %' for 88.2 %.
     assert figure is not None
     assert figure[0] in expected or f'about {round(float(figure[0].split()[0]))} %' in expected

@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import clu.metrics
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -17,21 +16,13 @@ from trainer.observe.summaries import Images
 from trainer.tasks.metrics import WeightedMean
 from trainer.tasks.task import Batch, TaskOutput
 
-
-@flax.struct.dataclass
-class _Metrics(clu.metrics.Collection):
-    loss: WeightedMean.from_output('loss')  # type: ignore[valid-type]
-    policy_loss: WeightedMean.from_output('policy_loss')  # type: ignore[valid-type]
-    value_loss: WeightedMean.from_output('value_loss')  # type: ignore[valid-type]
-    entropy: WeightedMean.from_output('entropy')  # type: ignore[valid-type]
-    clipped: WeightedMean.from_output('clipped')  # type: ignore[valid-type]
-    divergence: WeightedMean.from_output('divergence')  # type: ignore[valid-type]
-    episode_return: WeightedMean.from_output(  # type: ignore[valid-type]
-        'episode_return', weighted_by='ends'
-    )
-    episode_length: WeightedMean.from_output(  # type: ignore[valid-type]
-        'episode_length', weighted_by='ends'
-    )
+_MEANS = ('loss', 'policy_loss', 'value_loss', 'entropy', 'clipped', 'divergence')
+# Of the episodes that ended.
+_OF_EPISODES = ('episode_return', 'episode_length')
+_Metrics = clu.metrics.Collection.create(
+    **{name: WeightedMean.from_output(name) for name in _MEANS},
+    **{name: WeightedMean.from_output(name, weighted_by='ends') for name in _OF_EPISODES},
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
