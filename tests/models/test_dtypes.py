@@ -421,11 +421,12 @@ class Normed(nn.Module):
 
 
 class Policy(nn.Module):
-    """The logits of a policy, without its critic."""
+    """The logits of a policy and the value of its critic in one array."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        return ActorCritic(features=(8, 8))(x)[0]
+        logits, value = ActorCritic(features=(8, 8))(x)
+        return logits + value[:, None]
 
 
 NNX_OPTIONS: dict[str, Any] = {'inputs': 64, 'features': (8, 8, 4)}
