@@ -185,7 +185,14 @@ class EnsembleStep:
         def init_member(seed: jax.Array, values: dict[str, jax.Array]) -> TrainState:
             return self._member(seed, values).init(spec)
 
-        return _wrap_metrics(self._map(init_member, (0, 0))(*self._members()))
+        if self.axis is not None:
+            return _wrap_metrics(self._map(init_member, (0, 0))(*self._members()))
+        # One after the other: batched matrix decompositions, as of orthogonal initializers, may
+        # hang on virtual devices (see `virtual_devices.add_threads`).
+        stacked = jax.lax.map(lambda member: init_member(*member), self._members())
+        fields = {name: getattr(stacked, name) for name in _STACKED}
+        first = jax.tree.map(lambda x: x[0], stacked)
+        return _wrap_metrics(dataclasses.replace(first, **fields))
 
     def restart_optimizer(self, state: TrainState) -> TrainState:
         """Returns the state with everything but the variables initialized from the parameters."""
