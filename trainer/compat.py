@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def coordination_client() -> Any:
     """Returns the client of JAX's coordination service; None before `jax.distributed` has started.
 
-    Callers use its `key_value_set(key, text)` and `blocking_key_value_get(key, timeout_ms)`, the
-    same two for bytes, and `key_value_delete(key)`.
+    Callers use its `key_value_set(key, text, allow_overwrite=...)`, `key_value_try_get(key)` and
+    `blocking_key_value_get(key, timeout_ms)`, set and get for bytes, and `key_value_delete(key)`.
 
     Checked with: jax 0.10.2 and 0.12.0.
     Why: `jax.distributed` starts the service, but has no public access to its key-value store.

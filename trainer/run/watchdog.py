@@ -92,7 +92,7 @@ class Watchdog:
             part = self._report.time.current
             # Polls count the batches of evaluations as well as steps.
             self._idle.update((part, self._report.step, self._stop.polls), part == 'steps')
-            if self._waits_for_data(_STOP_SECS) and self._stop.signal is not None:
+            if self._stop.signal is not None and self._waits_for_data(self._stop_secs()):
                 self._leave()
             limit = self._limit(part)
             if limit is not None and self._idle.secs > limit:
@@ -107,6 +107,14 @@ class Watchdog:
         if limit is None or part != 'steps':
             return limit
         return max(limit, _TIMES_SLOWEST * self._idle.longest)
+
+    def _announce(self) -> None:
+        if self._stop.peers is not None:
+            self._stop.peers.announce_hang()
+
+    def _stop_secs(self) -> float:
+        # Several processes cannot save without the next batch, so they wait longer for it.
+        return _STOP_SECS if self._stop.peers is None else 6 * _STOP_SECS
 
     def _warn_secs(self) -> float:
         return max(_WARN_SECS, 5 * self._idle.longest)
@@ -124,16 +132,20 @@ class Watchdog:
         """Saves and ends a run that should stop, but waits for its next batch."""
         name = self._stop.status or 'preempted'
         self._report.progress.message(
-            f'The data has not arrived for {_STOP_SECS:.0f} s: stopping without it.'
+            f'The data has not arrived for {self._stop_secs():.0f} s: stopping without it.'
         )
         if self._save():
             last_words.record(name, 'stopped while the run waited for its data')
             _exit(self._stop.exit_code)
-        self._end('steps', _STOP_SECS)
+        self._announce()
+        end_hung(
+            'stopped while the data of this process hangs, so the last step cannot be saved. The '
+            'stacks of all threads follow. Run the same command again to resume from the newest '
+            'checkpoint.'
+        )
 
     def _end(self, part: str, limit: float) -> None:
-        if self._stop.peers is not None:
-            self._stop.peers.announce_hang()
+        self._announce()
         key, place = f'config.watchdog.{_PARTS[part][0]}', self._describe_place(part)
         end_hung(
             f'no progress for {limit:.0f} s: {place}. The stacks of all threads follow. The limit '
