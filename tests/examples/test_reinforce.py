@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import pathlib
 import re
+import sys
 from typing import Any
 
 import ml_collections
@@ -26,6 +27,8 @@ def write_module(page: str, name: str, tmp_path: pathlib.Path, patch: pytest.Mon
     path.parent.mkdir(exist_ok=True)
     path.write_text(found[2])
     patch.syspath_prepend(str(tmp_path))
+    for known in ('mine', 'mine.gaussian', 'mine.vowels'):
+        patch.delitem(sys.modules, known, raising=False)
     return importlib.import_module(name.removesuffix('.py').replace('/', '.'))
 
 
@@ -37,17 +40,8 @@ def fit(config: Any) -> dict[str, Any]:
 def test_a_mean_moves_to_where_the_reward_is(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_module('howto/collect.md', 'gaussian.py', tmp_path, monkeypatch)
-    history = fit(
-        dict(
-            train_for='60 steps',
-            model=dict(target='trainer.models.mlp:MLP', features=(1,)),
-            task=dict(ref='gaussian:reinforce'),
-            data=dict(source=dict(target='gaussian:Guesses'), batch_size=32),
-            optimizer=dict(target='optax:sgd', learning_rate=0.05),
-            log=dict(every='2 steps'),
-        )
-    )
+    module = write_module('howto/collect.md', 'mine/gaussian.py', tmp_path, monkeypatch)
+    history = fit({**module.get_config(), 'train_for': '60 steps', 'log': {'every': '2 steps'}})
     assert abs(history['train/mean'].values[0]) < 1.5
     assert abs(history['train/mean'].values[-1] - 3) < 0.5
 

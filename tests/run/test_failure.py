@@ -167,7 +167,7 @@ def test_a_failed_start_does_not_change_an_earlier_run(tmp_path: pathlib.Path) -
     before = (tmp_path / 'result.json').read_bytes(), (tmp_path / 'run.json').read_bytes()
     with pytest.raises(UserError, match=r'config\.mesh'):
         trainer_in(tmp_path, train_for='80 steps', mesh__data=3).fit()
-    for path in (tmp_path / 'checkpoints' / '40' / 'state').rglob('*'):
+    for path in (tmp_path / 'checkpoints').rglob('*'):
         if path.is_file() and path.stat().st_size > 10_000:
             path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises((CheckpointError, UserError)):

@@ -145,9 +145,10 @@ def test_checkpoint_with_half_precision_slots_is_explained(tmp_path: pathlib.Pat
     def halve(x: jax.Array) -> jax.Array:
         return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
 
-    old = state.replace(opt_state=jax.tree.map(halve, state.opt_state))  # type: ignore[attr-defined]
+    halved = jax.tree.map(halve, state.opt_state)
+    old = state.replace(opt_state=halved, step=jnp.int32(7))  # type: ignore[attr-defined]
     assert made.checkpoints is not None
-    made.checkpoints.save(7, old, made.checkpoints.meta(5))
+    made.checkpoints.save(7, old, {**made.checkpoints.meta(5), 'step': 7})
     made.checkpoints.close()
     with pytest.raises(UserError) as error:
         tiny.trainer(tmp_path / 'old', **options).fit()

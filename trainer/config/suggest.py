@@ -32,8 +32,14 @@ def nearest_name(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
         cutoff: least similarity, from 0 (anything) to 1 (equal).
     """
     # Without repeats: difflib compares every candidate, and configs repeat names a lot.
-    close = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=1, cutoff=cutoff)
-    return close[0] if close else None
+    close = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=3, cutoff=cutoff)
+
+    def similarity(candidate: str) -> tuple[float, bool]:
+        # Of equally similar ones the one that begins alike: 'cnn' and not 'gcn' for 'cn'.
+        ratio = difflib.SequenceMatcher(None, candidate, word).ratio()
+        return ratio, candidate[0] == word[0]
+
+    return max(close, key=similarity, default=None)
 
 
 def nearest_path(path: str, candidates: Iterable[str]) -> str | None:
