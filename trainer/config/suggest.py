@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -34,10 +35,11 @@ def nearest_name(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
     # Without repeats: difflib compares every candidate, and configs repeat names a lot.
     close = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=3, cutoff=cutoff)
 
-    def similarity(candidate: str) -> tuple[float, bool]:
+    def similarity(candidate: str) -> tuple[float, int]:
         # Of equally similar ones the one that begins alike: 'cnn' and not 'gcn' for 'cn'.
         ratio = difflib.SequenceMatcher(None, candidate, word).ratio()
-        return ratio, candidate[0] == word[0]
+        same = (a == b for a, b in zip(candidate, word, strict=False))
+        return ratio, sum(itertools.takewhile(bool, same))
 
     return max(close, key=similarity, default=None)
 
